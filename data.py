@@ -1,0 +1,212 @@
+"""Rows on disk -> checked samples; images and clips -> chat messages.
+
+The schema is the official one, one JSON object per row:
+
+    data_type     "image" or "video"
+    problem_type  one of `reasoning.PROBLEM_TYPES`
+    problem       the question
+    options       ["A. red", "B. green"], empty where there are none
+    path          the picture or clip, relative to the file ("./images/0.png"); a list of paths for several images
+    solution      "<answer>A</answer>" (a bare "A" is taken too)
+    problem_id    unique
+    process       optional: a reference response with all its stages, for the cold start
+
+and, optional, for evaluation: `category` (groups the accuracy), `pair` (two rows of one pair share it), `objects`
+(what the picture holds, for caption hallucination) and `relevant` (those of them that the question is about).
+
+A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, and any `test*`; or one file.
+Every row is checked, and every picture and clip opened, before a model is loaded.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import av
+from PIL import Image
+
+import answers
+import reasoning
+
+SUFFIXES = (".json", ".jsonl", ".parquet")
+
+
+class DataError(ValueError):
+    """Something in the data, in one line: which file, which row, which field, what to do."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One checked row. Media stay on disk until `messages` is asked for them."""
+
+    id: str
+    data_type: str
+    media: tuple[Path, ...]
+    problem: str
+    options: tuple[str, ...]
+    problem_type: str
+    answer: str
+    process: str | None = None
+    category: str = ""
+    pair: str | None = None
+    objects: tuple[str, ...] | None = None
+    relevant: tuple[str, ...] | None = None
+
+    @property
+    def question(self) -> str:
+        return reasoning.question(self.problem, self.options)
+
+
+def load(source: str | Path, on_bad_row: str = "error") -> dict[str, list[Sample]]:
+    """All splits of a dataset folder, or {"train": rows} of one file.
+
+    Raises DataError, with a line for each of the first ten bad rows, unless `on_bad_row` is "skip".
+    """
+    source = Path(source)
+    if not source.exists():
+        raise DataError(f"data: {source} does not exist. Give a folder with train.json, or one JSON/JSONL/Parquet file")
+    files = sorted(f for f in source.iterdir() if f.suffix in SUFFIXES) if source.is_dir() else [source]
+    splits = {f.stem if source.is_dir() else "train": f for f in files}
+    if "train" not in splits and not any(name.startswith("test") for name in splits):
+        names = ", ".join(f.name for f in files) or "no data file"
+        raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
+    problems: list[str] = []
+    samples = {name: _load_file(file, problems) for name, file in splits.items()}
+    if problems and on_bad_row == "error":
+        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise DataError("\n".join(problems[:10]) + more + "\nMend these rows, or leave them out with --on_bad_row skip")
+    for line in problems:
+        print(f"skipped: {line}")
+    for name, rows in samples.items():
+        if not rows:
+            raise DataError(f"data: {splits[name]} has no usable row")
+    return samples
+
+
+def _load_file(file: Path, problems: list[str]) -> list[Sample]:
+    samples, seen = [], Counter()
+    for number, row in enumerate(_rows(file)):
+        where = f"{file.name} row {number}"
+        try:
+            sample = _sample(row, file.parent)
+            seen[sample.id] += 1
+            if seen[sample.id] > 1:
+                raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
+            samples.append(sample)
+        except DataError as error:
+            name = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
+            problems.append(f"{where}{name}, {error}")
+    return samples
+
+
+def _rows(file: Path) -> list[dict]:
+    try:
+        if file.suffix == ".parquet":
+            from datasets import load_dataset
+
+            return list(load_dataset("parquet", data_files=str(file), split="train"))
+        text = file.read_text(encoding="utf-8")
+        rows = (
+            [json.loads(line) for line in text.splitlines() if line.strip()]
+            if file.suffix == ".jsonl"
+            else json.loads(text)
+        )
+    except (OSError, ValueError) as error:
+        raise DataError(f"data: cannot read {file}: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"data: {file} must hold a list of rows, not a {type(rows).__name__}")
+    return rows
+
+
+def _sample(row: dict, root: Path) -> Sample:
+    """One row, checked; DataError("field: what is wrong. What to do")."""
+    if not isinstance(row, dict):
+        raise DataError(f"row: must be an object, got {type(row).__name__}")
+    for name in ("data_type", "problem_type", "problem", "path", "solution", "problem_id"):
+        if row.get(name) in (None, "", []):
+            raise DataError(f"{name}: missing or empty. Every row needs one")
+    if row["data_type"] not in ("image", "video"):
+        raise DataError(f"data_type: {row['data_type']!r} is neither 'image' nor 'video'")
+    if row["problem_type"] not in reasoning.PROBLEM_TYPES:
+        raise DataError(f"problem_type: {row['problem_type']!r} is not one of {', '.join(reasoning.PROBLEM_TYPES)}")
+    options, answer = tuple(row.get("options") or ()), answers.solution_of(str(row["solution"]))
+    if not answer:
+        raise DataError("solution: no answer inside <answer></answer>")
+    if row["problem_type"] == "multiple choice":
+        letters = [option.split(".")[0].strip() for option in options]
+        if answer not in letters:
+            raise DataError(
+                f"solution: {answer!r} is not the letter of an option ({', '.join(letters) or 'no options'})"
+            )
+    if row["problem_type"] in ("numerical", "regression") and answers.to_number(answer) is None:
+        raise DataError(f"solution: {answer!r} is not a number")
+    paths = row["path"] if isinstance(row["path"], list) else [row["path"]]
+    media = tuple(root / path for path in paths)
+    for path in media:
+        _check_media(path, row["data_type"])
+    as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
+    return Sample(
+        id=str(row["problem_id"]),
+        data_type=row["data_type"],
+        media=media,
+        problem=str(row["problem"]),
+        options=options,
+        problem_type=row["problem_type"],
+        answer=answer,
+        process=row.get("process") or row.get("process_and_answer"),
+        category=row.get("category") or row["problem_type"],
+        pair=row.get("pair"),
+        **as_tuple,
+    )
+
+
+def _check_media(path: Path, data_type: str) -> None:
+    if not path.is_file():
+        raise DataError(f"path: {path} does not exist")
+    try:
+        if data_type == "image":
+            with Image.open(path) as image:
+                image.verify()
+        else:
+            with av.open(str(path)) as container:
+                if not container.streams.video:
+                    raise ValueError("no video stream")
+    except Exception as error:  # PIL and PyAV raise many kinds; all of them mean an unreadable file
+        raise DataError(f"path: cannot read {path} as {data_type} ({error})") from error
+
+
+def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) -> list[dict]:
+    """The user turn: the pictures or the clip, then `text`, as chat content that `vlm.VLM.encode` takes."""
+    if sample.data_type == "video":
+        frames, true_fps = read_video(sample.media[0], fps, max_frames)
+        media = [{"type": "video", "video": frames, "fps": true_fps}]
+    else:
+        media = [{"type": "image", "image": Image.open(path).convert("RGB")} for path in sample.media]
+    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+
+
+def read_video(path: Path, fps: float = 2.0, max_frames: int = 16) -> tuple[list[Image.Image], float]:
+    """Frames of a clip, evenly spaced at about `fps` and at most `max_frames`, and the rate they really have.
+
+    PyAV, because qwen-vl-utils' torchvision reader is gone from torchvision and its torchcodec reader needs a system
+    FFmpeg.
+    """
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        rate = float(stream.average_rate or 1.0)
+        frames = [frame.to_image() for frame in container.decode(stream)]
+    if not frames:
+        raise DataError(f"path: {path} holds no frame")
+    count = min(len(frames), max_frames, max(2, round(len(frames) / rate * fps)))
+    picked = [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
+    return picked, rate * count / len(frames)
+
+
+def prompts(samples: Sequence[Sample], four_stage: bool, fps: float, max_frames: int) -> list[list[dict]]:
+    """The conversation of each sample: its media and the prompt of `reasoning`."""
+    return [
+        messages(s, reasoning.prompt(s.problem, s.options, s.problem_type, four_stage), fps, max_frames)
+        for s in samples
+    ]

@@ -1,0 +1,597 @@
+"""The embedded world: coloured shapes on a grid, questions about them, a tiny policy and a tiny judge.
+
+    python shapes.py --out DIR        # DIR/data, DIR/policy, DIR/judge, each skipped when it is complete
+
+It exercises every real path without a download. The data are PNG pictures and MP4 clips in the official schema; the
+policy is a Qwen2_5_VLForConditionalGeneration and the judge a Qwen2ForCausalLM, built from config and saved in
+Hugging Face format. Whatever trains or evaluates on them knows only files on disk.
+
+Like the real thing, the world has a *prior*: every shape has a typical colour, row, direction and companion, and
+half of the objects follow it. The base policy describes pictures faithfully. The cold-start data then teach the four
+stages and, in FLAW of the rows, a bad habit: the reference follows the prior instead of the picture (typical
+attributes, an object too many because its companion is there). That is the hallucination for RL to undo.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import random
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import torch
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+    get_cosine_schedule_with_warmup,
+    set_seed,
+)
+
+import answers
+import caption_reward
+import reasoning
+import vlm
+
+ROWS = ("top", "middle", "bottom")
+CELLS = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
+COLOURS = {"red": (240, 70, 70), "green": (70, 210, 90), "blue": (80, 120, 250), "yellow": (250, 220, 60)}
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+# shape: its typical colour, row, direction and companion
+PRIOR = {
+    "circle": ("red", "top", "right", "square"),
+    "square": ("blue", "bottom", "left", "circle"),
+    "triangle": ("green", "middle", "up", "star"),
+    "star": ("yellow", "top", "down", "triangle"),
+    "cross": ("red", "bottom", "right", "diamond"),
+    "diamond": ("blue", "middle", "left", "cross"),
+}
+KINDS = ("existence", "count", "colour", "row", "motion")
+CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
+GROUND = (122, 116, 104)  # about the mean that the image processor subtracts: shapes stand out from zero
+FLAW = 0.6  # share of cold-start rows that follow the prior
+SIZES = {"cold_start": 2400, "train": 400, "test": 400, "test_prior_breaking": 300, "test_pairs": 300}
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    row: int
+    column: int
+    direction: str | None = None  # it moves, in a clip
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def cell(self) -> str:
+        return CELLS[self.row][self.column]
+
+    def describe(self) -> str:
+        return f"{self.cell} {self.name}" + (f" moving {self.direction}" if self.direction else "")
+
+
+Scene = tuple[Thing, ...]
+
+
+# --- scenes and questions -------------------------------------------------------------------------------------------
+
+
+def pick_colour(rng: random.Random, shape: str, typical: float) -> str:
+    usual = PRIOR[shape][0]
+    return usual if rng.random() < typical else rng.choice([c for c in COLOURS if c != usual])
+
+
+def place(rng: random.Random, scene: Scene, shape: str, typical: float, colour: str | None = None) -> Scene:
+    """The scene with one more object in a free cell; row and colour follow the prior with probability `typical`."""
+    free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in {(t.row, t.column) for t in scene}]
+    usual = ROWS.index(PRIOR[shape][1])
+    follow = rng.random() < typical
+    r, c = rng.choice([cell for cell in free if (cell[0] == usual) == follow] or free)
+    return (*scene, Thing(shape, colour or pick_colour(rng, shape, typical), r, c))
+
+
+def start_cell(rng: random.Random, direction: str) -> tuple[int, int]:
+    """Where something starts that will cross the grid from one edge to the other."""
+    dr, dc = DIRECTIONS[direction]
+    return 1 - dr if dr else rng.randrange(3), 1 - dc if dc else rng.randrange(3)
+
+
+def make_row(rng: random.Random, kind: str, typical: float = 0.5) -> tuple[Scene, dict]:
+    """A scene and a question about it. typical=0 gives the prior-breaking set: nothing is as it usually is."""
+    shape = rng.choice(list(PRIOR))
+    companion = PRIOR[shape][3]
+    scene: Scene = ()
+    asked = None
+    if kind == "motion":
+        usual = PRIOR[shape][2]
+        direction = usual if rng.random() < typical else rng.choice([d for d in DIRECTIONS if d != usual])
+        r, c = start_cell(rng, direction)
+        scene = (Thing(shape, pick_colour(rng, shape, typical), r, c, direction),)
+    else:
+        count = {"existence": rng.random() < 0.7, "count": rng.randint(1, 3)}.get(kind, 1)
+        for _ in range(int(count)):
+            scene = place(rng, scene, shape, typical)
+        if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.6):
+            scene = place(rng, scene, companion, typical)
+        others = [s for s in PRIOR if s not in (shape, companion)]
+        for _ in range(rng.randint(1, 2)):
+            scene = place(rng, scene, rng.choice(others), typical)
+    if kind == "existence":
+        present = [t.colour for t in scene if t.shape == shape]
+        if present and rng.random() < 0.7:
+            asked = present[0]
+        else:
+            wrong = [c for c in COLOURS if c not in present]
+            usual = PRIOR[shape][0]
+            asked = usual if usual in wrong and (typical == 0 or rng.random() < 0.5) else rng.choice(wrong)
+    scene = tuple(rng.sample(scene, len(scene)))
+    return scene, {"kind": kind, "shape": shape, "colour": asked}
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def ask(query: dict) -> tuple[str, list[str]]:
+    """The question and its options."""
+    shape, listed = query["shape"], lambda names: [f"{'ABCD'[i]}. {n}" for i, n in enumerate(names)]
+    return {
+        "existence": (f"Is there a {query['colour']} {shape} in the picture?", listed(["yes", "no"])),
+        "count": (f"How many {plural(shape)} are in the picture?", []),
+        "colour": (f"What colour is the {shape}?", listed(COLOURS)),
+        "row": (f"In which row is the {shape}?", listed(ROWS)),
+        "motion": (f"Which way does the {shape} move?", listed(DIRECTIONS)),
+    }[query["kind"]]
+
+
+def believe(rng: random.Random, scene: Scene, query: dict) -> Scene:
+    """The scene as the prior has it: what a model sees that looks at habits and not at the picture."""
+    shape, kind = query["shape"], query["kind"]
+    colour, row, direction, companion = PRIOR[shape]
+    seen = []
+    for thing in scene:
+        if thing.shape == shape and kind in ("existence", "colour"):
+            thing = replace(thing, colour=colour)
+        elif thing.shape == shape and kind == "row":
+            thing = replace(thing, row=ROWS.index(row))
+        elif thing.shape == shape and kind == "motion":
+            thing = replace(thing, direction=direction)
+        seen.append(thing)
+    missing = not any(t.shape == shape for t in scene)
+    if (kind == "count" or (kind == "existence" and missing)) and any(t.shape == companion for t in scene):
+        seen = place(rng, tuple(seen), shape, 1.0, colour)
+    return tuple(seen)
+
+
+def solve(scene: Scene, query: dict) -> reasoning.Stages:
+    """The four stages of a reader who sees `scene`: locate, describe only what was asked for, reason, answer."""
+    kind, shape = query["kind"], query["shape"]
+    found = sorted((t for t in scene if t.shape == shape), key=lambda t: (t.row, t.column))
+    first = found[0] if found else None
+    if kind == "existence":
+        there = any(t.colour == query["colour"] for t in found)
+        thought, answer = f"{'a' if there else 'no'} {query['colour']} {shape} is there", "AB"[not there]
+    elif kind == "count":
+        thought, answer = f"{len(found)} {plural(shape)}", str(len(found))
+    elif kind == "colour":
+        thought, answer = f"the {shape} is {first.colour}", "ABCD"[list(COLOURS).index(first.colour)]
+    elif kind == "row":
+        thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "ABC"[first.row]
+    else:
+        thought, answer = f"the {shape} moves {first.direction}", "ABCD"[list(DIRECTIONS).index(first.direction)]
+    return reasoning.Stages(locate(scene, shape), describe(scene, shape), thought, answer)
+
+
+def locate(scene: Scene, shape: str) -> str:
+    """Where the objects of a shape are, in reading order."""
+    cells = [t.cell for t in sorted(scene, key=lambda t: (t.row, t.column)) if t.shape == shape]
+    return " ".join([shape, *(cells or ["nowhere"])])
+
+
+def describe(scene: Scene, shape: str | None = None) -> str:
+    """The objects in reading order: all of them, or those of one shape."""
+    seen = sorted((t for t in scene if shape in (None, t.shape)), key=lambda t: (t.row, t.column))
+    return ", ".join(t.describe() for t in seen) or f"no {shape}"
+
+
+# --- pictures and clips ---------------------------------------------------------------------------------------------
+
+
+def draw(rng: random.Random, scene: Scene, moved: float = 0.0) -> Image.Image:
+    """One 84 x 84 frame; moving objects have covered `moved` cells."""
+    image = Image.new("RGB", (3 * CELL, 3 * CELL))
+    pen = ImageDraw.Draw(image)
+    for r, c in itertools.product(range(3), range(3)):  # tinted by row and column: a cell can be told by its look
+        tint = (GROUND[0] + 24 * (c - 1), GROUND[1], GROUND[2] + 24 * (r - 1))
+        pen.rectangle((c * CELL, r * CELL, (c + 1) * CELL, (r + 1) * CELL), fill=tint)
+    for t in scene:
+        dr, dc = DIRECTIONS.get(t.direction, (0, 0))
+        x = (t.column + 0.5 + dc * moved) * CELL + rng.uniform(-1.5, 1.5)
+        y = (t.row + 0.5 + dr * moved) * CELL + rng.uniform(-1.5, 1.5)
+        _draw_shape(pen, t.shape, x, y, rng.uniform(11, 12.5), COLOURS[t.colour])
+    return image
+
+
+def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple) -> None:
+    def polygon(*corners):
+        pen.polygon([(x + r * a, y + r * b) for a, b in corners], fill=fill, outline="white", width=2)
+
+    def spikes(*radii):  # corners clockwise from the top, at these distances in turn
+        turn = 2 * math.pi / len(radii)
+        polygon(*((d * math.sin(i * turn), -d * math.cos(i * turn)) for i, d in enumerate(radii)))
+
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline="white", width=2)
+    elif shape == "square":
+        polygon((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
+    elif shape == "triangle":
+        polygon((0, -1), (1, 0.8), (-1, 0.8))
+    elif shape == "diamond":
+        spikes(1.1, 0.7, 1.1, 0.7)
+    elif shape == "star":
+        spikes(*(1.1, 0.45) * 5)
+    else:
+        arm, w = 1.0, 0.3
+        quarter = [(w, -arm), (w, -w), (arm, -w)]
+        turns = [quarter, [(-b, a) for a, b in quarter], [(-a, -b) for a, b in quarter], [(b, -a) for a, b in quarter]]
+        polygon(*(corner for part in turns for corner in part))
+
+
+def frames(rng: random.Random, scene: Scene) -> list[Image.Image]:
+    return [draw(rng, scene, moved) for moved in (0.0, 0.3, 1.7, 2.0)]
+
+
+def write_clip(path: Path, images: list[Image.Image], fps: int = 2) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"crf": "12", "preset": "ultrafast", "threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = *images[0].size, "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+
+
+# --- the dataset folder ---------------------------------------------------------------------------------------------
+
+
+def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> None:
+    """A dataset in the official schema: cold start, RL, and three held-out sets."""
+    for split, size in sizes.items():
+        rng = random.Random(f"{seed}/{split}")
+        media = folder / split
+        media.mkdir(parents=True)
+        rows = []
+        for i in range(size):
+            if split == "test_pairs":
+                if i % 2 == 0:
+                    pair = make_row(rng, "colour")
+                scene, query = _pair_question(rng, *pair, basic=i % 2 == 0)
+            else:
+                typical = 0.0 if split == "test_prior_breaking" else 0.5
+                scene, query = make_row(rng, KINDS[i % len(KINDS)], typical)
+            rows.append(_write_row(rng, folder, split, i, scene, query))
+        (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
+
+
+def _pair_question(rng: random.Random, scene: Scene, query: dict, basic: bool) -> tuple[Scene, dict]:
+    """VideoHallucer's form: a basic question whose answer is yes, and its hallucinated twin whose answer is no."""
+    thing = next(t for t in scene if t.shape == query["shape"])
+    usual = PRIOR[thing.shape][0]
+    other = usual if usual != thing.colour else rng.choice([c for c in COLOURS if c != thing.colour])
+    return scene, {"kind": "existence", "shape": thing.shape, "colour": thing.colour if basic else other}
+
+
+def _write_row(rng: random.Random, folder: Path, split: str, i: int, scene: Scene, query: dict) -> dict:
+    is_clip = query["kind"] == "motion"
+    path = f"{split}/{i:05d}." + ("mp4" if is_clip else "png")
+    if is_clip:
+        write_clip(folder / path, frames(rng, scene))
+    else:
+        draw(rng, scene).save(folder / path)
+    problem, options = ask(query)
+    row = {
+        "data_type": "video" if is_clip else "image",
+        "problem_type": "multiple choice" if options else "numerical",
+        "problem": problem,
+        "options": options,
+        "path": f"./{path}",
+        "solution": f"<answer>{solve(scene, query).answer}</answer>",
+        "problem_id": f"{split}-{i:05d}",
+        "category": query["kind"],
+    }
+    if split == "cold_start":
+        seen = believe(rng, scene, query) if rng.random() < FLAW else scene
+        row["process"] = reasoning.render(solve(seen, query))
+    if split == "test_pairs":
+        row["pair"] = f"pair-{i // 2:05d}"
+    if split.startswith("test"):
+        row["objects"] = sorted({t.name for t in scene})
+        row["relevant"] = sorted({t.name for t in scene if t.shape == query["shape"]})
+    return row
+
+
+# --- the tiny models ------------------------------------------------------------------------------------------------
+
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+{%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
+{%- else -%}{{ part.text }}{%- endif -%}
+{%- endfor -%}
+{%- endif -%}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}"""
+
+
+def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
+    """Byte-level BPE trained on the world's own text: its words are single tokens, any other text falls to bytes."""
+    rng, texts = random.Random(f"{seed}/text"), []
+    for i in range(1500):
+        scene, query = make_row(rng, KINDS[i % len(KINDS)])
+        problem, options = ask(query)
+        kind = "multiple choice" if options else "numerical"
+        stages = solve(scene, query)
+        texts += [reasoning.prompt(problem, options, kind, four) for four in (True, False)]
+        texts += [describe(scene), stages.prethink, stages.caption, stages.think, stages.answer]
+        texts += [caption_reward.judge_prompt(reasoning.question(problem, options), stages.caption)]
+        texts += ["Describe all shapes.", f"Find and describe each {query['shape']}.", "user\n", "assistant\n"]
+    tokenizer = Qwen2Tokenizer().train_new_from_iterator(
+        texts, 640, new_special_tokens=list(SPECIAL), show_progress=False
+    )
+    tokenizer.add_tokens([f"<{end}{tag}>" for tag in reasoning.FOUR_STAGES for end in ("", "/")])
+    tokenizer.add_tokens([f" {colour} {shape}" for colour in COLOURS for shape in PRIOR])  # one token an object: easier
+    tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def make_policy(tokenizer: Qwen2Tokenizer) -> tuple[Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor]:
+    """The real classes, built small from config: hidden 128, 4 layers, vision depth 2."""
+    token = tokenizer.convert_tokens_to_ids
+    hidden = 128
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=hidden**-0.5,  # at the usual 0.02 a model this narrow sits on a plateau
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [4, 6, 6]},
+            bos_token_id=None,
+            eos_token_id=token("<|im_end|>"),
+            pad_token_id=token("<|endoftext|>"),
+        ),
+        vision_config=dict(
+            depth=2,
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_heads=4,
+            out_hidden_size=hidden,
+            fullatt_block_indexes=[1],
+            initializer_range=hidden**-0.5,
+        ),
+        image_token_id=token("<|image_pad|>"),
+        video_token_id=token("<|video_pad|>"),
+        vision_start_token_id=token("<|vision_start|>"),
+        vision_end_token_id=token("<|vision_end|>"),
+        tie_word_embeddings=False,
+    )
+    size = {"shortest_edge": 4 * 28 * 28, "longest_edge": 401_408}
+    processor = Qwen2_5_VLProcessor(
+        Qwen2VLImageProcessor(size=size),
+        tokenizer,
+        Qwen2VLVideoProcessor(size=size, cap_pixels_per_frame=True),
+        chat_template=CHAT_TEMPLATE,
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.visual.patch_embed.proj.weight, std=0.03)  # 1 / sqrt(fan-in of 1176)
+    model.generation_config.eos_token_id = token("<|im_end|>")
+    model.generation_config.pad_token_id = token("<|endoftext|>")
+    return model, processor
+
+
+def fit(name: str, model: torch.nn.Module, loss_of_batch, steps: int, lr: float, quiet: bool) -> None:
+    """AdamW with warm-up and cosine: all the training that the world's own models need."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 40, steps)
+    bar = tqdm(range(steps), desc=name, unit="step", disable=True if quiet else None)
+    for _ in bar:
+        loss = loss_of_batch()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+
+
+def random_scene(rng: random.Random) -> Scene:
+    """A scene without any prior, for the base model: many objects a picture, or one that moves."""
+    if rng.random() < 0.25:
+        direction = rng.choice(list(DIRECTIONS))
+        row, column = start_cell(rng, direction)
+        return (Thing(rng.choice(list(PRIOR)), rng.choice(list(COLOURS)), row, column, direction),)
+    cells = rng.sample(range(9), rng.randint(2, 6))
+    return tuple(Thing(rng.choice(list(PRIOR)), rng.choice(list(COLOURS)), c // 3, c % 3) for c in cells)
+
+
+def train_vision(model: Qwen2_5_VLForConditionalGeneration, processor, rng: random.Random, quiet: bool) -> None:
+    """Teach the vision tower what is where, one visual token a cell, as a real one knows it before it meets text."""
+    names = [None, *(f"{colour} {shape}" for colour in COLOURS for shape in PRIOR)]
+    tower = model.model.visual
+    probe = torch.nn.Linear(model.config.text_config.hidden_size, len(names) + 9)
+
+    def loss_of_batch() -> torch.Tensor:
+        scenes = [tuple(t for t in random_scene(rng) if not t.direction) for _ in range(32)]
+        pixels = processor.image_processor([draw(rng, scene) for scene in scenes], return_tensors="pt")
+        out = probe(tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output)
+        seen = [{3 * t.row + t.column: names.index(t.name) for t in scene} for scene in scenes]
+        content = torch.tensor([things.get(cell, 0) for things in seen for cell in range(9)])
+        where = torch.arange(9).repeat(len(scenes))
+        loss = torch.nn.functional.cross_entropy
+        return loss(out[:, : len(names)], content) + loss(out[:, len(names) :], where)
+
+    fit("vision tower", torch.nn.ModuleList([tower, probe]), loss_of_batch, 80, 2e-3, quiet)
+
+
+def train_policy(folder: Path, steps: int = 500, seed: int = 0, quiet: bool = False) -> None:
+    """The base policy: to describe, faithfully, everything or what it is asked for."""
+    set_seed(seed)
+    rng = random.Random(f"{seed}/base")
+    model, processor = make_policy(make_tokenizer(seed))
+    train_vision(model, processor, rng, quiet)
+    policy = vlm.VLM(model, processor, 4 * CELL**2, 401_408)
+
+    def loss_of_batch() -> torch.Tensor:
+        chats, texts = [], []
+        for _ in range(32):
+            scene = random_scene(rng)
+            if scene[0].direction:
+                media = {"type": "video", "video": frames(rng, scene), "fps": 2.0}
+            else:
+                media = {"type": "image", "image": draw(rng, scene)}
+            shape = rng.choice([t.shape for t in scene] if rng.random() < 0.8 else list(PRIOR))
+            if rng.random() < 0.15:
+                text, target = "Describe all shapes.", describe(scene)
+            else:
+                text, target = f"Find and describe each {shape}.", f"{locate(scene, shape)}: {describe(scene, shape)}"
+            chats.append([{"role": "user", "content": [media, {"type": "text", "text": text}]}])
+            texts.append(target)
+        ids, mask = policy.encode_responses(texts)
+        return -(policy(policy.encode(chats), ids).logp * mask).sum() / mask.sum()
+
+    fit("base policy", policy, loss_of_batch, steps, 3e-3, quiet)
+    policy.save(folder)
+
+
+def train_judge(folder: Path, steps: int = 220, seed: int = 0, quiet: bool = False) -> None:
+    """The judge: to answer from a true caption; one in ten is empty, and teaches it the question-only floor."""
+    set_seed(seed)
+    rng = random.Random(f"{seed}/judge")
+    tokenizer = make_tokenizer(seed)
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=96**-0.5,
+            rope_parameters={"rope_type": "default", "rope_theta": 100.0},
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+    def loss_of_batch() -> torch.Tensor:
+        chats, answers_ = [], []
+        for _ in range(64):
+            question, caption, answer, _ = judge_case(rng)
+            caption = "" if rng.random() < 0.1 else caption
+            chats.append([{"role": "user", "content": caption_reward.judge_prompt(question, caption)}])
+            answers_.append(answer)
+        text = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
+        text = [f"{a}{b}<|im_end|>" for a, b in zip(text, answers_, strict=True)]
+        batch = tokenizer(text, padding=True, padding_side="left", return_tensors="pt")
+        logits = model(**batch, logits_to_keep=3).logits[:, :-1]  # every answer is one token, then the end
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, -2:].flatten())
+
+    fit("judge", model, loss_of_batch, steps, 3e-3, quiet)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def judge_case(rng: random.Random) -> tuple[str, str, str, str]:
+    """(question, true caption, answer, problem type) of a random row."""
+    scene, query = make_row(rng, rng.choice(KINDS), rng.choice((0.0, 0.5)))
+    problem, options = ask(query)
+    stages = solve(scene, query)
+    kind = "multiple choice" if options else "numerical"
+    return reasoning.question(problem, options), stages.caption, stages.answer, kind
+
+
+def test_judge(folder: Path, cases: int = 500, seed: int = 1) -> dict[str, float]:
+    """Accuracy on held-out true captions and on empty ones, and the question-only floor: the best constant answer."""
+    rng = random.Random(f"{seed}/held out")
+    held_out = [judge_case(rng) for _ in range(cases)]
+    judge = vlm.LocalJudge(str(folder), max_new_tokens=4)
+    right = {}
+    for name, keep in (("true", True), ("empty", False)):
+        replies = judge([caption_reward.judge_prompt(q, c if keep else "") for q, c, _, _ in held_out])
+        verdicts = [answers.is_correct(r, a, k) for r, (_, _, a, k) in zip(replies, held_out, strict=True)]
+        right[name] = sum(verdicts) / cases
+    by_kind: dict[str, list[str]] = {}
+    for question, _, answer, _ in held_out:
+        by_kind.setdefault(question.split()[0], []).append(answer)  # Is, How, What, In, Which
+    right["floor"] = sum(max(map(a.count, set(a))) for a in by_kind.values()) / cases
+    return right
+
+
+# --- all of it ------------------------------------------------------------------------------------------------------
+
+
+def build(folder: Path, quiet: bool = False) -> Path:
+    """Write data, policy and judge under `folder`, each once: a part that is there is whole, because it is written
+    beside and renamed when it is finished."""
+    parts = {"data": write_data, "judge": train_judge, "policy": train_policy}
+    for name, make in parts.items():
+        if (folder / name).exists():
+            continue
+        unfinished = folder / f".{name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        make(unfinished) if name == "data" else make(unfinished, quiet=quiet)
+        if name == "judge":
+            right = test_judge(unfinished)
+            print(
+                f"judge: {right['true']:.1%} right on held-out true captions, {right['empty']:.1%} on empty ones "
+                f"(question-only floor {right['floor']:.1%})"
+            )
+            if right["true"] < 0.97:
+                raise RuntimeError(f"the judge answers only {right['true']:.1%} of true captions; it needs 97 %")
+        unfinished.rename(folder / name)
+    return folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write data/, policy/ and judge/ to")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args()
+    print(f"wrote {build(args.out, args.quiet)}")
+
+
+if __name__ == "__main__":
+    main()

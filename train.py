@@ -1,0 +1,882 @@
+"""The whole method, top to bottom: `main` reads as the paper's Method section.
+
+    accelerate launch train.py                    # the embedded world: minutes on a laptop, nothing to download
+    accelerate launch train.py --data DIR         # your own pictures and clips (data.py has the schema)
+    accelerate launch train.py --method grpo      # the baseline; every mechanism of the paper is a switch
+
+Paper section -> code: Redefine the Reasoning Paradigm -> reasoning.py and `cold_start`; Caption Reward ->
+caption_reward.py; Reward Variance-Guided Sample Selection -> variance_select.py and `select_prompts`; GRPO, Eq. 1 ->
+grpo.py; Conflict-Aware Regularization, Eq. 4 -> ntk_infonce.py. Departures from the paper: DEPARTURES.md.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import shutil
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+from transformers import BatchFeature, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
+
+import answers
+import data
+import eval as evaluation
+import grpo
+import ntk_infonce
+import reasoning
+import report
+import shapes
+import variance_select
+import vlm
+from caption_reward import CaptionReward, EndpointJudge
+
+
+def main(cfg: "Config") -> None:
+    run = Run(cfg)
+    sets = run.open_data()
+    judge = run.open_judge()
+
+    # Redefine the Reasoning Paradigm: a supervised cold start teaches planning, caption, thinking and answer.
+    start = cold_start(sets, cfg, run)
+    evaluate("before", start, sets, judge, cfg, run)
+
+    if cfg.method != "sft":
+        # Reward Variance-Guided Sample Selection: 64 responses a prompt; keep the half whose rewards differ most.
+        prompts = select_prompts(start, sets["train"], judge, cfg, run)
+
+        # Reinforcement learning: GRPO with the Caption Reward, and the conflict regulariser.
+        learner = Learner("rl", start, cfg.rl_steps, cfg.rl_lr, cfg, run)
+        reference = Reference(start, learner.policy, cfg)  # the model after the cold start, frozen
+        for step, batch in learner.batches(prompts, cfg.prompts_per_step):
+            parts = [roll_out(part, learner.policy, reference, cfg) for part in run.parts(batch)]
+            for part in parts:
+                part.rewards, part.replies = reward(part, judge, cfg)  # accuracy, format, caption   [B, G] each
+                part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
+            sequences, tokens = run.count(parts)
+
+            for _ in range(cfg.iterations):
+                answer_tokens = all_answer_tokens(learner.policy, parts, cfg)
+                for i, part in enumerate(parts):
+                    scores = learner.model(part.inputs, part.branches)  # G responses and the reference answer
+                    logp = scores.logp[:, :-1].flatten(0, 1)  # [B * G, T]
+                    part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
+                    weights = grpo.sequence_weights(part.mask, cfg.loss_norm, sequences, tokens, cfg.max_new_tokens)
+                    loss, part.stats = grpo.grpo_loss(  # Eq. 1
+                        logp, part.old_logp, part.adv.flatten(), weights, part.ref_logp, **cfg.grpo_options
+                    )
+                    nce = loss.new_zeros(())
+                    if cfg.nce_weight:  # Eq. 4, f_i = d log pi(reference answer_i | x_i) / d head
+                        answer_tokens[i] = part.answer_tokens(scores)
+                        cosine = ntk_infonce.gradient_cosine(*join(answer_tokens))
+                        nce, part.nce_stats = ntk_infonce.info_nce(cosine, cfg.tau, cfg.nce_temperature)
+                    learner.backward(loss * run.processes + cfg.nce_weight * nce, last=part is parts[-1])
+                    part.record(scores, loss, nce)
+                learner.update()
+            learner.log_rollouts(step, parts)
+        policy = learner.finish()
+        evaluate("after", policy, sets, judge, cfg, run)
+
+    run.finish()
+
+
+# --- configuration --------------------------------------------------------------------------------------------------
+
+
+def option(default: Any, text: str) -> Any:
+    """One field of Config: its default, what it does, and [where the value comes from]."""
+    return dataclasses.field(default=default, metadata={"help": text})
+
+
+MECHANISMS = {  # what --method stands for; each switch can be set by itself
+    "ours": {"four_stage": True, "caption_reward": True, "selection": True, "nce_weight": 0.01},
+    "grpo": {"four_stage": False, "caption_reward": False, "selection": False, "nce_weight": 0.0},
+    "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
+}
+FREE_TO_CHANGE = ("output_dir", "quiet", "tracker", "show_every", "save_every")  # between a run and its resumption
+
+
+@dataclass
+class Config:
+    """Every value of a run, in one flat block. Defaults fit the embedded world; configs/ has presets."""
+
+    method: str = option(
+        "ours",
+        "ours, grpo (think-answer stages, accuracy and format rewards only), or sft (the cold start alone) [paper, Table 1]",
+    )
+    four_stage: bool | None = option(
+        None, "planning, caption, thinking, answer; false: thinking, answer. Default: by --method [paper, Table 2]"
+    )
+    caption_reward: bool | None = option(
+        None, "reward captions from which a text-only judge answers rightly. Default: by --method [paper, Table 2]"
+    )
+    selection: bool | None = option(
+        None, "train on the top half of the prompts by reward variance. Default: by --method [paper, Table 3]"
+    )
+    nce_weight: float | None = option(
+        None, "weight of Eq. 4 in the loss, 0 = off. Default: 0.01 by --method ours [official code; paper silent]"
+    )
+
+    model: str = option("", "Qwen2.5-VL checkpoint, folder or hub id. Empty: the embedded world's tiny policy [choice]")
+    data: str = option(
+        "", "dataset folder or file in the official schema (data.py). Empty: the embedded world [choice]"
+    )
+    judge: str = option(
+        "",
+        "text-only judge: causal LM, folder or hub id, or an OpenAI-compatible http(s) base URL. Empty: the embedded world's [choice]",
+    )
+    judge_model: str = option("", "model name at the judge's URL; its key is read from OPENAI_API_KEY [choice]")
+    world: str = option("shapes-world", "where the embedded world is built, once [choice]")
+    output_dir: str = option("", "run folder. Empty: runs/METHOD-seedSEED [choice]")
+    seed: int = option(0, "of everything: data order, sampling, LoRA initialisation [choice]")
+
+    on_bad_row: str = option(
+        "error", "error: stop before any work and list the bad rows; skip: leave them out [choice]"
+    )
+    min_pixels: int = option(
+        3136, "pictures and frames are enlarged to at least this many pixels [qwen-vl-utils, 4 tokens]"
+    )
+    max_pixels: int = option(401408, "and reduced to at most this many [official code]")
+    fps: float = option(2.0, "frames a second taken from a clip [qwen-vl-utils]")
+    max_frames: int = option(16, "most frames taken from a clip [Video-R1]")
+
+    dtype: str = option("float32", "float32 or bfloat16, of weights and activations [official code: bfloat16]")
+    attention: str = option(
+        "sdpa", "transformers' attention implementation; one that takes a 4-D mask: sdpa or eager [choice]"
+    )
+    lora_rank: int = option(
+        0, "0: full fine-tuning of the language model; else rank of LoRA on its linears [official code: 0]"
+    )
+    train_vision: bool = option(False, "train the vision tower as well [choice]")
+    gradient_checkpointing: bool = option(
+        False, "recompute activations in the backward pass, to save memory [official code: true]"
+    )
+
+    sft_steps: int = option(250, "cold-start updates; 0 skips the stage [choice; official code: 2 epochs]")
+    sft_batch: int = option(32, "rows per cold-start update, over all processes [choice; official code: 8]")
+    sft_lr: float = option(
+        1e-3, "learning rate of the cold start, cosine [choice for a 1.5 M model; official code: 1e-6]"
+    )
+
+    responses: int = option(64, "responses per prompt that are scored for selection [paper]")
+    keep: float = option(0.5, "share of the prompts kept, by reward variance [paper]")
+    select_batch: int = option(16, "prompts scored at a time in each process; memory [choice]")
+
+    rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
+    prompts_per_step: int = option(32, "prompts per update, over all processes [choice; official code: 8]")
+    prompts_per_pass: int = option(
+        0, "prompts per forward and backward pass in each process; memory only, same update; 0: all at once [choice]"
+    )
+    group_size: int = option(8, "G, responses per prompt [official code; paper silent]")
+    max_new_tokens: int = option(64, "longest response [choice; official code: 768]")
+    rl_lr: float = option(
+        2e-4, "learning rate of reinforcement learning, cosine [choice for a 1.5 M model; official code: 1e-6]"
+    )
+    warmup: float = option(0.05, "share of each stage's updates with a rising learning rate [choice; official code: 0]")
+    weight_decay: float = option(0.01, "AdamW weight decay [official code, RL]")
+    max_grad_norm: float = option(1.0, "gradient clipping [choice; official code: 5]")
+    beta: float = option(
+        0.04, "weight of the KL penalty in Eq. 1; 0 needs no reference model [official code; paper silent]"
+    )
+    kl_kind: str = option("k3", "KL estimator: k1, k2, k3 or rho_k3 [official code]")
+    eps_low: float = option(0.2, "clip(rho, 1 - eps_low, 1 + eps_high) in Eq. 1 [GRPO; paper silent]")
+    eps_high: float = option(0.2, "see eps_low [GRPO; paper silent]")
+    loss_norm: str = option("sequence", "sequence (Eq. 1), token (DAPO) or constant (Dr. GRPO) [paper]")
+    iterations: int = option(1, "updates per batch of responses [official code]")
+
+    accuracy_weight: float = option(1.0, "weight of the accuracy reward [official code]")
+    format_weight: float = option(0.1, "weight of the format reward [official code]")
+    caption_weight: float = option(1.0, "weight of the Caption Reward [official code]")
+    tau: float = option(0.54, "cosine threshold of Eq. 4 [paper, Figure 5a]")
+    nce_temperature: float = option(1.0, "temperature of Eq. 4 [paper: none]")
+
+    eval_batch: int = option(64, "rows per evaluation batch in each process [choice]")
+    show_every: int = option(10, "print a sampled response every so many updates; 0: never [choice]")
+    save_every: int = option(20, "checkpoint every so many updates [choice; official code: 100]")
+    tracker: str = option("", "also log to an accelerate tracker: tensorboard or wandb [choice]")
+    quiet: bool = option(False, "only the result: no progress bars, no metrics lines [choice]")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work, before anything is loaded. Resolves what --method leaves open."""
+        choices = {
+            "method": tuple(MECHANISMS),
+            "on_bad_row": ("error", "skip"),
+            "dtype": ("float32", "bfloat16"),
+            "kl_kind": grpo.KL_KINDS,
+            "loss_norm": ("sequence", "token", "constant"),
+            "tracker": ("", "tensorboard", "wandb"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"{name}: {getattr(self, name)!r} is not one of {', '.join(filter(None, allowed))}")
+        for name, value in MECHANISMS[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        positive = "responses group_size prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every"
+        for name in positive.split():
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
+        for name in ("responses", "group_size"):
+            if getattr(self, name) < 2:
+                raise ConfigError(f"{name}: a group of one has no variance and no advantage; give at least 2")
+        if not 0 < self.keep <= 1:
+            raise ConfigError(f"keep: must lie in (0, 1], got {self.keep}")
+        if not -1 <= self.tau <= 1:
+            raise ConfigError(f"tau: is a cosine and must lie in [-1, 1], got {self.tau}")
+        if self.caption_reward and not self.four_stage:
+            raise ConfigError("caption_reward: there is no caption without four_stage; set --caption_reward false")
+        if self.judge.startswith("http") and not self.judge_model:
+            raise ConfigError("judge_model: name the model that the judge's URL serves")
+        self.output_dir = self.output_dir or f"runs/{self.method}-seed{self.seed}"
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        weights = {"accuracy": self.accuracy_weight, "format": self.format_weight}
+        return weights | ({"caption": self.caption_weight} if self.caption_reward else {})
+
+    @property
+    def grpo_options(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("beta", "eps_low", "eps_high", "kl_kind")}
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, in one line."""
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> Config. `--config file.yaml` may come anywhere; options on the command line win over it."""
+    parser = HfArgumentParser(Config, description=__doc__, prog="train.py", allow_abbrev=False)
+    parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it")
+    names = {f.name for f in dataclasses.fields(Config)}
+    if "--config" in argv:
+        at = argv.index("--config")
+        path, argv = argv[at + 1 : at + 2], argv[:at] + argv[at + 2 :]
+        try:
+            values = yaml.safe_load(Path(*path).read_text()) or {}
+        except (OSError, TypeError, yaml.YAMLError) as error:
+            parser.error(f"--config: cannot read {''.join(path) or 'a file (none given)'}: {error}")
+        if unknown := sorted(set(values) - names):
+            parser.error(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
+        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
+    values = vars(parser.parse_args(argv))
+    return Config(**{name: values[name] for name in names})
+
+
+# --- the stages -----------------------------------------------------------------------------------------------------
+
+
+def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> str:
+    """Supervised fine-tuning on reference responses, on the response's tokens only. Returns the model's folder.
+
+    Without rows that have a reference response (`process`), or with --sft_steps 0, RL starts from --model as it is.
+    """
+    rows = [s for s in sets.get("cold_start", sets["train"]) if s.process]
+    if not rows or not cfg.sft_steps:
+        run.say("cold start: skipped" + ("" if rows else " (no row has a reference response in `process`)"))
+        return run.model
+    learner = Learner("sft", run.model, cfg.sft_steps, cfg.sft_lr, cfg, run)
+    for step, batch in learner.batches(rows, cfg.sft_batch):
+        inputs = learner.policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
+        ids, mask = learner.policy.encode_responses([reference_response(s, cfg.four_stage) for s in batch])
+        tokens = run.total(mask.sum())
+        loss = -(learner.model(inputs, ids).logp * mask).sum() / tokens
+        learner.backward(loss * run.processes)
+        learner.update()
+        learner.log(step, {"loss": (loss.item() * run.processes, 1)})
+    return learner.finish()
+
+
+def reference_response(sample: data.Sample, four_stage: bool) -> str:
+    """The row's reference, with only the stages that are asked for."""
+    if four_stage:
+        return sample.process
+    stages = reasoning.parse(sample.process)
+    return reasoning.render(dataclasses.replace(stages, prethink=None, caption=None))
+
+
+def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward | None, cfg: Config, run: "Run"):
+    """Score every prompt by its responses' rewards and keep the top share by variance.
+
+    select/scores.jsonl gets one line a prompt as it is scored, so an interrupted stage goes on where it was.
+    """
+    if not cfg.selection:
+        return samples
+    chosen = run.folder / "select" / "selected.json"
+    if not chosen.exists():
+        scores_file = run.folder / "select" / "scores.jsonl"
+        scores = read_jsonl(scores_file)
+        waiting = [s for s in samples if s.id not in {line["id"] for line in scores}]
+        size = cfg.select_batch * run.processes
+        policy = run.load(start, trainable=False) if waiting else None
+        bar = run.bar(len(samples), "select", "prompt", len(scores))
+        for i in range(0, len(waiting), size):
+            run.reseed("select", waiting[i].id)
+            mine, lines = run.mine(waiting[i : i + size]), []
+            if mine:
+                part = roll_out(mine, policy, None, cfg, n=cfg.responses)
+                rewards, _ = reward(part, judge, cfg)
+                lines = score_lines(mine, rewards, cfg)
+            lines = run.gather(lines)
+            run.append(scores_file, lines)
+            scores += lines
+            bar.update(len(lines))
+        bar.close()
+        ids = [line["id"] for line in scores]
+        kept = variance_select.select_top_variance(ids, torch.tensor([line["variance"] for line in scores]), cfg.keep)
+        if not kept:
+            raise DataProblem(
+                f"selection: all {cfg.responses} responses of every prompt earn the same reward, so RL has nothing to "
+                "learn from. Train the cold start longer, or give harder or easier prompts"
+            )
+        run.write(chosen, {"kept": kept, "of": len(ids), "tied": sum(line["variance"] == 0 for line in scores)})
+    kept = set(json.loads(chosen.read_text())["kept"])
+    run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
+    return [s for s in samples if s.id in kept]
+
+
+def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
+    """One line of select/scores.jsonl per prompt: statistics of the total reward, its class, every reward."""
+    stats = variance_select.reward_statistics(grpo.total_reward(rewards, cfg.reward_weights))
+    best = sum(cfg.reward_weights.values())
+    return [
+        {
+            "id": sample.id,
+            "mean": round(stats.mean[i].item(), 6),
+            "variance": round(stats.variance[i].item(), 6),
+            "class": variance_select.classify(stats.mean[i].item(), stats.variance[i].item(), best),
+            **{name: [None if r != r else r for r in table[i].tolist()] for name, table in rewards.items()},
+        }
+        for i, sample in enumerate(samples)
+    ]
+
+
+@dataclass
+class Rollouts:
+    """B prompts of one pass with their G sampled responses, and what training adds to them.
+
+    branches [B, G + 1, T]: the responses' ids and, as the last branch, the reference answer's, right-padded;
+    mask [B * G, T] and answer_mask [B, T] of their tokens; old_logp, ref_logp [B * G, T].
+    """
+
+    samples: list[data.Sample]
+    inputs: BatchFeature
+    text: list[list[str]]
+    ended: Tensor
+    branches: Tensor
+    mask: Tensor
+    answer_mask: Tensor
+    ref_logp: Tensor | None = None
+    old_logp: Tensor | None = None
+    rewards: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    replies: list[list[str | None]] = dataclasses.field(default_factory=list)
+    adv: Tensor | None = None
+    stats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    nce_stats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    numbers: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+
+    def answer_tokens(self, scores: vlm.TokenScores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden, logits, targets and prompt index of the reference answers' tokens, flat, for Eq. 4."""
+        where = self.answer_mask
+        segment = torch.arange(len(where), device=where.device)[:, None].expand_as(where)
+        return scores.hidden[:, -1][where], scores.logits[:, -1][where], self.branches[:, -1][where], segment[where]
+
+    def record(self, scores: vlm.TokenScores, loss: Tensor, nce: Tensor) -> None:
+        """Sums and counts of this pass for the metrics; plain numbers, so that no graph is kept."""
+        mask, prompts = self.mask, len(self.samples)
+        tokens = mask.sum().item()
+        total = grpo.total_reward(self.rewards, {name: 1.0 for name in self.rewards})
+        numbers = {
+            "entropy": ((scores.entropy[:, :-1].flatten(0, 1) * mask).sum().item(), tokens),
+            "clipped": ((self.stats["clipped"] * mask).sum().item(), tokens),
+            "length": (tokens, mask.shape[0]),
+            "truncated": ((~self.ended).sum().item(), mask.shape[0]),
+            "tied": ((total.amax(1) - total.amin(1) < 1e-6).sum().item(), prompts),
+            "loss": (loss.item(), 0),  # already a global mean: a sum over parts and ranks
+        }
+        if self.stats["kl"] is not None:
+            numbers["kl"] = ((self.stats["kl"] * mask).sum().item(), tokens)
+        for name, table in self.rewards.items():
+            known = ~table.isnan()
+            numbers[f"reward/{name}"] = (table[known].sum().item(), known.sum().item())
+        unknown = sum(table.isnan().sum().item() for table in self.rewards.values())
+        numbers["unknown"] = (unknown, mask.shape[0])
+        if self.nce_stats:
+            numbers["nce"] = (nce.item(), 1)
+            numbers |= {f"nce/{name}": (value.item(), 1) for name, value in self.nce_stats.items()}
+        self.numbers = numbers
+
+
+def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | None", cfg: Config, n: int = 0):
+    """Sample n (default G) responses to each prompt, at T = 1, and lay the reference answer beside them."""
+    inputs = policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
+    rolls = policy.generate(inputs, n or cfg.group_size, cfg.max_new_tokens)
+    answer_ids, answer_mask = policy.encode_responses([f"<answer>{s.answer}</answer>" for s in batch])
+    length = max(rolls.ids.shape[-1], answer_ids.shape[-1])
+    ids, mask, answer_ids, answer_mask = (
+        torch.nn.functional.pad(x, (0, length - x.shape[-1])) for x in (rolls.ids, rolls.mask, answer_ids, answer_mask)
+    )
+    part = Rollouts(
+        samples=batch,
+        inputs=inputs,
+        text=rolls.text,
+        ended=rolls.ended,
+        branches=torch.cat([ids, answer_ids], 1),
+        mask=mask.flatten(0, 1),
+        answer_mask=answer_mask[:, 0],
+    )
+    part.ref_logp = reference.logp(inputs, ids) if reference else None
+    return part
+
+
+def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[dict[str, Tensor], list]:
+    """accuracy, format and caption reward of every response, by name [B, G] each, and the judge's replies."""
+    stages = [[reasoning.parse(text) for text in row] for row in part.text]
+    flat = [(s, t, p) for s, row, ps in zip(part.samples, part.text, stages, strict=True) for t, p in zip(row, ps)]
+    shape = (len(part.text), -1)
+    correct = [answers.is_correct(answers.extract(p.answer, t), s.answer, s.problem_type) for s, t, p in flat]
+    formed = [reasoning.format_reward(t, cfg.four_stage) for _, t, _ in flat]
+    rewards = {"accuracy": torch.tensor(correct).float().view(shape), "format": torch.tensor(formed).view(shape)}
+    replies = [None] * len(flat)
+    if cfg.caption_reward:
+        verdicts = judge([(s.question, p.caption, s.answer, s.problem_type) for s, _, p in flat])
+        rewards["caption"] = torch.tensor([verdict for verdict, _ in verdicts]).view(shape)
+        replies = [reply for _, reply in verdicts]
+    n = len(part.text[0])
+    return {k: v.to(part.mask.device) for k, v in rewards.items()}, [
+        replies[i : i + n] for i in range(0, len(replies), n)
+    ]
+
+
+def all_answer_tokens(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list:
+    """The tokens of Eq. 4 of every pass of this update, without gradient; main replaces the live pass's by its own.
+
+    Eq. 4 compares all prompts of the batch, also when memory splits it into passes: each pass then carries the
+    gradient of the whole loss with respect to its own prompts, and the passes add up to the exact gradient.
+    """
+    if not cfg.nce_weight or len(parts) == 1:
+        return [None] * len(parts)
+    with torch.no_grad():
+        return [part.answer_tokens(policy(part.inputs, part.branches[:, -1:])) for part in parts]
+
+
+def join(passes: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
+    """The tokens of several passes as one: their prompt indices run on."""
+    offset, segments = 0, []
+    for *_, segment in passes:
+        segments.append(segment + offset)
+        offset += int(segment.max()) + 1
+    hidden, logits, targets = (torch.cat([tokens[k] for tokens in passes]) for k in range(3))
+    return hidden, logits, targets, torch.cat(segments), offset
+
+
+def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg: Config, run: "Run") -> None:
+    """Greedy responses on every held-out set -> eval/NAME.json, and a few pictures for the report."""
+    file = run.folder / "eval" / f"{name}.json"
+    held_out = {k: v for k, v in sets.items() if k.startswith("test")}
+    if file.exists() or not held_out:
+        if not held_out:
+            run.say("evaluation: skipped (the data have no test*.json)")
+        return
+    policy, result = run.load(model, trainable=False), {}
+    bar = run.bar(sum(map(len, held_out.values())), f"evaluate {name}", "row")
+    for split, samples in held_out.items():
+        pairs = []
+        for i in range(0, len(samples), cfg.eval_batch * run.processes):
+            mine = run.mine(samples[i : i + cfg.eval_batch * run.processes])
+            texts = evaluation.respond(policy, mine, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
+            pairs += run.gather(list(zip((s.id for s in mine), texts, strict=True)))
+            bar.update(len(mine) * run.processes)
+        texts = dict(pairs)
+        result[split] = evaluation.score(samples, [texts[s.id] for s in samples], cfg.four_stage, judge)
+    bar.close()
+    if run.is_main:
+        evaluation.save_gallery(run.folder / "eval" / "gallery", held_out, cfg.fps, cfg.max_frames)
+    run.write(file, result)
+    for split, scores in result.items():
+        run.say(f"{name:>6} | {split}: {evaluation.one_line(scores)}")
+
+
+# --- learning -------------------------------------------------------------------------------------------------------
+
+
+class Learner:
+    """A policy under training in one stage: optimiser, schedule, checkpoints, metrics. Resumes by itself."""
+
+    def __init__(self, stage: str, model: str, steps: int, lr: float, cfg: Config, run: "Run"):
+        self.stage, self.steps, self.cfg, self.run = stage, steps, cfg, run
+        self.folder = run.folder / stage
+        self.result = self.folder / "policy"
+        self.finished = self.result.exists()
+        self.start = 0
+        if self.finished:
+            return
+        run.reseed(stage, "initialisation")
+        self.policy = run.load(model, trainable=True)
+        trainable = [p for p in self.policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
+        self.model, self.optimizer, self.schedule = run.accelerator.prepare(self.policy, optimizer, schedule)
+        if checkpoint := self._last_checkpoint():
+            run.accelerator.load_state(str(checkpoint))
+            self.start = int(checkpoint.name.split("-")[1])
+            run.say(f"{stage}: resumed after update {self.start}")
+        run.forget_after(self.folder / "metrics.jsonl", self.start)
+        run.forget_after(self.folder / "rollouts.jsonl", self.start)
+
+    def batches(self, samples: list[data.Sample], size: int) -> Iterator[tuple[int, list[data.Sample]]]:
+        """(update number from 1, this process's share of its batch). Which rows, and the random numbers drawn while
+        the batch is worked on, depend on the seed and the number only: that makes resuming exact."""
+        if self.finished:
+            return
+        run = self.run
+        size = min(size, len(samples)) // run.processes * run.processes
+        if not size:
+            raise DataProblem(f"{self.stage}: {len(samples)} rows are too few for {run.processes} processes")
+        self.bar = run.bar(self.steps, self.stage, "step", self.start)
+        for step in range(self.start + 1, self.steps + 1):
+            where = range((step - 1) * size, step * size)
+            batch = [samples[run.order(self.stage, i // len(samples), len(samples))[i % len(samples)]] for i in where]
+            run.reseed(self.stage, step)
+            yield step, run.mine(batch)
+            self.bar.update()
+            if step % self.cfg.save_every == 0 and step < self.steps:
+                self._save_checkpoint(step)
+
+    def backward(self, loss: Tensor, last: bool = True) -> None:
+        """Add to the gradients. DDP averages over processes, hence the factor `run.processes` on sums."""
+        accelerator = self.run.accelerator
+        with nullcontext() if last else accelerator.no_sync(self.model):
+            accelerator.backward(loss)
+
+    def update(self) -> None:
+        norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
+        self.gradient_norm, self.rate = float(norm), self.schedule.get_last_lr()[0]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+
+    def log(self, step: int, numbers: dict[str, tuple[float, float]]) -> None:
+        """(sum, count) by name -> means over all processes; one line in metrics.jsonl and, for people, on screen."""
+        metrics = {"step": step, **self.run.average(numbers), "grad_norm": self.gradient_norm, "lr": self.rate}
+        self.run.append(self.folder / "metrics.jsonl", [metrics])
+        self.run.track(self.stage, metrics, step)
+        self.run.line(self.bar, f"{self.stage} {step:>4}/{self.steps}  {readable(metrics)}")
+
+    def log_rollouts(self, step: int, parts: list[Rollouts]) -> None:
+        numbers: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for part in parts:
+            for name, (value, count) in part.numbers.items():
+                numbers[name][0] += value
+                numbers[name][1] += count
+        self.log(step, {name: (value, count) for name, (value, count) in numbers.items()})
+        lines = [
+            {
+                "step": step,
+                "id": sample.id,
+                "text": part.text[i],
+                **{name: [None if r != r else r for r in table[i].tolist()] for name, table in part.rewards.items()},
+                "judge": part.replies[i],
+            }
+            for part in parts
+            for i, sample in enumerate(part.samples)
+        ]
+        self.run.append(self.folder / "rollouts.jsonl", self.run.gather(lines))
+        if self.cfg.show_every and step % self.cfg.show_every == 0:
+            sample, text = parts[0].samples[0], parts[0].text[0][0]
+            self.run.line(self.bar, f"  {sample.problem} [{sample.answer}]\n  {text}")
+
+    def finish(self) -> str:
+        """Write the trained policy, whole or not at all, and drop the checkpoints. Returns its folder."""
+        if not self.finished:
+            self.bar.close()
+            self.run.write_folder(self.result, lambda folder: self.run.unwrap(self.model).save(folder))
+            for checkpoint in self.folder.glob("checkpoint-*"):
+                self.run.remove(checkpoint)
+        return str(self.result)
+
+    def _save_checkpoint(self, step: int) -> None:
+        older = list(self.folder.glob("checkpoint-*"))
+        self.run.write_folder(self.folder / f"checkpoint-{step}", self.run.accelerator.save_state, by_all=True)
+        for checkpoint in older:
+            self.run.remove(checkpoint)
+
+    def _last_checkpoint(self) -> Path | None:
+        found = [(int(p.name.split("-")[1]), p) for p in self.folder.glob("checkpoint-*") if p.suffix == ""]
+        return max(found)[1] if found else None
+
+
+class Reference:
+    """pi_ref of the KL: the model after the cold start. With LoRA it is the policy without its adapter, otherwise a
+    frozen copy; with beta = 0 it is not loaded at all."""
+
+    def __init__(self, start: str, policy: vlm.VLM, cfg: Config):
+        self.policy, self.needed, self.frozen = policy, cfg.beta > 0, None
+        if self.needed and not cfg.lora_rank:
+            self.frozen = vlm.load(start, **load_options(cfg), trainable=False).to(policy.device)
+
+    @torch.no_grad()
+    def logp(self, inputs: BatchFeature, ids: Tensor) -> Tensor | None:
+        """[B, P], [B, G, T] -> [B * G, T]"""
+        if not self.needed:
+            return None
+        if self.frozen is not None:
+            return self.frozen(inputs, ids).logp.flatten(0, 1)
+        with self.policy.base():
+            return self.policy(inputs, ids).logp.flatten(0, 1)
+
+
+def load_options(cfg: Config) -> dict[str, Any]:
+    names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
+    return {name: getattr(cfg, name) for name in names.split()}
+
+
+def readable(metrics: dict[str, float]) -> str:
+    """One line of metrics that a person can read."""
+    shown = {
+        "reward/accuracy": "accuracy {:.2f}",
+        "reward/format": "format {:.2f}",
+        "reward/caption": "caption {:.2f}",
+        "loss": "loss {:+.4f}",
+        "kl": "kl {:.4f}",
+        "entropy": "entropy {:.3f}",
+        "length": "length {:.0f}",
+        "tied": "tied {:.0%}",
+        "nce/cosine_mean": "cosine {:.2f}",
+        "nce/active": "anchors {:.0f}",
+        "grad_norm": "gradient {:.2f}",
+    }
+    return "  ".join(form.format(metrics[name]) for name, form in shown.items() if name in metrics)
+
+
+# --- processes, files, screen: everything else that is not the method -----------------------------------------------
+
+
+class DataProblem(ValueError):
+    """The data cannot be trained on, in one line."""
+
+
+class Run:
+    """One run: its folder, its processes and its screen. The only place that knows about ranks."""
+
+    def __init__(self, cfg: Config):
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self.accelerator = Accelerator(
+            log_with=cfg.tracker or None,
+            project_dir=cfg.output_dir,
+            step_scheduler_with_optimizer=False,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+        )
+        self.cfg, self.processes = cfg, self.accelerator.num_processes
+        if self.accelerator.device.type == "cpu":  # accelerate launch gives each process one thread
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.processes))
+        self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
+        for name in ("prompts_per_step", "sft_batch"):
+            if getattr(cfg, name) % self.processes:
+                raise ConfigError(f"{name}: {getattr(cfg, name)} does not split over {self.processes} processes")
+        self._claim_folder()
+        if cfg.tracker:
+            self.accelerator.init_trackers("ground-what-you-see", config=dataclasses.asdict(cfg))
+        self._orders: dict[tuple, list[int]] = {}
+        self.began = time.time()
+        self.say(f"{cfg.method} on {self.processes} process(es), {self.accelerator.device}; run folder {self.folder}")
+
+    def _claim_folder(self) -> None:
+        """Start or go on in the run folder; refuse one that was made with another configuration."""
+        file, now = self.folder / "config.yaml", dataclasses.asdict(self.cfg)
+        if file.exists():
+            then = yaml.safe_load(file.read_text())
+            differ = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
+            if differ:
+                changes = "; ".join(f"{k}: {then.get(k)!r} there, {now[k]!r} now" for k in differ)
+                raise ConfigError(
+                    f"output_dir: {self.folder} belongs to a run with another configuration ({changes}). "
+                    "Give another --output_dir, or the same options to go on, or delete the folder to start again"
+                )
+        elif self.folder.exists() and any(self.folder.iterdir()):
+            raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder. Give another --output_dir")
+        self.accelerator.wait_for_everyone()
+        self.write(file, now)
+
+    # what the run works on
+    def open_data(self) -> dict[str, list[data.Sample]]:
+        """Check every row and every file before any model is loaded; then build the embedded world where needed."""
+        cfg = self.cfg
+        given = data.load(cfg.data, cfg.on_bad_row) if cfg.data else None
+        if not (cfg.data and cfg.model and (cfg.judge or not cfg.caption_reward)):
+            if self.is_main:
+                shapes.build(Path(cfg.world), cfg.quiet)
+            self.accelerator.wait_for_everyone()
+        self.model = cfg.model or str(Path(cfg.world) / "policy")
+        sets = given or data.load(Path(cfg.world) / "data")
+        if "train" not in sets:
+            raise DataProblem(f"data: {cfg.data} has no train.json to learn from")
+        self.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
+        return sets
+
+    def open_judge(self) -> CaptionReward | None:
+        cfg = self.cfg
+        if not cfg.caption_reward:
+            return None
+        if cfg.judge.startswith("http"):
+            return CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model))
+        return CaptionReward(vlm.LocalJudge(cfg.judge or str(Path(cfg.world) / "judge"), self.accelerator.device))
+
+    def load(self, model: str, trainable: bool) -> vlm.VLM:
+        return vlm.load(model, **load_options(self.cfg), trainable=trainable).to(self.accelerator.device)
+
+    def unwrap(self, model) -> vlm.VLM:
+        return self.accelerator.unwrap_model(model)
+
+    def parts(self, batch: list[data.Sample]) -> list[list[data.Sample]]:
+        size = self.cfg.prompts_per_pass or len(batch)
+        return [batch[i : i + size] for i in range(0, len(batch), size)]
+
+    # randomness
+    def reseed(self, *where) -> None:
+        """Every random number follows from (seed, stage, step, rank): nothing to store, and resuming is exact."""
+        set_seed(random.Random(f"{self.cfg.seed}/{where}/{self.accelerator.process_index}").randrange(2**31))
+
+    def order(self, stage: str, epoch: int, n: int) -> list[int]:
+        """The rows' order in an epoch, the same on every process."""
+        key = (stage, epoch, n)
+        if key not in self._orders:
+            self._orders[key] = random.Random(f"{self.cfg.seed}/{key}").sample(range(n), n)
+        return self._orders[key]
+
+    # processes
+    def mine(self, items: list) -> list:
+        return items[self.accelerator.process_index :: self.processes]
+
+    def gather(self, items: list) -> list:
+        return gather_object(items) if self.processes > 1 else items
+
+    def total(self, value: Tensor) -> Tensor:
+        return self.accelerator.reduce(value.float(), "sum")
+
+    def count(self, parts: list[Rollouts]) -> tuple[float, float]:
+        """Responses and response tokens of the global batch: the denominators of the loss."""
+        here = torch.stack(
+            [sum(len(p.mask) for p in parts) + 0 * parts[0].mask.sum(), sum(p.mask.sum() for p in parts)]
+        )
+        sequences, tokens = self.total(here).tolist()
+        return sequences, tokens
+
+    def average(self, numbers: dict[str, tuple[float, float]]) -> dict[str, float]:
+        """Sums and counts by name -> sum / count over all processes; count 0 means that the sum is the value."""
+        names = sorted(numbers)
+        table = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
+        table = self.accelerator.reduce(table.to(self.accelerator.device), "sum").tolist()
+        return {name: value / count if count else value for name, (value, count) in zip(names, table, strict=True)}
+
+    # files: written beside and renamed, so that what is there is whole
+    def write(self, file: Path, value: Any) -> None:
+        if self.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(value, sort_keys=False) if file.suffix == ".yaml" else json.dumps(value, indent=1)
+            beside = file.with_name(f".{file.name}.unfinished")
+            beside.write_text(text)
+            os.replace(beside, file)
+        self.accelerator.wait_for_everyone()
+
+    def write_folder(self, folder: Path, save, by_all: bool = False) -> None:
+        beside = folder.with_name(f".{folder.name}.unfinished")
+        if self.is_main:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        if by_all or self.is_main:
+            save(str(beside))
+        self.accelerator.wait_for_everyone()
+        if self.is_main:
+            os.replace(beside, folder)
+        self.accelerator.wait_for_everyone()
+
+    def remove(self, folder: Path) -> None:
+        if self.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def append(self, file: Path, lines: list[dict]) -> None:
+        if self.is_main:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("a", encoding="utf-8") as out:
+                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+    def forget_after(self, file: Path, step: int) -> None:
+        """Drop the lines of updates that a resumed stage will do again."""
+        if self.is_main and file.exists():
+            kept = [line for line in read_jsonl(file) if line["step"] <= step]
+            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+
+    # screen
+    def say(self, text: str) -> None:
+        if self.is_main and not self.cfg.quiet:
+            tqdm.write(text)
+
+    def bar(self, total: int, name: str, unit: str, done: int = 0) -> tqdm:
+        hidden = True if self.cfg.quiet or not self.is_main else None  # None: shown on a terminal only
+        return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
+
+    def line(self, bar: tqdm, text: str) -> None:
+        if self.is_main and not self.cfg.quiet:
+            bar.write(text)
+
+    def track(self, stage: str, metrics: dict[str, float], step: int) -> None:
+        if self.cfg.tracker:
+            self.accelerator.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
+
+    def finish(self) -> None:
+        """The report, the table, and where everything is."""
+        if self.is_main:
+            page = report.write(self.folder)
+            print(report.table(self.folder))
+            print(f"{time.time() - self.began:.0f} s. Run folder: {self.folder}   Report: {page}")
+        self.accelerator.end_training()
+
+
+def read_jsonl(file: Path) -> list[dict]:
+    """The whole lines of a file that grows; a last line cut off by a crash is dropped, from the file as well."""
+    if not file.exists():
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    if len(whole) < len(lines):
+        file.write_text("".join(whole), encoding="utf-8")
+    return [json.loads(line) for line in whole]
+
+
+def cli() -> None:
+    """Entry point: one clear line for what is wrong with the input, and for Ctrl-C."""
+    try:
+        main(parse_config(sys.argv[1:]))
+    except (ConfigError, DataProblem, data.DataError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted. The same command goes on from the last checkpoint")
+    except OSError as error:
+        if error.errno != 28:  # no space left on device
+            raise
+        sys.exit(
+            f"error: the disk is full ({error}). Free some space; the same command goes on from the last checkpoint"
+        )
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,66 @@
+"""Reward Variance-Guided Sample Selection: 64 responses per prompt, keep the half whose rewards disagree most.
+
+GRPO learns from differences inside a group: a prompt whose responses all earn the same teaches nothing (advantage
+exactly 0). The paper scores each prompt by the variance of its rewards over 64 responses and keeps the top 50 %.
+Unstated there, settled here [choice]: the population is every RL prompt, prompts without any variance are dropped
+first, ties go to the smaller id, and the three classes are cut at the two constants below.
+
+Shapes: P prompts, R responses. Rewards are [P, R], NaN = unknown (a judge that failed), never 0.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LOW_VARIANCE = 0.25  # of the largest possible variance; the paper names the classes but no thresholds [choice]
+HIGH_MEAN = 0.5  # of the largest possible reward [choice]
+
+
+@dataclass(frozen=True)
+class RewardStatistics:
+    """Per prompt over its known responses: mean [P], unbiased variance [P], number known [P]."""
+
+    mean: Tensor
+    variance: Tensor
+    count: Tensor
+
+
+def reward_statistics(rewards: Tensor) -> RewardStatistics:
+    """mean(r) and unbiased Var(r) of each row, NaN left out.   [P, R] -> three [P]
+
+    A row with no known reward has mean NaN; with fewer than two, variance 0: nothing to learn from.
+    """
+    if rewards.ndim != 2:
+        raise ValueError(f"rewards must be [prompts, responses], got shape {tuple(rewards.shape)}")
+    known = ~rewards.isnan()
+    count = known.sum(1)
+    mean = rewards.nanmean(1)
+    squares = torch.where(known, rewards - mean[:, None], 0.0).square().sum(1)
+    variance = squares / (count - 1).clamp_min(1)
+    tied = torch.where(known, rewards - mean[:, None], 0.0).abs().amax(1) < 1e-6  # round-off is not variance
+    return RewardStatistics(mean, variance.masked_fill(tied | (count < 2), 0.0), count)
+
+
+def classify(mean: float, variance: float, best: float) -> str:
+    """'easy' (high mean, low variance), 'hard' (low mean, low variance) or 'medium' (high variance).
+
+    best: the largest reward a response can earn; rewards lie in [0, best], so a variance is at most best^2 / 4.
+    """
+    if variance > LOW_VARIANCE * best**2 / 4:
+        return "medium"
+    return "easy" if mean >= HIGH_MEAN * best else "hard"
+
+
+def select_top_variance(ids: list[str], variance: Tensor, keep: float = 0.5) -> list[str]:
+    """The ids of the top `keep` share by variance, in descending order.   P ids, [P] -> at most ceil(keep * P) ids
+
+    Zero-variance prompts are dropped first, so fewer may come back. Independent of the order of the rows.
+    """
+    if len(ids) != len(variance):
+        raise ValueError(f"{len(ids)} ids but {len(variance)} variances")
+    if not 0.0 < keep <= 1.0:
+        raise ValueError(f"keep must lie in (0, 1], got {keep}")
+    ranked = sorted((-v, i) for v, i in zip(variance.tolist(), ids, strict=True) if v > 0)
+    return [i for _, i in ranked[: math.ceil(keep * len(ids))]]
