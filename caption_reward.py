@@ -61,7 +61,8 @@ class CaptionReward:
 class EndpointJudge:
     """A judge behind any OpenAI-compatible API (extra `judge`). Greedy; the key comes from OPENAI_API_KEY only.
 
-    The client retries with back-off; a call that still fails, or is late, is None.
+    The client retries with back-off; a call that fails every time is None. `timeout` seconds bound each silence of the
+    server, not the whole call.
     """
 
     def __init__(self, base_url: str, model: str, concurrency: int = 16, timeout: float = 60.0, max_tokens: int = 64):
@@ -85,6 +86,7 @@ class EndpointJudge:
                 seed=0,
                 max_tokens=self.max_tokens,
             )
-        except OpenAIError:
+            text = reply.choices[0].message.content
+        except (OpenAIError, ValueError, LookupError, AttributeError, TypeError):  # or an answer that is no completion
             return None
-        return reply.choices[0].message.content if reply.choices else None
+        return text if isinstance(text, str) else None

@@ -41,9 +41,22 @@ def respond(policy: vlm.VLM, samples: list[data.Sample], four_stage=True, max_ne
     return [row[0] for row in policy.generate(inputs, 1, max_new_tokens, sample=False).text]
 
 
-def score(samples: list[data.Sample], texts: list[str], four_stage: bool = True, judge: CaptionReward | None = None):
-    """{"metrics": ..., "rows": ...} of one set. Rows keep what was said, so that nothing is scored silently."""
-    vocabulary = sorted({name for s in samples for name in s.objects or ()}, key=len, reverse=True)
+def vocabulary(sets: dict[str, list[data.Sample]]) -> list[str]:
+    """Every object that the rows of any set list: the names that a caption can hallucinate.
+
+    Over all sets, because what a set never shows is just what a model should not see in it.
+    """
+    return sorted({name for samples in sets.values() for s in samples for name in s.objects or ()})
+
+
+def score(
+    samples: list[data.Sample],
+    texts: list[str],
+    names: list[str],
+    four_stage: bool = True,
+    judge: CaptionReward | None = None,
+) -> dict:
+    """{"metrics": ..., "rows": ...} of one set; `names` from `vocabulary`. Rows keep all that was said."""
     rows = []
     for sample, text in zip(samples, texts, strict=True):
         stages = reasoning.parse(text)
@@ -52,6 +65,7 @@ def score(samples: list[data.Sample], texts: list[str], four_stage: bool = True,
             "id": sample.id,
             "category": sample.category,
             "problem": sample.problem,
+            "options": list(sample.options),
             "solution": sample.answer,
             "text": text,
             "answer": answer,
@@ -59,7 +73,7 @@ def score(samples: list[data.Sample], texts: list[str], four_stage: bool = True,
             "format": reasoning.format_reward(text, four_stage) == 1.0,
         }
         if sample.objects is not None and four_stage:
-            named = mentioned(stages.caption or "", vocabulary)
+            named = mentioned(stages.caption or "", names)
             row["hallucinated"] = sorted(set(named) - set(sample.objects))
             row["captioned"] = len(named)
             wanted = sample.relevant if sample.relevant is not None else sample.objects
@@ -121,10 +135,10 @@ def pope(samples: list[data.Sample], rows: list[dict]) -> dict | None:
     }
 
 
-def mentioned(caption: str, vocabulary: list[str]) -> list[str]:
+def mentioned(caption: str, names: list[str]) -> list[str]:
     """The objects that a caption names, each once; a longer name hides a shorter one inside it."""
     found, rest = [], caption.lower()
-    for name in vocabulary:
+    for name in sorted(names, key=len, reverse=True):
         rest, count = re.subn(rf"\b{re.escape(name.lower())}\b", " ", rest)
         if count:
             found.append(name)
@@ -140,7 +154,7 @@ def rate_of(right: int, n: int, z: float = 1.96) -> dict[str, float]:
     share = right / n
     centre, half = share + z * z / (2 * n), z * ((share * (1 - share) + z * z / (4 * n)) / n) ** 0.5
     scale = 1 + z * z / n
-    return {"value": share, "low": (centre - half) / scale, "high": (centre + half) / scale, "n": n}
+    return {"value": share, "low": max(0.0, (centre - half) / scale), "high": min(1.0, (centre + half) / scale), "n": n}
 
 
 def one_line(scored: dict) -> str:
@@ -192,18 +206,18 @@ def main() -> None:
         sys.exit(f"error: {error}")
     model, settings = checkpoint_of(args.model)
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
-    names = ("dtype", "attention", "min_pixels", "max_pixels")
-    policy = vlm.load(str(model), trainable=False, **{n: settings[n] for n in names if n in settings})
+    options = ("dtype", "attention", "min_pixels", "max_pixels")
+    policy = vlm.load(str(model), trainable=False, **{name: settings[name] for name in options if name in settings})
     four_stage = settings.get("four_stage", True) and not args.two_stage
     length, video = args.max_new_tokens or settings.get("max_new_tokens", 768), {}
     video = {"fps": settings.get("fps", 2.0), "max_frames": settings.get("max_frames", 16)}
     judge = CaptionReward(vlm.LocalJudge(args.judge)) if args.judge else None
-    result = {}
+    names, result = vocabulary(sets), {}
     for split, samples in sets.items():
         texts = []
         for i in tqdm(range(0, len(samples), args.batch), desc=split, unit="batch"):
             texts += respond(policy, samples[i : i + args.batch], four_stage, length, **video)
-        result[split] = score(samples, texts, four_stage, judge)
+        result[split] = score(samples, texts, names, four_stage, judge)
         print(f"{split}: {one_line(result[split])}")
         for name, value in result[split]["metrics"]["by category"].items():
             print(f"  {name:<16} {value['value']:6.1%}  [{value['low']:.1%}, {value['high']:.1%}]  n {value['n']}")

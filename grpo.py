@@ -106,12 +106,15 @@ def grpo_loss(
     sum to 0 in each group, while its gradient is not: a loss of 0 does not mean that nothing is learned.
     Also returns per-token statistics [N, T]: kl (None at beta = 0) and clipped, 1 where the gradient was cut off.
     """
-    surrogate = clipped_surrogate(logp, old_logp, adv, eps_low, eps_high)
-    per_token, kl = -surrogate, None
-    if beta and ref_logp is not None:
-        kl = kl_penalty(logp, ref_logp, kl_kind)
+    if beta and ref_logp is None:
+        raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
+    # padding may hold anything, even NaN: cleared before the arithmetic, or its gradient would be 0 * NaN
+    logp, old_logp = (torch.where(weights > 0, x, 0.0) for x in (logp, old_logp))
+    per_token, kl = -clipped_surrogate(logp, old_logp, adv, eps_low, eps_high), None
+    if beta:
+        kl = kl_penalty(logp, torch.where(weights > 0, ref_logp, 0.0), kl_kind)
         per_token = per_token + beta * kl
-    loss = torch.where(weights > 0, per_token, 0.0).mul(weights).sum()  # padding may hold anything, even NaN
+    loss = (per_token * weights).sum()
     rho, sign = (logp - old_logp).detach().exp(), adv[:, None].sign()
     clipped = ((sign > 0) & (rho > 1 + eps_high)) | ((sign < 0) & (rho < 1 - eps_low))
     return loss, {"kl": None if kl is None else kl.detach(), "clipped": clipped.float()}

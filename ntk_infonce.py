@@ -5,11 +5,11 @@ It is never formed: for the head, grad_W log pi = sum_t r_t h_t^T with r_t = e_{
 
     <f_i, f_j> = sum_{t in i, s in j} <r_t, r_s> <h_t, h_s>
 
-is a product of two small Gram matrices, exact, and differentiable by ordinary first-order autograd.
+is a product of two small Gram matrices, exact, and differentiable by ordinary first-order autograd (D-50).
 
 What Eq. 4 does and does not do (theory, each with a test): it only redistributes similarity within a row; where all
 pairs lie on one side of tau it is exactly 0, so tau is a boundary and not a target; and for y_i sampled on-policy
-E f_i = 0, which leaves it inert. Hence the default y_i is the reference answer, teacher-forced.
+E f_i = 0, which leaves it inert. Hence y_i is the reference answer, teacher-forced (D-51).
 
 Shapes: n samples, N valid tokens of all samples laid flat, V vocabulary, d hidden size.
 """
@@ -38,7 +38,7 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
     """Eq. 4:  L = -mean_i log [ sum_{j in P(i)} exp(s_ij / T) / sum_{k != i} exp(s_ik / T) ].   [n, n] -> scalar
 
     P(i) = {j != i : s_ij <= tau}, the dissimilar ones, are the positives; membership carries no gradient. Anchors
-    with no positive or no negative are left out of the mean and counted (with no anchor left, the loss is 0).
+    with no positive or no negative are left out of the mean and counted (D-57); with no anchor left, the loss is 0.
     Statistics: active anchors, share of pairs at or below tau (positive), mean and sd of the off-diagonal cosines.
     """
     n = len(cosine)

@@ -45,14 +45,14 @@ def prompt(problem: str, options: list[str] | tuple[str, ...], problem_type: str
     `four_stage=False` gives the think-then-answer prompt of plain GRPO.
     """
     stages = [
-        "In <prethink> </prethink> name the regions that the question is about.",
-        "In <caption> </caption> describe those regions concisely.",
-        "In <think> </think> reason from that description.",
+        "Locate what the question is about in <prethink></prethink>",
+        "describe only that, concisely, in <caption></caption>",
+        "reason from the description in <think></think>",
     ]
     if not four_stage:
-        stages = ["In <think> </think> reason about what you see."]
-    form = f"In <answer> </answer> give {ANSWER_FORM[problem_type]}."
-    return "\n".join([question(problem, options), " ".join([*stages, form])])
+        stages = ["Reason about what you see in <think></think>"]
+    stages.append(f"and give {ANSWER_FORM[problem_type]} in <answer></answer>.")
+    return "\n".join([question(problem, options), ", ".join(stages)])
 
 
 def parse(text: str) -> Stages:

@@ -99,7 +99,7 @@ class Run:
         return cls(
             name=folder.resolve().name,
             folder=folder,
-            config=_read(folder / "config.yaml", {}),
+            config=_read(folder / "config.yaml", {}) or {},
             sft=_read(folder / "sft" / "metrics.jsonl", []),
             rl=_read(folder / "rl" / "metrics.jsonl", []),
             scores=_read(folder / "select" / "scores.jsonl", []),
@@ -408,7 +408,7 @@ def comparison(lines: list[Line]) -> str:
     for line in lines:
         if line.split != split:
             split = line.split
-            body.append(f"<tr class=set><th colspan=6 scope=colgroup>{escape(split)}</th></tr>")
+            body.append(f"<tr class=set><th>{escape(split)}</th><td colspan=5></td></tr>")
         n = (line.after or line.before)["n"]
         cells = "".join(
             f"<td>{text.replace('[', '<small>[').replace(']', ']</small>')}</td>"
@@ -421,7 +421,8 @@ def comparison(lines: list[Line]) -> str:
         )
     heads = "".join(f"<th scope=col>{head}</th>" for head in ("", "n", "Before RL, %", "After RL, %", "Points", ""))
     return (
-        f"<div class=wide tabindex=0 role=region aria-label='before and after'><table><thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
+        "<div class=wide tabindex=0 role=region aria-label='before and after'><table>"  # focus lets keys scroll it
+        f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         "<p class=soft>In brackets: 95 % intervals, Wilson's for a share; for a difference, each question is compared "
         "with itself. Even if nothing had changed, about one line in twenty would be called better or worse.</p>"
     )
@@ -441,10 +442,11 @@ def gallery(run: Run) -> str:
         pictured.sort(key=lambda case: (case[0]["right"] == case[1]["right"], case[0]["text"] == case[1]["text"]))
         if pictured:
             counts = f"{turned.count((False, True))} turned right and {turned.count((True, False))} turned wrong"
+            note = f"<p class=soft>Of all {len(cases)} rows, {counts}.</p>" if len(sides) > 1 else ""
             shown = "".join(
                 example(run, {side: sides[side][a["id"]] for side in sides}) for a, _ in pictured[:PICTURES]
             )
-            parts.append(f"<h3>{escape(split)}</h3><p class=soft>Of all {len(cases)} rows, {counts}.</p>{shown}")
+            parts.append(f"<h3>{escape(split)}</h3>{note}{shown}")
     rule = (
         "<p>Not picked by hand. Of the first rows of each held-out set, whose pictures the run keeps, you see up to "
         f"{PICTURES}: first those whose answer turned right or wrong, then those whose response changed, then others, "
@@ -518,7 +520,7 @@ def write(folder: Path) -> Path:
     }
     page = PAGE.format(
         title=escape(f"Run {run.name}, method {run.config.get('method', 'unknown')}"),
-        summary=escape(summary(run, lines)),
+        summary=re.sub(r"(Better|Worse|No clear change) after RL:", r"<b>\g<0></b>", escape(summary(run, lines))),
         body="".join(f"<h2>{title}</h2>{text}" for title, text in sections.items()),
         css=CSS,
     )
@@ -552,7 +554,8 @@ h3 { margin: 1.5rem 0 0; } h4 { margin: 0 0 .4rem; } .soft { color: var(--soft);
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: left; border-bottom: 1px solid var(--line); font-weight: normal; }
 thead th, .set th { font-weight: 600; } .set th { padding-top: 1rem; } .minor { color: var(--soft); font-size: .9rem; }
-.minor th { padding-left: 1rem; } tbody th { position: sticky; left: 0; background: var(--bg); }
+.minor th { padding-left: 1rem; }
+th:first-child { position: sticky; left: 0; background: var(--bg); }
 .figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1.5rem; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; } figure svg text { font-family: inherit !important; }
 figcaption { font-size: .875rem; color: var(--soft); } figcaption b { color: var(--ink); }
@@ -565,7 +568,8 @@ dt { color: var(--soft); font-size: .875rem; line-height: 1.7; } section small {
 mark { background: var(--mark); color: inherit; text-decoration: underline wavy var(--bad); }
 .terms dt { font-family: ui-monospace, monospace; }
 @media (max-width: 40rem) { article, .terms { grid-template-columns: 1fr; } .question { grid-column: auto; }
-  article > div:first-child { grid-row: auto; } .terms dd { margin-bottom: .5rem; } }
+  th:first-child { min-width: 7.5rem; white-space: normal; } article > div:first-child { grid-row: auto; }
+  .terms dd { margin-bottom: .5rem; } }
 """
 
 

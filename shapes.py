@@ -7,7 +7,7 @@ policy is a Qwen2_5_VLForConditionalGeneration and the judge a Qwen2ForCausalLM,
 Hugging Face format. Whatever trains or evaluates on them knows only files on disk.
 
 Like the real thing, the world has a *prior*: every shape has a typical colour, row, direction and companion, and
-half of the objects follow it. The base policy describes pictures faithfully. The cold-start data then teach the four
+many objects follow it. The base policy describes pictures faithfully. The cold-start data then teach the four
 stages and, in FLAW of the rows, a bad habit: the reference follows the prior instead of the picture (typical
 attributes, an object too many because its companion is there). That is the hallucination for RL to undo.
 """
@@ -37,6 +37,7 @@ from transformers import (
     get_cosine_schedule_with_warmup,
     set_seed,
 )
+from transformers.utils import logging as transformers_logging
 
 import answers
 import caption_reward
@@ -59,8 +60,9 @@ PRIOR = {
 KINDS = ("existence", "count", "colour", "row", "motion")
 CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
 GROUND = (122, 116, 104)  # about the mean that the image processor subtracts: shapes stand out from zero
-FLAW = 0.6  # share of cold-start rows that follow the prior
-SIZES = {"cold_start": 2400, "train": 400, "test": 400, "test_prior_breaking": 300, "test_pairs": 300}
+TYPICAL = 0.4  # share of objects that are as their shape usually is
+FLAW = 0.55  # share of cold-start rows that follow the prior
+SIZES = {"cold_start": 2400, "train": 320, "test": 400, "test_prior_breaking": 300, "test_pairs": 300}
 
 
 @dataclass(frozen=True)
@@ -109,19 +111,18 @@ def start_cell(rng: random.Random, direction: str) -> tuple[int, int]:
     return 1 - dr if dr else rng.randrange(3), 1 - dc if dc else rng.randrange(3)
 
 
-def make_row(rng: random.Random, kind: str, typical: float = 0.5) -> tuple[Scene, dict]:
+def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[Scene, dict]:
     """A scene and a question about it. typical=0 gives the prior-breaking set: nothing is as it usually is."""
     shape = rng.choice(list(PRIOR))
     companion = PRIOR[shape][3]
     scene: Scene = ()
-    asked = None
     if kind == "motion":
         usual = PRIOR[shape][2]
         direction = usual if rng.random() < typical else rng.choice([d for d in DIRECTIONS if d != usual])
         r, c = start_cell(rng, direction)
         scene = (Thing(shape, pick_colour(rng, shape, typical), r, c, direction),)
     else:
-        count = {"existence": rng.random() < 0.7, "count": rng.randint(1, 3)}.get(kind, 1)
+        count = {"existence": rng.random() < 0.5, "count": rng.randint(1, 3)}.get(kind, 1)
         for _ in range(int(count)):
             scene = place(rng, scene, shape, typical)
         if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.6):
@@ -129,16 +130,8 @@ def make_row(rng: random.Random, kind: str, typical: float = 0.5) -> tuple[Scene
         others = [s for s in PRIOR if s not in (shape, companion)]
         for _ in range(rng.randint(1, 2)):
             scene = place(rng, scene, rng.choice(others), typical)
-    if kind == "existence":
-        present = [t.colour for t in scene if t.shape == shape]
-        if present and rng.random() < 0.7:
-            asked = present[0]
-        else:
-            wrong = [c for c in COLOURS if c not in present]
-            usual = PRIOR[shape][0]
-            asked = usual if usual in wrong and (typical == 0 or rng.random() < 0.5) else rng.choice(wrong)
     scene = tuple(rng.sample(scene, len(scene)))
-    return scene, {"kind": kind, "shape": shape, "colour": asked}
+    return scene, {"kind": kind, "shape": shape}
 
 
 def plural(shape: str) -> str:
@@ -149,7 +142,7 @@ def ask(query: dict) -> tuple[str, list[str]]:
     """The question and its options."""
     shape, listed = query["shape"], lambda names: [f"{'ABCD'[i]}. {n}" for i, n in enumerate(names)]
     return {
-        "existence": (f"Is there a {query['colour']} {shape} in the picture?", listed(["yes", "no"])),
+        "existence": (f"Is there a {shape} in the picture?", listed(["yes", "no"])),
         "count": (f"How many {plural(shape)} are in the picture?", []),
         "colour": (f"What colour is the {shape}?", listed(COLOURS)),
         "row": (f"In which row is the {shape}?", listed(ROWS)),
@@ -163,7 +156,7 @@ def believe(rng: random.Random, scene: Scene, query: dict) -> Scene:
     colour, row, direction, companion = PRIOR[shape]
     seen = []
     for thing in scene:
-        if thing.shape == shape and kind in ("existence", "colour"):
+        if thing.shape == shape and kind == "colour":
             thing = replace(thing, colour=colour)
         elif thing.shape == shape and kind == "row":
             thing = replace(thing, row=ROWS.index(row))
@@ -182,12 +175,11 @@ def solve(scene: Scene, query: dict) -> reasoning.Stages:
     found = sorted((t for t in scene if t.shape == shape), key=lambda t: (t.row, t.column))
     first = found[0] if found else None
     if kind == "existence":
-        there = any(t.colour == query["colour"] for t in found)
-        thought, answer = f"{'a' if there else 'no'} {query['colour']} {shape} is there", "AB"[not there]
+        thought, answer = (f"a {shape} is there", "A") if found else (f"no {shape} is there", "B")
     elif kind == "count":
-        thought, answer = f"{len(found)} {plural(shape)}", str(len(found))
+        thought, answer = f"{len(found)} in all", str(len(found))
     elif kind == "colour":
-        thought, answer = f"the {shape} is {first.colour}", "ABCD"[list(COLOURS).index(first.colour)]
+        thought, answer = f"it is a {first.name}", "ABCD"[list(COLOURS).index(first.colour)]
     elif kind == "row":
         thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "ABC"[first.row]
     else:
@@ -274,23 +266,16 @@ def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> No
         media.mkdir(parents=True)
         rows = []
         for i in range(size):
-            if split == "test_pairs":
+            if split == "test_pairs":  # VideoHallucer's form: what is there, and its companion, which is not
                 if i % 2 == 0:
-                    pair = make_row(rng, "colour")
-                scene, query = _pair_question(rng, *pair, basic=i % 2 == 0)
+                    scene, query = make_row(rng, "colour", TYPICAL)
+                shape = query["shape"] if i % 2 == 0 else PRIOR[query["shape"]][3]
+                query = {"kind": "existence", "shape": shape}
             else:
-                typical = 0.0 if split == "test_prior_breaking" else 0.5
+                typical = 0.0 if split == "test_prior_breaking" else TYPICAL
                 scene, query = make_row(rng, KINDS[i % len(KINDS)], typical)
             rows.append(_write_row(rng, folder, split, i, scene, query))
         (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
-
-
-def _pair_question(rng: random.Random, scene: Scene, query: dict, basic: bool) -> tuple[Scene, dict]:
-    """VideoHallucer's form: a basic question whose answer is yes, and its hallucinated twin whose answer is no."""
-    thing = next(t for t in scene if t.shape == query["shape"])
-    usual = PRIOR[thing.shape][0]
-    other = usual if usual != thing.colour else rng.choice([c for c in COLOURS if c != thing.colour])
-    return scene, {"kind": "existence", "shape": thing.shape, "colour": thing.colour if basic else other}
 
 
 def _write_row(rng: random.Random, folder: Path, split: str, i: int, scene: Scene, query: dict) -> dict:
@@ -493,7 +478,7 @@ def train_policy(folder: Path, steps: int = 500, seed: int = 0, quiet: bool = Fa
     policy.save(folder)
 
 
-def train_judge(folder: Path, steps: int = 220, seed: int = 0, quiet: bool = False) -> None:
+def train_judge(folder: Path, steps: int = 320, seed: int = 0, quiet: bool = False) -> None:
     """The judge: to answer from a true caption; one in ten is empty, and teaches it the question-only floor."""
     set_seed(seed)
     rng = random.Random(f"{seed}/judge")
@@ -575,10 +560,11 @@ def build(folder: Path, quiet: bool = False) -> Path:
         make(unfinished) if name == "data" else make(unfinished, quiet=quiet)
         if name == "judge":
             right = test_judge(unfinished)
-            print(
-                f"judge: {right['true']:.1%} right on held-out true captions, {right['empty']:.1%} on empty ones "
-                f"(question-only floor {right['floor']:.1%})"
-            )
+            if not quiet:
+                print(
+                    f"judge: {right['true']:.1%} right on held-out true captions, {right['empty']:.1%} on empty ones "
+                    f"(question-only floor {right['floor']:.1%})"
+                )
             if right["true"] < 0.97:
                 raise RuntimeError(f"the judge answers only {right['true']:.1%} of true captions; it needs 97 %")
         unfinished.rename(folder / name)
@@ -590,6 +576,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder to write data/, policy/ and judge/ to")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
     print(f"wrote {build(args.out, args.quiet)}")
 
 

@@ -61,7 +61,7 @@ def main(cfg: "Config") -> None:
 
         # Reinforcement learning: GRPO with the Caption Reward, and the conflict regulariser.
         learner = Learner("rl", start, cfg.rl_steps, cfg.rl_lr, cfg, run)
-        reference = Reference(start, learner.policy, cfg)  # the model after the cold start, frozen
+        reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
             parts = [roll_out(part, learner.policy, reference, cfg) for part in run.parts(batch)]
             for part in parts:
@@ -81,8 +81,8 @@ def main(cfg: "Config") -> None:
                     )
                     nce = loss.new_zeros(())
                     if cfg.nce_weight:  # Eq. 4, f_i = d log pi(reference answer_i | x_i) / d head
-                        answer_tokens[i] = part.answer_tokens(scores)
-                        cosine = ntk_infonce.gradient_cosine(*join(answer_tokens))
+                        everyone = [*answer_tokens[:i], part.answer_tokens(scores), *answer_tokens[i + 1 :]]
+                        cosine = ntk_infonce.gradient_cosine(*join(everyone))
                         nce, part.nce_stats = ntk_infonce.info_nce(cosine, cfg.tau, cfg.nce_temperature)
                     learner.backward(loss * run.processes + cfg.nce_weight * nce, last=part is parts[-1])
                     part.record(scores, loss, nce)
@@ -116,28 +116,35 @@ class Config:
 
     method: str = option(
         "ours",
-        "ours, grpo (think-answer stages, accuracy and format rewards only), or sft (the cold start alone) [paper, Table 1]",
+        "ours, grpo (think-answer stages, accuracy and format rewards only, D-43), or sft (the cold start "
+        "alone) [paper, Table 1]",
     )
     four_stage: bool | None = option(
-        None, "planning, caption, thinking, answer; false: thinking, answer. Default: by --method [paper, Table 2]"
+        None,
+        "planning, caption, thinking, answer; false: thinking, answer. Default: by --method [paper, Table 2]",
     )
     caption_reward: bool | None = option(
-        None, "reward captions from which a text-only judge answers rightly. Default: by --method [paper, Table 2]"
+        None,
+        "reward captions from which a text-only judge answers rightly. Default: by --method [paper, Table 2]",
     )
     selection: bool | None = option(
-        None, "train on the top half of the prompts by reward variance. Default: by --method [paper, Table 3]"
+        None,
+        "train on the top half of the prompts by reward variance. Default: by --method [paper, Table 3]",
     )
     nce_weight: float | None = option(
-        None, "weight of Eq. 4 in the loss, 0 = off. Default: 0.01 by --method ours [official code; paper silent]"
+        None,
+        "weight of Eq. 4 in the loss, 0 = off. Default: 0.01 by --method ours [official code; paper silent]",
     )
 
     model: str = option("", "Qwen2.5-VL checkpoint, folder or hub id. Empty: the embedded world's tiny policy [choice]")
     data: str = option(
-        "", "dataset folder or file in the official schema (data.py). Empty: the embedded world [choice]"
+        "",
+        "dataset folder or file in the official schema (data.py). Empty: the embedded world [choice]",
     )
     judge: str = option(
         "",
-        "text-only judge: causal LM, folder or hub id, or an OpenAI-compatible http(s) base URL. Empty: the embedded world's [choice]",
+        "text-only judge: causal LM, folder or hub id, or an OpenAI-compatible http(s) base URL. Empty: the "
+        "embedded world's [choice]",
     )
     judge_model: str = option("", "model name at the judge's URL; its key is read from OPENAI_API_KEY [choice]")
     world: str = option("shapes-world", "where the embedded world is built, once [choice]")
@@ -145,10 +152,12 @@ class Config:
     seed: int = option(0, "of everything: data order, sampling, LoRA initialisation [choice]")
 
     on_bad_row: str = option(
-        "error", "error: stop before any work and list the bad rows; skip: leave them out [choice]"
+        "error",
+        "error: stop before any work and list the bad rows; skip: leave them out [choice]",
     )
     min_pixels: int = option(
-        3136, "pictures and frames are enlarged to at least this many pixels [qwen-vl-utils, 4 tokens]"
+        3136,
+        "pictures and frames are enlarged to at least this many pixels [qwen-vl-utils, 4 tokens]",
     )
     max_pixels: int = option(401408, "and reduced to at most this many [official code]")
     fps: float = option(2.0, "frames a second taken from a clip [qwen-vl-utils]")
@@ -156,20 +165,24 @@ class Config:
 
     dtype: str = option("float32", "float32 or bfloat16, of weights and activations [official code: bfloat16]")
     attention: str = option(
-        "sdpa", "transformers' attention implementation; one that takes a 4-D mask: sdpa or eager [choice]"
+        "sdpa",
+        "transformers' attention implementation; one that takes a 4-D mask: sdpa or eager [choice]",
     )
     lora_rank: int = option(
-        0, "0: full fine-tuning of the language model; else rank of LoRA on its linears [official code: 0]"
+        0,
+        "0: full fine-tuning of the language model; else rank of LoRA on its linears [official code: 0]",
     )
     train_vision: bool = option(False, "train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(
-        False, "recompute activations in the backward pass, to save memory [official code: true]"
+        False,
+        "recompute activations in the backward pass, to save memory [official code: true]",
     )
 
     sft_steps: int = option(250, "cold-start updates; 0 skips the stage [choice; official code: 2 epochs]")
     sft_batch: int = option(32, "rows per cold-start update, over all processes [choice; official code: 8]")
     sft_lr: float = option(
-        1e-3, "learning rate of the cold start, cosine [choice for a 1.5 M model; official code: 1e-6]"
+        2e-3,
+        "learning rate of the cold start, cosine [choice for a 1.5 M model; official code: 1e-6]",
     )
 
     responses: int = option(64, "responses per prompt that are scored for selection [paper]")
@@ -179,30 +192,33 @@ class Config:
     rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
     prompts_per_step: int = option(32, "prompts per update, over all processes [choice; official code: 8]")
     prompts_per_pass: int = option(
-        0, "prompts per forward and backward pass in each process; memory only, same update; 0: all at once [choice]"
+        0,
+        "prompts per forward and backward pass in each process; memory only, same update; 0: all at once [choice]",
     )
     group_size: int = option(8, "G, responses per prompt [official code; paper silent]")
-    max_new_tokens: int = option(64, "longest response [choice; official code: 768]")
+    max_new_tokens: int = option(40, "longest response [choice; official code: 768]")
     rl_lr: float = option(
-        2e-4, "learning rate of reinforcement learning, cosine [choice for a 1.5 M model; official code: 1e-6]"
+        2e-4,
+        "learning rate of reinforcement learning, cosine [choice for a 1.5 M model; official code: 1e-6]",
     )
     warmup: float = option(0.05, "share of each stage's updates with a rising learning rate [choice; official code: 0]")
     weight_decay: float = option(0.01, "AdamW weight decay [official code, RL]")
     max_grad_norm: float = option(1.0, "gradient clipping [choice; official code: 5]")
     beta: float = option(
-        0.04, "weight of the KL penalty in Eq. 1; 0 needs no reference model [official code; paper silent]"
+        0.04,
+        "weight of the KL penalty in Eq. 1; 0 needs no reference model [official code; paper silent]",
     )
     kl_kind: str = option("k3", "KL estimator: k1, k2, k3 or rho_k3 [official code]")
     eps_low: float = option(0.2, "clip(rho, 1 - eps_low, 1 + eps_high) in Eq. 1 [GRPO; paper silent]")
     eps_high: float = option(0.2, "see eps_low [GRPO; paper silent]")
     loss_norm: str = option("sequence", "sequence (Eq. 1), token (DAPO) or constant (Dr. GRPO) [paper]")
-    iterations: int = option(1, "updates per batch of responses [official code]")
+    iterations: int = option(1, "updates per batch of responses; above 1 the clip of Eq. 1 acts (D-3) [official code]")
 
     accuracy_weight: float = option(1.0, "weight of the accuracy reward [official code]")
     format_weight: float = option(0.1, "weight of the format reward [official code]")
     caption_weight: float = option(1.0, "weight of the Caption Reward [official code]")
-    tau: float = option(0.54, "cosine threshold of Eq. 4 [paper, Figure 5a]")
-    nce_temperature: float = option(1.0, "temperature of Eq. 4 [paper: none]")
+    tau: float = option(0.54, "cosine threshold of Eq. 4 (D-54) [paper, Figure 5a]")
+    nce_temperature: float = option(1.0, "temperature of Eq. 4 (D-53) [paper: none]")
 
     eval_batch: int = option(64, "rows per evaluation batch in each process [choice]")
     show_every: int = option(10, "print a sampled response every so many updates; 0: never [choice]")
@@ -226,7 +242,7 @@ class Config:
         for name, value in MECHANISMS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        positive = "responses group_size prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every"
+        positive = "prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every"
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -259,7 +275,8 @@ class ConfigError(ValueError):
 
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. `--config file.yaml` may come anywhere; options on the command line win over it."""
-    parser = HfArgumentParser(Config, description=__doc__, prog="train.py", allow_abbrev=False)
+    about = "Ground What You See: cold start, selection, GRPO with caption reward and InfoNCE, evaluation, report."
+    parser = HfArgumentParser(Config, description=about, prog="train.py", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it")
     names = {f.name for f in dataclasses.fields(Config)}
     if "--config" in argv:
@@ -296,7 +313,7 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
         loss = -(learner.model(inputs, ids).logp * mask).sum() / tokens
         learner.backward(loss * run.processes)
         learner.update()
-        learner.log(step, {"loss": (loss.item() * run.processes, 1)})
+        learner.log(step, {"loss": (loss.item(), 0)}, show=step % 10 == 0)
     return learner.finish()
 
 
@@ -309,7 +326,7 @@ def reference_response(sample: data.Sample, four_stage: bool) -> str:
 
 
 def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward | None, cfg: Config, run: "Run"):
-    """Score every prompt by its responses' rewards and keep the top share by variance.
+    """Score every prompt by its responses' rewards and keep the top share by variance (D-40).
 
     select/scores.jsonl gets one line a prompt as it is scored, so an interrupted stage goes on where it was.
     """
@@ -462,7 +479,7 @@ def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[di
 
 
 def all_answer_tokens(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list:
-    """The tokens of Eq. 4 of every pass of this update, without gradient; main replaces the live pass's by its own.
+    """The tokens of Eq. 4 of every pass of this update, without gradient; `main` puts the live pass's in place.
 
     Eq. 4 compares all prompts of the batch, also when memory splits it into passes: each pass then carries the
     gradient of the whole loss with respect to its own prompts, and the passes add up to the exact gradient.
@@ -491,7 +508,7 @@ def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg
         if not held_out:
             run.say("evaluation: skipped (the data have no test*.json)")
         return
-    policy, result = run.load(model, trainable=False), {}
+    policy, names, result = run.load(model, trainable=False), evaluation.vocabulary(held_out), {}
     bar = run.bar(sum(map(len, held_out.values())), f"evaluate {name}", "row")
     for split, samples in held_out.items():
         pairs = []
@@ -501,7 +518,7 @@ def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg
             pairs += run.gather(list(zip((s.id for s in mine), texts, strict=True)))
             bar.update(len(mine) * run.processes)
         texts = dict(pairs)
-        result[split] = evaluation.score(samples, [texts[s.id] for s in samples], cfg.four_stage, judge)
+        result[split] = evaluation.score(samples, [texts[s.id] for s in samples], names, cfg.four_stage, judge)
     bar.close()
     if run.is_main:
         evaluation.save_gallery(run.folder / "eval" / "gallery", held_out, cfg.fps, cfg.max_frames)
@@ -569,12 +586,13 @@ class Learner:
         self.schedule.step()
         self.optimizer.zero_grad()
 
-    def log(self, step: int, numbers: dict[str, tuple[float, float]]) -> None:
-        """(sum, count) by name -> means over all processes; one line in metrics.jsonl and, for people, on screen."""
+    def log(self, step: int, numbers: dict[str, tuple[float, float]], show: bool = True) -> None:
+        """(sum, count) by name -> means over all processes; one line in metrics.jsonl, one on screen."""
         metrics = {"step": step, **self.run.average(numbers), "grad_norm": self.gradient_norm, "lr": self.rate}
         self.run.append(self.folder / "metrics.jsonl", [metrics])
         self.run.track(self.stage, metrics, step)
-        self.run.line(self.bar, f"{self.stage} {step:>4}/{self.steps}  {readable(metrics)}")
+        if show:
+            self.run.line(self.bar, f"{self.stage} {step:>4}/{self.steps}  {readable(metrics)}")
 
     def log_rollouts(self, step: int, parts: list[Rollouts]) -> None:
         numbers: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -606,6 +624,7 @@ class Learner:
             self.run.write_folder(self.result, lambda folder: self.run.unwrap(self.model).save(folder))
             for checkpoint in self.folder.glob("checkpoint-*"):
                 self.run.remove(checkpoint)
+            self.run.accelerator.free_memory()  # or the next stage's checkpoints would hold this stage's model too
         return str(self.result)
 
     def _save_checkpoint(self, step: int) -> None:
@@ -623,10 +642,10 @@ class Reference:
     """pi_ref of the KL: the model after the cold start. With LoRA it is the policy without its adapter, otherwise a
     frozen copy; with beta = 0 it is not loaded at all."""
 
-    def __init__(self, start: str, policy: vlm.VLM, cfg: Config):
-        self.policy, self.needed, self.frozen = policy, cfg.beta > 0, None
+    def __init__(self, start: str, learner: Learner, cfg: Config):
+        self.learner, self.needed, self.frozen = learner, cfg.beta > 0 and not learner.finished, None
         if self.needed and not cfg.lora_rank:
-            self.frozen = vlm.load(start, **load_options(cfg), trainable=False).to(policy.device)
+            self.frozen = learner.run.load(start, trainable=False)
 
     @torch.no_grad()
     def logp(self, inputs: BatchFeature, ids: Tensor) -> Tensor | None:
@@ -635,8 +654,9 @@ class Reference:
             return None
         if self.frozen is not None:
             return self.frozen(inputs, ids).logp.flatten(0, 1)
-        with self.policy.base():
-            return self.policy(inputs, ids).logp.flatten(0, 1)
+        policy = self.learner.policy
+        with policy.base():
+            return policy(inputs, ids).logp.flatten(0, 1)
 
 
 def load_options(cfg: Config) -> dict[str, Any]:
@@ -855,10 +875,9 @@ def read_jsonl(file: Path) -> list[dict]:
     """The whole lines of a file that grows; a last line cut off by a crash is dropped, from the file as well."""
     if not file.exists():
         return []
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n")]
-    if len(whole) < len(lines):
-        file.write_text("".join(whole), encoding="utf-8")
+    *whole, rest = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a response may hold U+2028
+    if rest:
+        file.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
     return [json.loads(line) for line in whole]
 
 

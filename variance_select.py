@@ -34,6 +34,7 @@ def reward_statistics(rewards: Tensor) -> RewardStatistics:
     """
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [prompts, responses], got shape {tuple(rewards.shape)}")
+    rewards = rewards.sort(1).values  # so that the order of the responses cannot move a tie by round-off
     known = ~rewards.isnan()
     count = known.sum(1)
     mean = rewards.nanmean(1)
@@ -46,7 +47,7 @@ def reward_statistics(rewards: Tensor) -> RewardStatistics:
 def classify(mean: float, variance: float, best: float) -> str:
     """'easy' (high mean, low variance), 'hard' (low mean, low variance) or 'medium' (high variance).
 
-    best: the largest reward a response can earn; rewards lie in [0, best], so a variance is at most best^2 / 4.
+    best: the largest reward a response can earn; in [0, best] a population variance is at most best^2 / 4.
     """
     if variance > LOW_VARIANCE * best**2 / 4:
         return "medium"
@@ -63,4 +64,4 @@ def select_top_variance(ids: list[str], variance: Tensor, keep: float = 0.5) -> 
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep must lie in (0, 1], got {keep}")
     ranked = sorted((-v, i) for v, i in zip(variance.tolist(), ids, strict=True) if v > 0)
-    return [i for _, i in ranked[: math.ceil(keep * len(ids))]]
+    return [i for _, i in ranked[: math.ceil(keep * len(ids) - 1e-9)]]

@@ -103,7 +103,7 @@ class VLM(nn.Module):
 
     @torch.no_grad()
     def generate(self, inputs: BatchFeature, n: int, max_new_tokens: int, sample: bool = True) -> Completions:
-        """n completions per prompt, at T = 1 from the whole distribution, or greedy.
+        """n completions per prompt, at T = 1 from the whole distribution (D-8), or greedy.
 
         The prompt, and with it the vision tower, runs once; its key-value cache is then repeated n times.
         """

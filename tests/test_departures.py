@@ -1,0 +1,24 @@
+"""DEPARTURES.md and the code name the same departures."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+NOT_A_LINE = {"D-31"}  # an absence: nothing is drawn from outside the batch
+
+
+def test_every_departure_stands_in_the_code_and_the_reverse():
+    listed = set(re.findall(r"^\| (D-\w+) \|", (ROOT / "DEPARTURES.md").read_text(), re.MULTILINE))
+    named = {i for file in ROOT.glob("*.py") for i in re.findall(r"\bD-\d+\w*", file.read_text())}
+    assert len(listed) > 10
+    assert named - listed == set(), "named in the code, not explained"
+    assert listed - named - NOT_A_LINE == set(), "explained, but nowhere in the code"
+
+
+def test_the_equation_map_of_the_readme_names_what_exists():
+    rows = re.findall(r"^\|[^|]+\|[^|]+\| `(\w+\.py)` `(\w+)` \| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    assert len(rows) >= 8
+    for file, function, test in rows:
+        assert f"def {function}(" in (ROOT / file).read_text() or f"class {function}" in (ROOT / file).read_text()
+        assert f"def {test}(" in tests, f"{test} is in the README's equation map only"

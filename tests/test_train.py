@@ -1,0 +1,170 @@
+"""The pipeline as a user starts it: `accelerate launch train.py`, in miniature, with every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--sft_steps 40 --sft_batch 8 --sft_lr 3e-3 --responses 4 --rl_steps 5 --prompts_per_step 4 --group_size 4 "
+    "--prompts_per_pass 3 --save_every 2 --show_every 2 --max_new_tokens 40 --rl_lr 1e-3"
+).split()
+
+
+def command(*options):
+    return [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *map(str, options)]
+
+
+def launch(*options, check=True, cwd=None):
+    done = subprocess.run(command(*options), capture_output=True, text=True, cwd=cwd, timeout=300)
+    if check:
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """A whole run: (its folder, what it printed)."""
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    done = launch("--world", world, "--output_dir", folder, *SMALL)
+    return folder, done.stdout
+
+
+def metrics_of(folder, stage="rl"):
+    return (folder / stage / "metrics.jsonl").read_bytes()
+
+
+def test_every_stage_leaves_its_output(finished):
+    folder, _ = finished
+    for name in ("config.yaml", "sft/policy", "select/selected.json", "rl/policy", "eval/before.json", "report.html"):
+        assert (folder / name).exists(), name
+    scores = [json.loads(line) for line in (folder / "select/scores.jsonl").read_text().splitlines()]
+    assert len(scores) == 12 and all(len(line["caption"]) == 4 for line in scores)
+    lines = [json.loads(line) for line in metrics_of(folder).splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-7), "at the first update the policy is the reference"
+    assert abs(lines[0]["loss"]) < 1e-5 and lines[0]["grad_norm"] > 0
+    assert all(line["nce/active"] >= 0 and "reward/caption" in line for line in lines)
+    assert not list(folder.rglob("*.unfinished")) and not list(folder.rglob("checkpoint-*"))
+
+
+def test_the_end_names_the_run_folder_and_the_report(finished):
+    folder, printed = finished
+    assert str(folder / "report.html") in printed and "test" in printed
+
+
+def test_the_trained_policy_loads_with_plain_transformers(finished):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    folder, _ = finished
+    assert AutoModelForImageTextToText.from_pretrained(folder / "rl/policy").num_parameters() > 1e6
+    assert AutoProcessor.from_pretrained(folder / "rl/policy").tokenizer.eos_token == "<|im_end|>"
+
+
+def test_the_same_command_again_only_reports(finished, world):
+    folder, _ = finished
+    before = metrics_of(folder)
+    done = launch("--world", world, "--output_dir", folder, *SMALL)
+    assert metrics_of(folder) == before and "rl    1/5" not in done.stdout
+
+
+def test_another_configuration_is_refused_and_says_which_fields_differ(finished, world):
+    folder, _ = finished
+    done = launch("--world", world, "--output_dir", folder, *SMALL, "--beta", "0.5", check=False)
+    assert done.returncode != 0 and "beta: 0.04 there, 0.5 now" in done.stderr
+
+
+def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, world, tmp_path):
+    """Two runs with one seed give the same metrics, also when one of them is stopped in two of its stages."""
+    folder, _ = finished
+    other = tmp_path / "again"
+    for stage, lines in (("sft", 5), ("rl", 3)):
+        process = subprocess.Popen(
+            command("--world", world, "--output_dir", other, *SMALL),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        file = other / stage / "metrics.jsonl"
+        deadline = time.time() + 120
+        while not (file.exists() and file.read_text().count("\n") >= lines):
+            assert process.poll() is None and time.time() < deadline
+            time.sleep(0.01)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+    done = launch("--world", world, "--output_dir", other, *SMALL)
+    assert "resumed after update" in done.stdout
+    for stage in ("sft", "rl"):
+        assert metrics_of(other, stage) == metrics_of(folder, stage)
+    for file in ("rl/policy/model.safetensors", "eval/after.json", "rl/rollouts.jsonl", "select/scores.jsonl"):
+        assert (other / file).read_bytes() == (folder / file).read_bytes(), file
+
+
+def test_the_baselines_and_lora_run(world, tmp_path):
+    small = [*SMALL, "--rl_steps", "2"]
+    launch("--world", world, "--output_dir", tmp_path / "grpo", "--method", "grpo", "--lora_rank", "4", *small)
+    line = json.loads(metrics_of(tmp_path / "grpo").splitlines()[0])
+    assert "reward/caption" not in line and "nce" not in line and line["kl"] == pytest.approx(0.0, abs=1e-7)
+    launch("--world", world, "--output_dir", tmp_path / "sft", "--method", "sft", *small)
+    assert not (tmp_path / "sft/rl").exists() and (tmp_path / "sft/eval/before.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--method", "magic"], "method: 'magic' is not one of ours, grpo, sft"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
+        (["--rl_steps", "many"], "invalid int value: 'many'"),
+        (["--data", "/nowhere"], "/nowhere does not exist"),
+        (["--group_size", "1"], "a group of one has no variance"),
+        (["--tau", "3"], "tau: is a cosine"),
+        (["--four_stage", "false"], "no caption without four_stage"),
+        (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
+    ],
+)
+def test_bad_input_is_one_clear_line_before_anything_is_built(options, says, tmp_path):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *options], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "shapes-world").exists()
+
+
+def test_yaml_gives_options_and_the_command_line_wins(tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("beta: 0.1\nrl_steps: 7\nselection: false\n")
+    cfg = train.parse_config(["--config", str(file), "--rl_steps", "9"])
+    assert (cfg.beta, cfg.rl_steps, cfg.selection, cfg.caption_reward) == (0.1, 9, False, True)
+    file.write_text("betta: 0.1\n")
+    with pytest.raises(SystemExit):
+        train.parse_config(["--config", str(file)])
+
+
+def test_help_explains_every_field_with_its_source(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    text = capsys.readouterr().out
+    for field in train.dataclasses.fields(train.Config):
+        assert f"--{field.name}" in text
+        assert field.metadata["help"].rstrip().endswith("]"), f"{field.name} names no source"
+
+
+def test_main_reads_on_one_screen():
+    import inspect
+
+    assert len(inspect.getsource(train.main).splitlines()) <= 60
+
+
+def test_concept_files_import_no_model_library_and_nothing_upward():
+    for name in ("reasoning", "answers", "caption_reward", "grpo", "variance_select", "ntk_infonce"):
+        source = (ROOT / f"{name}.py").read_text()
+        for word in ("transformers", "peft", "accelerate", "vlm", "train"):
+            assert f"import {word}" not in source and f"from {word}" not in source, (name, word)

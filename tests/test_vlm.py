@@ -1,0 +1,681 @@
+"""vlm.py against plain Hugging Face rows and plain Hugging Face `generate`, in float64 where it matters."""
+
+import copy
+import json
+import math
+import random
+import shutil
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
+
+import shapes
+import vlm
+
+torch.set_num_threads(1)
+NEVER = ("<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+
+
+def close(got, want, tol=1e-9):
+    torch.testing.assert_close(got, want, atol=tol, rtol=0)
+
+
+# --- media and prompts ----------------------------------------------------------------------------------------------
+
+
+def photo(name: str, size=(112, 84)) -> dict:
+    return {"type": "image", "image": Image.fromarray(getattr(skimage.data, name)()).convert("RGB").resize(size)}
+
+
+def clip(direction: str = "right", fps: float = 2.0, repeat: int = 1) -> dict:
+    row, column = shapes.start_cell(random.Random(0), direction)
+    scene = (shapes.Thing("circle", "red", row, column, direction),)
+    return {"type": "video", "video": shapes.frames(random.Random(0), scene) * repeat, "fps": fps}
+
+
+def chat(*parts) -> list[dict]:
+    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+
+
+def prompts() -> dict[str, list[dict]]:
+    return {
+        "a picture": chat(photo("astronaut"), "What colour is the circle?"),
+        "a clip": chat(clip(), "Which way does the circle move?\nOptions:\nA. left\nB. right"),
+        "several pictures": chat(photo("coffee"), photo("chelsea", (56, 112)), photo("coffee", (84, 84)), "Same?"),
+        "a picture and a clip": chat("See", photo("chelsea"), "and", clip("up"), "and say which is red."),
+        "text before and between": chat("Look at this:", photo("coffee"), "then at", photo("astronaut"), "."),
+        "a sparse clip": chat(clip(fps=0.25), "Which?"),  # 8 seconds a grid: its time runs past the text's positions
+    }
+
+
+KINDS = tuple(prompts())
+WITHOUT_SPARSE = KINDS[:-1]
+
+
+def media_of(inputs) -> dict:
+    names = "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"
+    return {name: inputs[name] for name in names if name in inputs}
+
+
+def ragged(*lengths: int, seed: int = 0, pad: int = 2) -> torch.Tensor:
+    """Random completions [1, K, T] over the ordinary vocabulary, shorter ones filled up with `pad`."""
+    random_ids = torch.Generator().manual_seed(seed)
+    ids = torch.full((1, len(lengths), max(lengths)), pad)
+    for k, n in enumerate(lengths):
+        ids[0, k, :n] = torch.randint(20, 570, (n,), generator=random_ids)
+    return ids
+
+
+def never_ids(policy) -> list[int]:
+    return policy.processor.tokenizer.convert_tokens_to_ids(list(NEVER))
+
+
+def row_by_row(model, never, inputs, ids, lengths):
+    """The plain form, with nothing of ours: each completion alone behind its prompt, through the whole HF model.
+
+    -> for every completion, the log-probs of its tokens and the whole distributions [T_k], [T_k, V].
+    """
+    logps, tables = [], []
+    for row, n in zip(ids, lengths, strict=True):
+        y, types = row[None, :n], inputs["mm_token_type_ids"]
+        logits = model(
+            input_ids=torch.cat([inputs["input_ids"], y], 1),
+            attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(y)], 1),
+            mm_token_type_ids=torch.cat([types, torch.zeros_like(y)], 1),
+            **media_of(inputs),
+        ).logits[:, -n - 1 : -1]
+        table = logits.index_fill(-1, torch.tensor(never), -math.inf).log_softmax(-1)[0]
+        logps.append(table.gather(-1, y[0, :, None])[:, 0])
+        tables.append(table)
+    return logps, tables
+
+
+@pytest.fixture
+def in_double(monkeypatch):
+    """transformers (and our log-softmax) computes in float32 whatever the model's type: here that is float64 too.
+
+    What is then left between two forms of one computation is an error, not rounding.
+    """
+
+    def norm(self, x):
+        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    monkeypatch.setattr(qwen.Qwen2_5_VLRMSNorm, "forward", norm)
+
+
+@pytest.fixture
+def exact(world, in_double):
+    return vlm.load(str(world / "policy"), dtype="float64", train_vision=True)
+
+
+@pytest.fixture
+def fresh(world):
+    return vlm.load(str(world / "policy"))
+
+
+# --- scoring: the shared prefix is exact ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shared_prefix_scores_and_every_gradient_equal_plain_rows(exact, kind):
+    inputs, lengths = exact.encode([prompts()[kind]]), (5, 2, 1, 4)
+    ids = ragged(*lengths)
+    weights = torch.randn(sum(lengths), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    scores = exact(inputs, ids)
+    logp = torch.cat([row[:n] for row, n in zip(scores.logp[0], lengths, strict=True)])
+    entropy = torch.cat([row[:n] for row, n in zip(scores.entropy[0], lengths, strict=True)])
+    shared = torch.autograd.grad((weights * logp).sum(), list(exact.parameters()))
+
+    logps, tables = row_by_row(exact.core, never_ids(exact), inputs, ids[0], lengths)
+    plain = torch.autograd.grad((weights * torch.cat(logps)).sum(), list(exact.parameters()))
+    close(logp, torch.cat(logps))
+    close(entropy, torch.cat([torch.special.entr(table.exp()).sum(-1) for table in tables]))
+    for (name, _), got, want in zip(exact.named_parameters(), shared, plain, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
+    assert all(g.abs().max() > 1e-6 for g in shared)  # everything is reached, so that equality says something
+
+
+@pytest.mark.parametrize("kind", WITHOUT_SPARSE)
+def test_shared_prefix_equals_score_plain_in_every_field(exact, kind):
+    inputs, ids = exact.encode([prompts()[kind]]), ragged(6, 3, 6)
+    with torch.no_grad():
+        shared, plain = exact(inputs, ids), exact.score_plain(inputs, ids)
+    assert shared.logp.shape == (1, 3, 6) and shared.hidden.shape[:3] == (1, 3, 6)
+    for got, want in zip(shared, plain, strict=True):
+        close(got, want)
+
+
+def test_a_completion_of_one_token_is_scored(exact):
+    inputs, ids = exact.encode([prompts()["a clip"]]), ragged(1, 1)
+    with torch.no_grad():
+        logps, _ = row_by_row(exact.core, never_ids(exact), inputs, ids[0], (1, 1))
+        close(exact(inputs, ids).logp[0, :, 0], torch.cat(logps))
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_eager_and_sdpa_attention_both_keep_the_branches_apart(world, in_double, attention):
+    policy = vlm.load(str(world / "policy"), dtype="float64", attention=attention, trainable=False)
+    inputs, ids = policy.encode([prompts()["a clip"]]), ragged(4, 3)
+    with torch.no_grad():
+        logps, _ = row_by_row(policy.core, never_ids(policy), inputs, ids[0], (4, 3))
+        got = policy(inputs, ids).logp[0]
+    close(torch.cat([got[0, :4], got[1, :3]]), torch.cat(logps), 1e-6)  # eager's softmax is float32
+
+
+def test_gradient_checkpointing_changes_no_gradient(world, in_double):
+    grads = []
+    for checkpointing in (False, True):
+        policy = vlm.load(str(world / "policy"), dtype="float64", gradient_checkpointing=checkpointing)
+        policy(policy.encode([prompts()["a picture"]]), ragged(4, 2)).logp.sum().backward()
+        grads.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 40
+    for name in grads[0]:
+        close(grads[0][name], grads[1][name])
+
+
+# --- scoring: batches and padding -------------------------------------------------------------------------------------
+
+
+def test_a_sample_alone_equals_the_sample_in_a_left_padded_batch_of_pictures_and_clips(exact):
+    rows = [prompts()[kind] for kind in ("a clip", "several pictures", "a picture", "a picture and a clip")]
+    ids = torch.cat([ragged(5, 3, seed=i) for i in range(len(rows))])
+    batch = exact.encode(rows)
+    padding = (batch["attention_mask"] == 0).sum(1)
+    assert padding.min() == 0 and len(set(padding.tolist())) == len(rows)
+    assert (batch["attention_mask"][:, -1] == 1).all()  # on the left
+    with torch.no_grad():
+        together = exact(batch, ids)
+        for b, row in enumerate(rows):
+            alone = exact(exact.encode([row]), ids[b : b + 1])
+            for got, want in zip(together, alone, strict=True):
+                close(got[b], want[0])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_heavy_padding_gives_finite_scores_and_gradients_in_every_type(world, dtype):
+    policy = vlm.load(str(world / "policy"), dtype=dtype)
+    rows = [prompts()["a picture"], chat(photo("coffee"), "Describe all shapes. " * 30)]
+    scores = policy(policy.encode(rows), torch.cat([ragged(4, 2), ragged(3, 4)]))
+    assert scores.logp.dtype == scores.logits.dtype == torch.float32  # the log-softmax is never in half precision
+    scores.logp.sum().backward()
+    grads = [p.grad for p in policy.parameters() if p.grad is not None]
+    assert torch.isfinite(scores.logp).all() and all(torch.isfinite(g).all() for g in grads) and len(grads) > 40
+
+
+def test_changing_a_token_changes_nothing_before_it_and_nothing_in_other_completions(policy):
+    inputs, ids = policy.encode([prompts()["a picture"]]), ragged(6, 6, 6)
+    changed = ids.clone()
+    changed[0, 1, 3] = 77
+    with torch.no_grad():
+        before, after = policy(inputs, ids).logp[0], policy(inputs, changed).logp[0]
+    assert torch.equal(before[[0, 2]], after[[0, 2]])
+    assert torch.equal(before[1, :3], after[1, :3])
+    assert (before[1, 3:] - after[1, 3:]).abs().min() > 1e-4
+
+
+def test_what_follows_the_end_token_never_matters(policy):
+    inputs, ids = policy.encode([prompts()["a clip"]]), ragged(3, 6)
+    noise = ids.clone()
+    noise[0, 0, 3:] = torch.tensor([100, 200, 300])
+    with torch.no_grad():
+        close(policy(inputs, ids).logp[0, 0, :3], policy(inputs, noise).logp[0, 0, :3], 0)
+        close(policy(inputs, ids).logp[0, 1], policy(inputs, noise).logp[0, 1], 0)
+
+
+# --- scoring: the picture is seen, and it is the right one ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("media", ["picture", "clip"])
+def test_swapping_the_media_of_two_rows_swaps_their_scores_and_blanking_one_changes_that_row_only(policy, media):
+    if media == "picture":
+        a, b, blank = photo("astronaut"), photo("chelsea"), {"type": "image", "image": Image.new("RGB", (112, 84))}
+    else:
+        a, b = clip("left"), clip("up")
+        blank = {**a, "video": [Image.new("RGB", (84, 84))] * 4}
+    ids = ragged(5).expand(2, 1, 5)
+
+    def logp(first, second):
+        with torch.no_grad():
+            return policy(policy.encode([chat(first, "What is it?"), chat(second, "What is it?")]), ids).logp
+
+    straight, swapped, blanked = logp(a, b), logp(b, a), logp(blank, b)
+    close(straight[0], swapped[1], 2e-5)
+    close(straight[1], swapped[0], 2e-5)
+    assert (straight[0] - straight[1]).abs().max() > 1e-3  # the picture is seen
+    assert (straight[0] - blanked[0]).abs().max() > 1e-3
+    close(straight[1], blanked[1], 2e-5)
+
+
+def test_pictures_of_one_prompt_are_not_exchanged(policy):
+    a, b = photo("astronaut"), photo("chelsea")
+    with torch.no_grad():
+        ab, ba = (policy(policy.encode([chat(x, y, "?")]), ragged(5)).logp for x, y in ((a, b), (b, a)))
+    assert (ab - ba).abs().max() > 1e-3
+
+
+def test_shuffling_the_frames_of_a_clip_changes_its_scores(policy):
+    straight = clip("right")
+    backwards = {**straight, "video": straight["video"][::-1]}
+    inputs = policy.encode([chat(straight, "Which way?")])
+    assert inputs["video_grid_thw"][0, 0] == 2
+    with torch.no_grad():
+        a, b = policy(inputs, ragged(5)).logp, policy(policy.encode([chat(backwards, "Which way?")]), ragged(5)).logp
+    assert (a - b).abs().max() > 1e-3
+
+
+def test_the_frame_rate_of_a_clip_reaches_generation_and_scoring(policy):
+    outputs = []
+    for fps in (2.0, 0.5):
+        inputs = policy.encode([chat(clip(fps=fps), "Which way does the circle move? Options: A. left B. right")])
+        assert torch.as_tensor(inputs["second_per_grid_ts"]).tolist() == [2 / fps]  # two frames a grid
+        with torch.no_grad():
+            hidden = policy.core.model(**inputs, use_cache=False).last_hidden_state[:, -1]
+            outputs.append((policy(inputs, ragged(5)), hidden))
+    (fast, fast_hidden), (slow, slow_hidden) = outputs
+    assert (fast.logp - slow.logp).abs().max() > 1e-4
+    close(fast.hidden[0, 0, 0], fast_hidden[0], 2e-5)  # what generation starts from is what is scored
+    close(slow.hidden[0, 0, 0], slow_hidden[0], 2e-5)
+
+
+def test_scoring_does_not_depend_on_what_was_generated_before(fresh):
+    inputs, ids = fresh.encode([prompts()["a clip"]]), ragged(5, 4)
+    with torch.no_grad():
+        before = fresh(inputs, ids).logp
+        fresh.generate(fresh.encode([prompts()["a picture"], prompts()["several pictures"]]), 3, 4)
+        assert torch.equal(before, fresh(inputs, ids).logp)
+
+
+# --- encoding ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket"])
+def test_a_real_photograph_keeps_its_shape_within_the_pixel_limits_and_one_token_a_merged_patch(world, name):
+    policy = vlm.load(str(world / "policy"), trainable=False, max_pixels=100_000)
+    image = Image.fromarray(getattr(skimage.data, name)())
+    inputs = policy.encode([chat({"type": "image", "image": image}, "?")])
+    t, h, w = inputs["image_grid_thw"][0].tolist()
+    assert t == 1 and h * w * 14 * 14 <= 100_000 < (h + 4) * (w + 4) * 14 * 14
+    assert w / h == pytest.approx(image.width / image.height, rel=0.15)
+    assert (inputs["input_ids"] == policy.core.config.image_token_id).sum() == h * w // 4
+    assert inputs["pixel_values"].shape == (h * w, 3 * 2 * 14 * 14)
+
+
+def test_the_encoded_pixels_are_those_of_the_picture(policy):
+    image = Image.fromarray(skimage.data.astronaut()).resize((112, 84))  # multiples of 28: nothing is resized
+    pixels = policy.encode([chat({"type": "image", "image": image}, "?")])["pixel_values"]
+    patches = pixels.view(3, 4, 2, 2, 3, 2, 14, 14)  # merged rows, columns, 2 x 2 patches; channel, time, y, x
+    got = patches[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).reshape(84, 112, 3)
+    processor = policy.processor.image_processor
+    want = torch.tensor(np.asarray(image)) / 255
+    close(got, (want - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std), 1e-5)
+
+
+def test_a_tiny_picture_is_enlarged_and_an_odd_number_of_frames_is_taken(policy):
+    tiny = {"type": "image", "image": Image.new("RGB", (10, 10), "red")}
+    inputs = policy.encode([chat(tiny, "?")])
+    assert inputs["image_grid_thw"][0].prod() * 14 * 14 >= policy.min_pixels
+    three = {**clip(), "video": clip()["video"][:3]}
+    inputs = policy.encode([chat(three, "?")])
+    assert inputs["video_grid_thw"].tolist() == [[2, 6, 6]]
+    assert torch.isfinite(policy(inputs, ragged(3)).logp).all()
+
+
+def test_nothing_of_a_long_prompt_is_cut(policy):
+    text = "Is there a red circle in the picture? " * 400
+    inputs = policy.encode([chat(photo("coffee"), text + "FIRST"), prompts()["a picture"]])
+    ids = inputs["input_ids"][0]
+    assert policy.processor.tokenizer.decode(ids).count("Is there a red circle in the picture?") == 400
+    assert "FIRST" in policy.processor.tokenizer.decode(ids[-20:])
+    assert (ids == policy.core.config.image_token_id).sum() == 12
+
+
+def test_responses_are_closed_by_the_end_token_and_masked(policy):
+    texts = ["<answer>A</answer>", "", "a red circle, a green star\n<answer>B</answer>"]
+    ids, mask = policy.encode_responses(texts)
+    tokenizer = policy.processor.tokenizer
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    assert ids.shape == mask.shape == (3, 1, mask.sum(-1).max())
+    for text, row, keep in zip(texts, ids[:, 0], mask[:, 0], strict=True):
+        n = int(keep.sum())
+        assert keep.tolist() == [True] * n + [False] * (len(row) - n)  # right-padded
+        assert row[n - 1] == end and end not in row[: n - 1]
+        assert tokenizer.decode(row[: n - 1]) == text
+
+
+# --- generation -------------------------------------------------------------------------------------------------------
+
+
+def plain_greedy(policy, inputs, max_new_tokens: int) -> torch.Tensor:
+    """HF `generate` as it comes: no shared prefill, no cache of ours."""
+    tokenizer = policy.processor.tokenizer
+    out = policy.core.generate(
+        **inputs,
+        generation_config=GenerationConfig(
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            suppress_tokens=never_ids(policy),
+            eos_token_id=tokenizer.convert_tokens_to_ids("<|im_end|>"),
+            pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        ),
+    )
+    return out[:, inputs["input_ids"].shape[1] :]
+
+
+def end_often(policy) -> None:
+    """Let a checkpoint treat a hundred ordinary tokens as ends, so that completions end early, at different places."""
+    policy.end_ids = [*policy.end_ids, *range(300, 400)]
+
+
+def test_greedy_shared_prefill_equals_plain_generate_token_by_token(exact):
+    exact.eval()
+    rows = [prompts()[kind] for kind in WITHOUT_SPARSE]
+    inputs = exact.encode(rows)
+    assert (inputs["attention_mask"] == 0).any()
+    got = exact.generate(inputs, 2, 12, sample=False)
+    want = plain_greedy(exact, inputs, 12)
+    assert got.ids.shape == (len(rows), 2, want.shape[1])
+    assert torch.equal(got.ids[:, 0], want) and torch.equal(got.ids[:, 1], want)
+    assert len({tuple(row) for row in want.tolist()}) == len(rows)  # they do not all say the same
+    for row, ids in zip(rows, want, strict=True):  # and each alone says what it says in the batch
+        assert plain_greedy(exact, exact.encode([row]), 12)[0].tolist() == ids.tolist()
+
+
+def test_greedy_generation_on_a_sparse_clip_equals_plain_generate(exact):
+    """A clip whose temporal positions run past the last text position: the next token follows the text, as in HF."""
+    exact.eval()
+    inputs = exact.encode([prompts()["a sparse clip"]])
+    position, _ = exact.core.model.get_rope_index(
+        **{k: v for k, v in inputs.items() if not k.startswith("pixel_values")}
+    )
+    assert position.max() > position[:, 0, -1].max()
+    assert exact.generate(inputs, 1, 12, sample=False).ids[0].tolist() == plain_greedy(exact, inputs, 12).tolist()
+
+
+@pytest.mark.parametrize("kind", ["a picture", "a clip", "a sparse clip"])
+def test_the_first_token_is_sampled_from_exactly_the_scored_distribution(fresh, kind):
+    """Pearson's chi-square of sampled first tokens, in a left-padded batch, against exp(logp) of every token."""
+    policy, vocabulary = fresh.eval(), fresh.core.config.text_config.vocab_size
+    never = never_ids(policy)
+    with torch.no_grad():
+        policy.core.lm_head.weight.mul_(1.5)  # peaked, so that a wrong temperature shows
+        inputs = policy.encode([prompts()[kind]])
+        every = torch.arange(vocabulary).view(1, -1, 1)
+        p = policy(inputs, every).logp[0, :, 0].double().exp()
+        # were they not suppressed, nothing else would be sampled: twice the logit of the likeliest token
+        policy.core.lm_head.weight[never] = 2 * policy.core.lm_head.weight[p.argmax()]
+        p = policy(inputs, every).logp[0, :, 0].double().exp()
+        assert p[never].max() == 0 and p.sum() == pytest.approx(1, abs=1e-5)
+        longer = chat(photo("coffee"), photo("coffee"), "What is the colour of the circle in the north of the picture?")
+        batch = policy.encode([prompts()[kind], longer])
+        assert batch["attention_mask"][0, 0] == 0
+        torch.manual_seed(0)
+        sampled = torch.cat([policy.generate(batch, 1000, 1).ids[0, :, 0] for _ in range(4)])
+    assert not torch.isin(sampled, torch.tensor(never)).any()
+    observed, expected = torch.bincount(sampled, minlength=vocabulary).double(), len(sampled) * p
+    often = expected >= 5
+    observed = torch.cat([observed[often], observed[~often].sum()[None]])
+    expected = torch.cat([expected[often], expected[~often].sum()[None]])
+    chi_square, degrees = ((observed - expected) ** 2 / expected).sum(), len(expected) - 1
+    assert degrees > 30
+    assert chi_square < degrees + 5 * math.sqrt(2 * degrees), (float(chi_square), degrees)
+
+
+def test_every_later_token_is_sampled_from_the_scored_distribution_too(fresh):
+    """Under the sampling distribution E[logp] = -entropy at every token: z of the sum, and of its second moment."""
+    policy = fresh.eval()
+    end_often(policy)
+    torch.manual_seed(0)
+    inputs = policy.encode([prompts()["a clip"], prompts()["several pictures"]])
+    out = policy.generate(inputs, 150, 8)
+    with torch.no_grad():
+        scores = policy(inputs, out.ids)
+        table = scores.logits.log_softmax(-1)
+        p = table.exp()
+        variance = (p * (table.clamp(min=-1e4) + scores.entropy[..., None]) ** 2).sum(-1)
+    surprise = (scores.logp + scores.entropy)[out.mask]
+    for position in (slice(0, 1), slice(1, 4), slice(4, 8)):
+        keep = out.mask[..., position]
+        total = (scores.logp + scores.entropy)[..., position][keep].sum()
+        assert total.abs() < 4 * variance[..., position][keep].sum().sqrt(), position
+    spread = (surprise**2).sum() / variance[out.mask].sum()
+    assert spread == pytest.approx(1, abs=0.1)
+
+
+def test_banned_tokens_have_no_probability_and_are_never_sampled_even_if_likeliest(fresh):
+    policy = fresh.eval()
+    never = never_ids(policy)
+    assert policy.banned_ids == sorted(never)
+    with torch.no_grad():
+        policy.core.lm_head.weight[never] *= 5
+        inputs = policy.encode([prompts()["a clip"], prompts()["a picture"]])
+        out = policy.generate(inputs, 100, 6)
+        scores = policy(inputs, out.ids)
+    assert not torch.isin(out.ids[out.mask], torch.tensor(never)).any()
+    assert scores.logits.softmax(-1)[..., never].max() == 0
+    assert torch.isfinite(scores.logp[out.mask]).all() and torch.isfinite(scores.entropy).all()
+
+
+def test_the_mask_keeps_exactly_the_first_end_token(fresh):
+    policy = fresh.eval()
+    end_often(policy)
+    torch.manual_seed(3)
+    out = policy.generate(policy.encode([prompts()["a picture"], prompts()["a clip"]]), 100, 10)
+    assert out.mask.dtype == torch.bool and out.ids.shape == out.mask.shape
+    lengths = set()
+    for b in range(2):
+        for k in range(100):
+            ids = out.ids[b, k].tolist()
+            ends = [t for t, i in enumerate(ids) if i in policy.end_ids]
+            n = ends[0] + 1 if ends else len(ids)
+            assert out.mask[b, k].tolist() == [True] * n + [False] * (len(ids) - n)
+            assert bool(out.ended[b, k]) == bool(ends)
+            assert out.text[b][k] == policy.processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
+            lengths.add(n)
+    assert len(lengths) > 5 and 0 < out.ended.float().mean() < 1  # ragged, and some were cut off
+
+
+def test_completions_of_a_prompt_stay_with_their_prompt(fresh):
+    """Greedy ids of [A, B] x n are those of A n times, then those of B: no A, B, A, B."""
+    policy = fresh.eval()
+    a, b = prompts()["a picture"], prompts()["several pictures"]
+    both = policy.generate(policy.encode([a, b]), 3, 6, sample=False)
+    assert both.text[0][0] != both.text[1][0]
+    assert both.text == [[both.text[0][0]] * 3, [both.text[1][0]] * 3]
+    swapped = policy.generate(policy.encode([b, a]), 3, 6, sample=False)
+    assert swapped.text == both.text[::-1]
+
+
+def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(policy):
+    inputs = policy.encode([prompts()["a picture"]])
+    runs = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        runs.append(policy.generate(inputs, 6, 8).ids)
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+    assert len({tuple(row) for row in runs[0][0].tolist()}) == 6
+
+
+def test_generation_leaves_the_training_mode_as_it_was_and_makes_no_graph(fresh):
+    inputs = fresh.encode([prompts()["a picture"]])
+    assert fresh.training
+    out = fresh.generate(inputs, 2, 3)
+    assert fresh.training and all(m.training for m in fresh.core.model.language_model.modules())
+    assert not out.ids.requires_grad
+    fresh.eval().generate(inputs, 2, 3)
+    assert not fresh.training
+
+
+SHIPPED = {"repetition_penalty": 5.0, "temperature": 1e-6, "top_k": 1, "top_p": 0.01, "do_sample": True}
+
+
+@pytest.mark.parametrize("sample", [True, False])
+def test_sampling_settings_that_a_checkpoint_ships_change_nothing(world, tmp_path, policy, sample):
+    folder = tmp_path / "shipped"
+    shutil.copytree(world / "policy", folder)
+    config = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps(config | SHIPPED))
+    shipped = vlm.load(str(folder), trainable=False)
+    assert shipped.core.generation_config.repetition_penalty == 5.0 and shipped.core.generation_config.top_k == 1
+    texts = []
+    for each in (policy, shipped):
+        torch.manual_seed(0)
+        texts.append(each.generate(each.encode([prompts()["a clip"]]), 6, 12, sample=sample).text)
+    assert texts[0] == texts[1]
+    assert len(set(texts[0][0])) == (6 if sample else 1)
+
+
+def test_the_padding_token_is_no_end_even_where_a_checkpoint_lists_it_as_one(world, policy):
+    tokenizer = policy.processor.tokenizer
+    model = copy.copy(policy.core)
+    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.pad_token_id, 50, tokenizer.eos_token_id])
+    listed = vlm.VLM(model, policy.processor, 3136, 401_408)
+    assert listed.end_ids == [tokenizer.eos_token_id, 50]  # the end of turn first: responses are closed by it
+    assert tokenizer.pad_token_id in listed.banned_ids and 50 not in listed.banned_ids
+
+
+# --- what is trained, LoRA, saving ------------------------------------------------------------------------------------
+
+
+def trained(policy) -> set[str]:
+    policy.zero_grad(set_to_none=True)
+    policy(policy.encode([prompts()["a picture"]]), ragged(4, 4)).logp.sum().backward()
+    return {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+
+
+def test_vision_is_frozen_by_default_and_train_vision_trains_it(world):
+    everything = {name for name, _ in vlm.load(str(world / "policy")).named_parameters()}
+    vision = {name for name in everything if ".visual." in name}
+    assert 10 < len(vision) < len(everything)
+    assert trained(vlm.load(str(world / "policy"))) == everything - vision
+    assert trained(vlm.load(str(world / "policy"), train_vision=True)) == everything
+
+
+def test_an_untrainable_policy_is_frozen_and_in_evaluation_mode(world):
+    policy = vlm.load(str(world / "policy"), trainable=False, lora_rank=4, train_vision=True)
+    assert not policy.training and not any(p.requires_grad for p in policy.parameters())
+    assert not hasattr(policy.model, "peft_config")
+
+
+@pytest.fixture
+def lora(world):
+    torch.manual_seed(0)
+    policy = vlm.load(str(world / "policy"), lora_rank=4)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+    return policy
+
+
+def test_lora_gradients_reach_the_language_models_adapters_and_nothing_else(lora):
+    names = trained(lora)
+    layers = lora.core.config.text_config.num_hidden_layers
+    assert len(names) == layers * 7 * 2  # q, k, v, o, gate, up, down; A and B
+    assert all("lora_" in name and "language_model" in name for name in names)
+    assert names == {name for name, p in lora.named_parameters() if p.requires_grad}
+
+
+def test_a_new_adapter_changes_nothing_and_base_takes_a_trained_one_away(world, lora, policy):
+    inputs, ids = policy.encode([prompts()["a picture"], prompts()["a clip"]]), ragged(4, 3).expand(2, 2, 4)
+    with torch.no_grad():
+        plain = policy(inputs, ids).logp
+        new = vlm.load(str(world / "policy"), lora_rank=4)
+        close(new(inputs, ids).logp, plain, 1e-5)
+        assert (lora(inputs, ids).logp - plain).abs().max() > 0.1
+        with lora.base():
+            close(lora(inputs, ids).logp, plain, 1e-5)
+        assert (lora(inputs, ids).logp - plain).abs().max() > 0.1  # and it is back afterwards
+        with policy.base():  # without an adapter there is nothing to take away
+            assert torch.equal(policy(inputs, ids).logp, plain)
+
+
+def hf_logp(folder, policy, conversation, ids) -> torch.Tensor:
+    """Log-probs of one completion by a model that plain transformers loaded from the folder."""
+    model = AutoModelForImageTextToText.from_pretrained(folder).eval()
+    with torch.no_grad():
+        return row_by_row(model, never_ids(policy), policy.encode([conversation]), ids[0], (ids.shape[-1],))[0][0]
+
+
+def test_a_saved_adapter_is_merged_loads_in_plain_transformers_and_training_goes_on(lora, tmp_path):
+    conversation, ids = prompts()["a picture"], ragged(5)
+    inputs = lora.encode([conversation])
+    with torch.no_grad():
+        before = lora(inputs, ids).logp
+    lora.save(tmp_path / "merged")
+    close(hf_logp(tmp_path / "merged", lora, conversation, ids), before[0, 0], 1e-4)
+    again = vlm.load(str(tmp_path / "merged"), trainable=False)
+    close(again(again.encode([conversation]), ids).logp, before, 1e-4)
+    assert not (tmp_path / "merged" / "adapter_config.json").exists()
+
+    with torch.no_grad():
+        assert torch.equal(lora(inputs, ids).logp, before)  # saving changed nothing here
+    assert len(trained(lora)) == lora.core.config.text_config.num_hidden_layers * 14
+    torch.optim.SGD([p for p in lora.parameters() if p.requires_grad], lr=0.1).step()
+    with torch.no_grad():
+        after = lora(inputs, ids).logp
+    assert (after - before).abs().max() > 1e-3
+    lora.save(tmp_path / "later")
+    close(hf_logp(tmp_path / "later", lora, conversation, ids), after[0, 0], 1e-4)
+
+
+def test_a_fully_trained_policy_saves_what_plain_transformers_and_load_read_back(fresh, tmp_path):
+    with torch.no_grad():
+        for p in fresh.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    conversation, ids = prompts()["a clip"], ragged(5)
+    fresh.save(tmp_path / "policy")
+    with torch.no_grad():
+        want = fresh(fresh.encode([conversation]), ids).logp
+    close(hf_logp(tmp_path / "policy", fresh, conversation, ids), want[0, 0], 1e-4)
+    again = vlm.load(str(tmp_path / "policy"), trainable=False)
+    assert torch.equal(again(again.encode([conversation]), ids).logp, want)
+
+
+# --- the local judge --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def questions():
+    rng = random.Random(5)
+    cases = [shapes.judge_case(rng) for _ in range(24)]
+    return [shapes.caption_reward.judge_prompt(q, c * (1 + i % 3)) for i, (q, c, _, _) in enumerate(cases)]
+
+
+def test_the_judge_is_deterministic_and_does_not_depend_on_batch_or_order(world, questions):
+    judge = vlm.LocalJudge(str(world / "judge"))
+    replies = judge(questions)
+    assert len(replies) == len(questions) and len(set(replies)) > 3  # it tells questions apart
+    assert judge(questions) == replies
+    assert judge(questions[::-1]) == replies[::-1]
+    assert vlm.LocalJudge(str(world / "judge"), batch=1)(questions) == replies
+    assert vlm.LocalJudge(str(world / "judge"), batch=7)(questions) == replies
+    assert judge([]) == []
+
+
+def test_the_judges_replies_are_those_of_plain_unpadded_greedy_generation(world, questions):
+    tokenizer = AutoTokenizer.from_pretrained(world / "judge")
+    model = AutoModelForCausalLM.from_pretrained(world / "judge").eval()
+    replies = vlm.LocalJudge(str(world / "judge"), max_new_tokens=3)(questions[:6])
+    for question, reply in zip(questions[:6], replies, strict=True):
+        text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
+        ids = torch.tensor([tokenizer(text).input_ids])
+        for _ in range(3):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        assert reply == tokenizer.decode(ids[0, len(tokenizer(text).input_ids) :], skip_special_tokens=True)
+
+
+def test_sampling_settings_that_a_judge_ships_change_nothing(world, tmp_path, questions):
+    shutil.copytree(world / "judge", tmp_path / "judge")
+    path = tmp_path / "judge" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | SHIPPED | {"temperature": 5.0, "top_k": 0}))
+    assert vlm.LocalJudge(str(tmp_path / "judge"))(questions) == vlm.LocalJudge(str(world / "judge"))(questions)
