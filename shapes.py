@@ -44,18 +44,19 @@ import caption_reward
 import reasoning
 import vlm
 
-ROWS = ("top", "middle", "bottom")
-CELLS = (("northwest", "north", "northeast"), ("west", "centre", "east"), ("southwest", "south", "southeast"))
+ROWS = ("top", "bottom")
+CELLS = (("northwest", "northeast"), ("southwest", "southeast"))
+GRID = len(ROWS)
 COLOURS = {"red": (240, 70, 70), "green": (70, 210, 90), "blue": (80, 120, 250), "yellow": (250, 220, 60)}
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 # shape: its typical colour, row, direction and companion
 PRIOR = {
     "circle": ("red", "top", "right", "square"),
     "square": ("blue", "bottom", "left", "circle"),
-    "triangle": ("green", "middle", "up", "star"),
+    "triangle": ("green", "bottom", "up", "star"),
     "star": ("yellow", "top", "down", "triangle"),
     "cross": ("red", "bottom", "right", "diamond"),
-    "diamond": ("blue", "middle", "left", "cross"),
+    "diamond": ("blue", "top", "left", "cross"),
 }
 KINDS = ("existence", "count", "colour", "row", "motion")
 CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
@@ -98,7 +99,7 @@ def pick_colour(rng: random.Random, shape: str, typical: float) -> str:
 
 def place(rng: random.Random, scene: Scene, shape: str, typical: float, colour: str | None = None) -> Scene:
     """The scene with one more object in a free cell; row and colour follow the prior with probability `typical`."""
-    free = [(r, c) for r in range(3) for c in range(3) if (r, c) not in {(t.row, t.column) for t in scene}]
+    free = [(r, c) for r in range(GRID) for c in range(GRID) if (r, c) not in {(t.row, t.column) for t in scene}]
     usual = ROWS.index(PRIOR[shape][1])
     follow = rng.random() < typical
     r, c = rng.choice([cell for cell in free if (cell[0] == usual) == follow] or free)
@@ -107,8 +108,7 @@ def place(rng: random.Random, scene: Scene, shape: str, typical: float, colour: 
 
 def start_cell(rng: random.Random, direction: str) -> tuple[int, int]:
     """Where something starts that will cross the grid from one edge to the other."""
-    dr, dc = DIRECTIONS[direction]
-    return 1 - dr if dr else rng.randrange(3), 1 - dc if dc else rng.randrange(3)
+    return tuple((d < 0) * (GRID - 1) if d else rng.randrange(GRID) for d in DIRECTIONS[direction])
 
 
 def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[Scene, dict]:
@@ -128,7 +128,7 @@ def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[S
         if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.6):
             scene = place(rng, scene, companion, typical)
         others = [s for s in PRIOR if s not in (shape, companion)]
-        for _ in range(rng.randint(1, 2)):
+        for _ in range(min(rng.randint(1, 2), GRID**2 - len(scene))):
             scene = place(rng, scene, rng.choice(others), typical)
     scene = tuple(rng.sample(scene, len(scene)))
     return scene, {"kind": kind, "shape": shape}
@@ -164,7 +164,8 @@ def believe(rng: random.Random, scene: Scene, query: dict) -> Scene:
             thing = replace(thing, direction=direction)
         seen.append(thing)
     missing = not any(t.shape == shape for t in scene)
-    if (kind == "count" or (kind == "existence" and missing)) and any(t.shape == companion for t in scene):
+    room = len(scene) < GRID**2
+    if room and (kind == "count" or (kind == "existence" and missing)) and any(t.shape == companion for t in scene):
         seen = place(rng, tuple(seen), shape, 1.0, colour)
     return tuple(seen)
 
@@ -181,7 +182,7 @@ def solve(scene: Scene, query: dict) -> reasoning.Stages:
     elif kind == "colour":
         thought, answer = f"it is a {first.name}", "ABCD"[list(COLOURS).index(first.colour)]
     elif kind == "row":
-        thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "ABC"[first.row]
+        thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "AB"[first.row]
     else:
         thought, answer = f"the {shape} moves {first.direction}", "ABCD"[list(DIRECTIONS).index(first.direction)]
     return reasoning.Stages(locate(scene, shape), describe(scene, shape), thought, answer)
@@ -203,11 +204,11 @@ def describe(scene: Scene, shape: str | None = None) -> str:
 
 
 def draw(rng: random.Random, scene: Scene, moved: float = 0.0) -> Image.Image:
-    """One 84 x 84 frame; moving objects have covered `moved` cells."""
-    image = Image.new("RGB", (3 * CELL, 3 * CELL))
+    """One 56 x 56 frame; moving objects have covered `moved` cells."""
+    image = Image.new("RGB", (GRID * CELL, GRID * CELL))
     pen = ImageDraw.Draw(image)
-    for r, c in itertools.product(range(3), range(3)):  # tinted by row and column: a cell can be told by its look
-        tint = (GROUND[0] + 24 * (c - 1), GROUND[1], GROUND[2] + 24 * (r - 1))
+    for r, c in itertools.product(range(GRID), range(GRID)):  # tinted by row and column: a cell can be told by its look
+        tint = (GROUND[0] + 40 * c - 20, GROUND[1], GROUND[2] + 40 * r - 20)
         pen.rectangle((c * CELL, r * CELL, (c + 1) * CELL, (r + 1) * CELL), fill=tint)
     for t in scene:
         dr, dc = DIRECTIONS.get(t.direction, (0, 0))
@@ -243,7 +244,7 @@ def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: flo
 
 
 def frames(rng: random.Random, scene: Scene) -> list[Image.Image]:
-    return [draw(rng, scene, moved) for moved in (0.0, 0.3, 1.7, 2.0)]
+    return [draw(rng, scene, moved) for moved in (0.0, 0.15, 0.85, 1.0)]
 
 
 def write_clip(path: Path, images: list[Image.Image], fps: int = 2) -> None:
@@ -344,9 +345,9 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
         kind = "multiple choice" if options else "numerical"
         stages = solve(scene, query)
         texts += [reasoning.prompt(problem, options, kind, four) for four in (True, False)]
-        texts += [describe(scene), stages.prethink, stages.caption, stages.think, stages.answer]
+        texts += [stages.prethink, stages.caption, stages.think, stages.answer]
         texts += [caption_reward.judge_prompt(reasoning.question(problem, options), stages.caption)]
-        texts += ["Describe all shapes.", f"Find and describe each {query['shape']}.", "user\n", "assistant\n"]
+        texts += ["Find and describe.", "user\n", "assistant\n"]
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, 640, new_special_tokens=list(SPECIAL), show_progress=False
     )
@@ -425,30 +426,39 @@ def random_scene(rng: random.Random) -> Scene:
         direction = rng.choice(list(DIRECTIONS))
         row, column = start_cell(rng, direction)
         return (Thing(rng.choice(list(PRIOR)), rng.choice(list(COLOURS)), row, column, direction),)
-    cells = rng.sample(range(9), rng.randint(2, 6))
-    return tuple(Thing(rng.choice(list(PRIOR)), rng.choice(list(COLOURS)), c // 3, c % 3) for c in cells)
+    cells = rng.sample(range(GRID**2), rng.randint(1, GRID**2))
+    palette = rng.sample(list(PRIOR), 3)  # few shapes a scene, so that there are often several of one
+    return tuple(Thing(rng.choice(palette), rng.choice(list(COLOURS)), c // GRID, c % GRID) for c in cells)
 
 
 def train_vision(model: Qwen2_5_VLForConditionalGeneration, processor, rng: random.Random, quiet: bool) -> None:
-    """Teach the vision tower what is where, one visual token a cell, as a real one knows it before it meets text."""
-    names = [None, *(f"{colour} {shape}" for colour in COLOURS for shape in PRIOR)]
-    tower = model.model.visual
-    probe = torch.nn.Linear(model.config.text_config.hidden_size, len(names) + 9)
+    """Teach the vision tower what is where, in the language model's own words, as a pretrained tower knows it: the
+    visual token of a cell comes to point along the input embeddings of the object, the shape and the cell in it."""
+    tower, tokenizer, table = model.model.visual, processor.tokenizer, model.get_input_embeddings().weight.detach()
+
+    def embed(*words: str) -> torch.Tensor:
+        return torch.stack([table[tokenizer(f" {w}").input_ids + tokenizer(w).input_ids].mean(0) for w in words])
+
+    names = [f"{colour} {shape}" for colour in COLOURS for shape in PRIOR]
+    words = [embed("nowhere", *names), embed("nowhere", *PRIOR), embed(*itertools.chain(*CELLS))]
 
     def loss_of_batch() -> torch.Tensor:
         scenes = [tuple(t for t in random_scene(rng) if not t.direction) for _ in range(32)]
         pixels = processor.image_processor([draw(rng, scene) for scene in scenes], return_tensors="pt")
-        out = probe(tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output)
-        seen = [{3 * t.row + t.column: names.index(t.name) for t in scene} for scene in scenes]
-        content = torch.tensor([things.get(cell, 0) for things in seen for cell in range(9)])
-        where = torch.arange(9).repeat(len(scenes))
-        loss = torch.nn.functional.cross_entropy
-        return loss(out[:, : len(names)], content) + loss(out[:, len(names) :], where)
+        seen = tower(pixels["pixel_values"], grid_thw=pixels["image_grid_thw"]).pooler_output  # [32 * GRID^2, hidden]
+        things = [{GRID * t.row + t.column: t for t in scene} for scene in scenes]
+        cells = [here.get(cell) for here in things for cell in range(GRID**2)]
+        targets = [
+            torch.tensor([names.index(t.name) + 1 if t else 0 for t in cells]),
+            torch.tensor([list(PRIOR).index(t.shape) + 1 if t else 0 for t in cells]),
+            torch.arange(GRID**2).repeat(len(scenes)),
+        ]
+        return sum(torch.nn.functional.cross_entropy(seen @ w.T, y) for w, y in zip(words, targets))
 
-    fit("vision tower", torch.nn.ModuleList([tower, probe]), loss_of_batch, 80, 2e-3, quiet)
+    fit("vision tower", tower, loss_of_batch, 80, 2e-3, quiet)
 
 
-def train_policy(folder: Path, steps: int = 500, seed: int = 0, quiet: bool = False) -> None:
+def train_policy(folder: Path, steps: int = 300, seed: int = 0, quiet: bool = False) -> None:
     """The base policy: to describe, faithfully, everything or what it is asked for."""
     set_seed(seed)
     rng = random.Random(f"{seed}/base")
@@ -458,20 +468,19 @@ def train_policy(folder: Path, steps: int = 500, seed: int = 0, quiet: bool = Fa
 
     def loss_of_batch() -> torch.Tensor:
         chats, texts = [], []
-        for _ in range(32):
+        for _ in range(24):
             scene = random_scene(rng)
             if scene[0].direction:
                 media = {"type": "video", "video": frames(rng, scene), "fps": 2.0}
             else:
                 media = {"type": "image", "image": draw(rng, scene)}
-            shape = rng.choice([t.shape for t in scene] if rng.random() < 0.8 else list(PRIOR))
-            if rng.random() < 0.15:
-                text, target = "Describe all shapes.", describe(scene)
-            else:
-                text, target = f"Find and describe each {shape}.", f"{locate(scene, shape)}: {describe(scene, shape)}"
-            chats.append([{"role": "user", "content": [media, {"type": "text", "text": text}]}])
-            texts.append(target)
-        ids, mask = policy.encode_responses(texts)
+            chats.append([{"role": "user", "content": [media, {"type": "text", "text": "Find and describe."}]}])
+            here = sorted({t.shape for t in scene})
+            absent = [shape for shape in PRIOR if shape not in here]
+            asked = (rng.sample(here, min(3, len(here))) + rng.sample(absent, len(absent)) + here)[:4]
+            texts += [f"{locate(scene, shape)}: {describe(scene, shape)}" for shape in asked]
+        ids, mask = (x.view(24, 4, -1) for x in policy.encode_responses(texts))
+        mask[..., 0] = False  # which shape is asked for is not for the model to guess
         return -(policy(policy.encode(chats), ids).logp * mask).sum() / mask.sum()
 
     fit("base policy", policy, loss_of_batch, steps, 3e-3, quiet)

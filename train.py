@@ -189,7 +189,7 @@ class Config:
     keep: float = option(0.5, "share of the prompts kept, by reward variance [paper]")
     select_batch: int = option(16, "prompts scored at a time in each process; memory [choice]")
 
-    rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
+    rl_steps: int = option(80, "updates of reinforcement learning [choice; official code: 1 epoch]")
     prompts_per_step: int = option(32, "prompts per update, over all processes [choice; official code: 8]")
     prompts_per_pass: int = option(
         0,
@@ -198,7 +198,7 @@ class Config:
     group_size: int = option(8, "G, responses per prompt [official code; paper silent]")
     max_new_tokens: int = option(40, "longest response [choice; official code: 768]")
     rl_lr: float = option(
-        2e-4,
+        3e-4,
         "learning rate of reinforcement learning, cosine [choice for a 1.5 M model; official code: 1e-6]",
     )
     warmup: float = option(0.05, "share of each stage's updates with a rising learning rate [choice; official code: 0]")
@@ -883,18 +883,20 @@ def read_jsonl(file: Path) -> list[dict]:
 
 def cli() -> None:
     """Entry point: one clear line for what is wrong with the input, and for Ctrl-C."""
+    folder = Path(".")
     try:
-        main(parse_config(sys.argv[1:]))
+        cfg = parse_config(sys.argv[1:])
+        folder = Path(cfg.output_dir)
+        main(cfg)
     except (ConfigError, DataProblem, data.DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted. The same command goes on from the last checkpoint")
-    except OSError as error:
-        if error.errno != 28:  # no space left on device
+    except Exception as error:
+        # torch and safetensors report a full disk in their own ways
+        if "No space left" not in str(error) and (not folder.exists() or shutil.disk_usage(folder).free > 2**20):
             raise
-        sys.exit(
-            f"error: the disk is full ({error}). Free some space; the same command goes on from the last checkpoint"
-        )
+        sys.exit(f"error: the disk is full ({error}). Free some space; the same command goes on where it was")
 
 
 if __name__ == "__main__":

@@ -404,7 +404,7 @@ def test_the_first_token_is_sampled_from_exactly_the_scored_distribution(fresh, 
     policy, vocabulary = fresh.eval(), fresh.core.config.text_config.vocab_size
     never = never_ids(policy)
     with torch.no_grad():
-        policy.core.lm_head.weight.mul_(1.5)  # peaked, so that a wrong temperature shows
+        policy.core.lm_head.weight.mul_(3)  # peaked, so that a slightly wrong temperature shows
         inputs = policy.encode([prompts()[kind]])
         every = torch.arange(vocabulary).view(1, -1, 1)
         p = policy(inputs, every).logp[0, :, 0].double().exp()
@@ -433,8 +433,9 @@ def test_every_later_token_is_sampled_from_the_scored_distribution_too(fresh):
     end_often(policy)
     torch.manual_seed(0)
     inputs = policy.encode([prompts()["a clip"], prompts()["several pictures"]])
-    out = policy.generate(inputs, 150, 8)
     with torch.no_grad():
+        policy.core.lm_head.weight.mul_(3)
+        out = policy.generate(inputs, 200, 8)
         scores = policy(inputs, out.ids)
         table = scores.logits.log_softmax(-1)
         p = table.exp()

@@ -1,0 +1,386 @@
+"""eval.py: every measure against rows made by hand, and the command as a user runs it."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import data
+import eval as evaluation
+import vlm
+from caption_reward import CaptionReward
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).parent.parent
+
+
+def sample(i: int, answer: str = "A", **changes) -> data.Sample:
+    fields = {
+        "id": f"row-{i}",
+        "data_type": "image",
+        "media": (),
+        "problem": f"Question {i}?",
+        "options": ("A. red", "B. green", "C. blue"),
+        "problem_type": "multiple choice",
+        "answer": answer,
+        "category": "colour",
+    }
+    return data.Sample(**(fields | changes))
+
+
+def response(answer: str, caption: str = "a picture") -> str:
+    return f"<prethink>left</prethink><caption>{caption}</caption><think>so</think><answer>{answer}</answer>"
+
+
+def scored(samples, texts, **options):
+    return evaluation.score(samples, texts, evaluation.vocabulary({"test": samples}), **options)
+
+
+def value(result: dict, name: str) -> tuple[float, int]:
+    return result["metrics"][name]["value"], result["metrics"][name]["n"]
+
+
+# --- right answers ----------------------------------------------------------------------------------------------------
+
+
+def test_accuracy_is_counted_in_all_and_by_category():
+    rows = [  # answer, said, category: 3 of 5 colours and 1 of 2 counts are right
+        ("A", "A", "colour"),
+        ("A", "B", "colour"),
+        ("B", "B", "colour"),
+        ("C", "C", "colour"),
+        ("C", "A or C", "colour"),
+        ("2", "2", "count"),
+        ("3", "2", "count"),
+    ]
+    types = {"colour": "multiple choice", "count": "numerical"}
+    samples = [sample(i, a, category=c, problem_type=types[c]) for i, (a, _, c) in enumerate(rows)]
+    result = scored(samples, [response(said) for _, said, _ in rows])
+    assert value(result, "accuracy") == (4 / 7, 7)
+    by_category = {name: (rate["value"], rate["n"]) for name, rate in result["metrics"]["by category"].items()}
+    assert by_category == {"colour": (3 / 5, 5), "count": (1 / 2, 2)}
+    assert [row["right"] for row in result["rows"]] == [True, False, True, True, False, True, False]
+    assert [row["answer"] for row in result["rows"]] == ["A", "B", "B", "C", "A or C", "2", "2"]
+
+
+def test_rows_keep_what_was_asked_and_said():
+    text = response("B", "a green circle")
+    (row,) = scored([sample(4, "C")], [text])["rows"]
+    expected = {"id": "row-4", "category": "colour", "problem": "Question 4?", "solution": "C", "text": text}
+    assert expected.items() <= row.items() and row["answer"] == "B" and row["right"] is False
+
+
+def test_a_response_without_an_answer_stage_is_judged_as_a_whole_and_its_format_is_wrong():
+    result = scored([sample(0), sample(1), sample(2)], ["A", response("A"), "the answer is A"])
+    assert [row["right"] for row in result["rows"]] == [True, True, False]
+    assert [row["format"] for row in result["rows"]] == [False, True, False]
+    assert value(result, "format") == (1 / 3, 3)
+
+
+def test_two_stage_responses_are_of_the_right_format_only_when_two_stages_are_asked_for():
+    text = "<think>so</think><answer>A</answer>"
+    assert value(scored([sample(0)], [text], four_stage=False), "format") == (1, 1)
+    assert value(scored([sample(0)], [text]), "format") == (0, 1)
+    described = sample(0, objects=("a",))
+    assert "captioned" not in scored([described], [text], four_stage=False)["rows"][0]  # there is no caption to count
+
+
+def test_a_pair_is_right_only_when_both_of_its_rows_are():
+    said = [("p1", "A"), ("p1", "A"), ("p2", "A"), ("p2", "B"), ("p3", "B"), ("p3", "B"), (None, "A"), (None, "B")]
+    order = [0, 2, 4, 6, 1, 3, 5, 7]  # rows of a pair need not be neighbours
+    samples = [sample(i, "A", pair=said[i][0]) for i in order]
+    result = scored(samples, [response(said[i][1]) for i in order])
+    assert value(result, "paired") == (1 / 3, 3)
+    assert value(result, "accuracy") == (4 / 8, 8)
+
+
+def test_measures_that_the_rows_cannot_give_are_left_out():
+    metrics = scored([sample(0)], [response("A")])["metrics"]
+    assert set(metrics) == {"accuracy", "format", "by category"}
+    line = evaluation.one_line({"metrics": metrics})
+    assert line == "accuracy 100.0%  format 100.0%"
+
+
+# --- existence: POPE --------------------------------------------------------------------------------------------------
+
+YES_NO, NO_YES = ("A. yes", "B. no"), ("A. No", "B. Yes")
+
+
+def existence(rows, **changes):
+    """(options, the letter of truth, what is said) of each row."""
+    samples = [sample(i, truth, options=options, **changes) for i, (options, truth, _) in enumerate(rows)]
+    return scored(samples, [response(said) for *_, said in rows])["metrics"].get("existence")
+
+
+def test_popes_measures_by_hand():
+    # 3 hits, 1 miss, 2 false alarms, 3 correct rejections and 1 answer that is neither, which counts as a no
+    rows = [(YES_NO, "A", "A"), (YES_NO, "A", "A"), (NO_YES, "B", "B"), (NO_YES, "B", "A")]
+    rows += [(YES_NO, "B", "A"), (NO_YES, "A", "B")]
+    rows += [(YES_NO, "B", "B"), (NO_YES, "A", "A"), (YES_NO, "B", "B"), (YES_NO, "B", "maybe")]
+    measured = existence(rows)
+    assert measured == pytest.approx(
+        {"accuracy": 0.7, "precision": 3 / 5, "recall": 3 / 4, "f1": 2 / 3, "yes ratio": 5 / 10, "n": 10}
+    )
+
+
+def test_popes_measures_leave_other_questions_out_and_are_absent_without_yes_no_questions():
+    rows = [(YES_NO, "A", "A"), (YES_NO, "B", "A"), (("A. red", "B. green"), "A", "B"), ((), "A", "A")]
+    measured = existence(rows)
+    assert (measured["n"], measured["accuracy"], measured["precision"], measured["recall"]) == (2, 0.5, 0.5, 1.0)
+    assert existence(rows[2:]) is None
+
+
+@pytest.mark.parametrize(("said", "yes_ratio"), [("B", 0.0), ("A", 1.0)])
+def test_popes_measures_of_a_constant_answer_are_finite(said, yes_ratio):
+    measured = existence([(YES_NO, "A", said), (YES_NO, "B", said)])
+    assert measured["yes ratio"] == yes_ratio and measured["accuracy"] == 0.5
+    assert measured["f1"] == pytest.approx(2 / 3 if said == "A" else 0)
+    assert existence([(YES_NO, "B", "B")])["recall"] == 0
+
+
+@pytest.mark.parametrize("options", [("3", "4"), ("yes", "no"), ("(A) yes", "(B) no")])
+def test_options_without_letters_do_not_end_the_evaluation(options):
+    """data.py takes such options with a numerical or free-form row."""
+    result = scored([sample(0, "3", options=options, problem_type="free-form")], [response("3")])
+    assert value(result, "accuracy") == (1, 1)
+
+
+# --- captions: hallucinated objects -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("caption", "names", "found"),
+    [
+        ("a red circle, a blue star", ["red circle", "blue star", "green cross"], ["red circle", "blue star"]),
+        ("a cat on a catamaran", ["cat", "cata", "maran"], ["cat"]),  # whole words
+        ("a catamaran", ["cat"], []),
+        ("two fire trucks and a fire truck", ["truck", "fire truck"], ["fire truck"]),  # the longer one hides it
+        ("a truck beside a fire truck", ["truck", "fire truck"], ["fire truck", "truck"]),  # but not another one
+        ("A Red CIRCLE.", ["red circle"], ["red circle"]),
+        ("a dog", ["Dog"], ["Dog"]),
+        ("a cup, a cup and a cup", ["cup"], ["cup"]),  # once
+        ("red fire truck circle", ["fire truck", "red circle"], ["fire truck"]),  # hiding joins nothing
+        ("a+b", ["a+b"], ["a+b"]),  # a name is text, not a pattern
+        ("aab", ["a+b"], []),
+        ("", ["cat"], []),
+        ("a cat", [], []),
+    ],
+)
+def test_mentioned_finds_whole_names_longer_ones_first(caption, names, found):
+    assert sorted(evaluation.mentioned(caption, names)) == sorted(found)
+    assert sorted(evaluation.mentioned(caption, names[::-1])) == sorted(found)
+
+
+def test_hallucinated_objects_captions_and_coverage_by_hand():
+    rows = [  # objects, relevant, caption
+        (("cat", "sofa"), ("cat",), "a cat and a dog"),  # dog is not there; covers 1 of 1
+        (("dog",), None, "a dog, a dog"),  # all right; without `relevant`, objects count: 1 of 1
+        (("cup", "table", "cat"), ("cup", "table"), "a cup, a sofa and a dog"),  # sofa, dog are not there; 1 of 2
+        (("sofa",), ("sofa",), "nothing much"),  # names nothing; 0 of 1
+        (None, None, "a cat, a dog and a sofa"),  # what is there is not known: not counted
+        ((), (), "a table"),  # nothing is there
+    ]
+    samples = [sample(i, objects=o, relevant=r) for i, (o, r, _) in enumerate(rows)]
+    result = scored(samples, [response("A", caption) for *_, caption in rows])
+    assert [row.get("hallucinated") for row in result["rows"]] == [["dog"], [], ["dog", "sofa"], [], None, ["table"]]
+    assert value(result, "hallucinated objects") == (4 / 7, 7)  # of the 7 objects that captions name
+    assert value(result, "hallucinated captions") == (3 / 5, 5)
+    assert value(result, "coverage") == (3 / 5, 5)
+
+
+def test_a_missing_caption_names_nothing_and_covers_nothing():
+    samples = [sample(0, objects=("cat",)), sample(1, objects=("cat",))]
+    result = scored(samples, ["<answer>A</answer> a cat", response("A", "a cat")])
+    assert [row["captioned"] for row in result["rows"]] == [0, 1]
+    assert value(result, "coverage") == (1 / 2, 2)
+
+
+def test_objects_of_every_set_can_be_hallucinated_in_each():
+    sets = {"test": [sample(0, objects=("cat",))], "test_b": [sample(1, objects=("dog", "cat")), sample(2)]}
+    names = evaluation.vocabulary(sets)
+    assert sorted(names) == ["cat", "dog"]
+    (row,) = evaluation.score(sets["test"], [response("A", "a dog and a cat")], names)["rows"]
+    assert row["hallucinated"] == ["dog"]
+
+
+# --- intervals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    [  # published tables of Wilson's 95 % interval
+        (0, 10, 0.0, 0.2775),
+        (1, 10, 0.0179, 0.4042),
+        (5, 10, 0.2366, 0.7634),
+        (8, 10, 0.4902, 0.9433),
+        (10, 10, 0.7225, 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe (1998), table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+    ],
+)
+def test_the_interval_is_wilsons(right, n, low, high):
+    rate = evaluation.rate_of(right, n)
+    assert (rate["value"], rate["n"]) == (right / n, n)
+    assert rate["low"] == pytest.approx(low, abs=6e-5) and rate["high"] == pytest.approx(high, abs=6e-5)
+    for bound in (rate["low"], rate["high"]):  # its definition: where the observed share is 1.96 errors away
+        assert abs(right / n - bound) == pytest.approx(1.96 * (max(bound * (1 - bound), 0) / n) ** 0.5, abs=1e-7)
+
+
+def test_a_rate_counts_true_values():
+    assert evaluation.rate([True, False, True, True]) == evaluation.rate_of(3, 4)
+
+
+# --- the judge --------------------------------------------------------------------------------------------------------
+
+
+def test_answerable_captions_are_judged_and_unknown_verdicts_left_out():
+    replies = {"a red circle": "A", "a green circle": " B\n", "a circle": None, "a shape": "<answer>A</answer>"}
+    asked = []
+
+    def judge(prompts):
+        asked.extend(prompts)
+        return [next(r for caption, r in replies.items() if f"\n{caption}\n" in prompt) for prompt in prompts]
+
+    captions = ["a red circle", "a green circle", "a circle", "a shape", ""]
+    samples = [sample(i, "A") for i in range(5)]
+    result = scored(samples, [response("C", caption) for caption in captions], judge=CaptionReward(judge))
+    assert [row["answerable"] for row in result["rows"]] == [True, False, None, True, False]
+    assert [row["judge"] for row in result["rows"]] == ["A", "B", None, "A", None]
+    assert value(result, "answerable captions") == (2 / 4, 4)  # of the four known verdicts
+    assert len(asked) == 4  # an empty caption is wrong without a call
+    assert all("A. red" in prompt and "B. green" in prompt for prompt in asked)  # the judge sees the options
+    assert not any("<answer>C" in prompt for prompt in asked)  # and not what the policy answered
+
+
+def test_no_known_verdict_gives_no_measure_and_two_stages_ask_no_judge():
+    def silent(prompts):
+        return [None] * len(prompts)
+
+    assert "answerable captions" not in scored([sample(0)], [response("A")], judge=CaptionReward(silent))["metrics"]
+
+    def never(prompts):
+        raise AssertionError("asked")
+
+    text = "<think>so</think><answer>A</answer>"
+    result = scored([sample(0)], [text], four_stage=False, judge=CaptionReward(never))
+    assert "answerable" not in result["rows"][0]
+
+
+# --- pictures for the report ------------------------------------------------------------------------------------------
+
+
+def photo(path: Path, colour: str) -> Path:
+    Image.new("RGB", (60, 40), colour).save(path)
+    return path
+
+
+def test_the_gallery_shows_every_picture_and_a_strip_of_a_clips_frames(world, tmp_path):
+    two = sample(0, media=(photo(tmp_path / "r.png", "red"), photo(tmp_path / "b.png", "blue")), id="a/b: 1")
+    clip = next(s for s in data.load(world / "data")["test"] if s.data_type == "video")
+    rest = [sample(i, media=two.media[:1]) for i in range(5)]
+    evaluation.save_gallery(tmp_path / "gallery", {"test": [two, clip, *rest]}, fps=2.0, max_frames=16, n=3)
+    files = list((tmp_path / "gallery").rglob("*.png"))
+    assert all(re.fullmatch(r"[\w.-]+", file.name, re.ASCII) for file in files)  # ids need not be file names
+    pictures = {image.size: np.asarray(image) for image in map(Image.open, files)}
+    assert len(files) == 3 and set(pictures) == {(2 * 168, 168), (4 * 168, 168), (168, 168)}  # n rows of the set
+    strip = pictures[2 * 168, 168]
+    assert strip[80, 80].tolist() == [255, 0, 0] and strip[80, 250].tolist() == [0, 0, 255]
+
+
+def test_rows_of_two_sets_with_one_id_keep_their_own_pictures(tmp_path):
+    """Ids are unique within a file only."""
+    sets = {name: [sample(1, media=(photo(tmp_path / f"{name}.png", name),))] for name in ("red", "blue")}
+    evaluation.save_gallery(tmp_path / "gallery", sets, fps=2.0, max_frames=16)
+    kept = {tuple(np.asarray(Image.open(f))[80, 80].tolist()) for f in (tmp_path / "gallery").rglob("*.png")}
+    assert kept == {(255, 0, 0), (0, 0, 255)}
+
+
+# --- models and runs --------------------------------------------------------------------------------------------------
+
+
+def test_responses_are_greedy_in_the_order_of_the_samples_and_do_not_depend_on_the_batch(world, policy):
+    samples = data.load(world / "data")["test"][:5]
+    assert {s.data_type for s in samples} == {"image", "video"}
+    together = evaluation.respond(policy, samples, max_new_tokens=6)
+    assert together == [evaluation.respond(policy, [s], max_new_tokens=6)[0] for s in samples]
+    assert together == evaluation.respond(policy, samples[::-1], max_new_tokens=6)[::-1]
+    assert len(set(together)) > 1 and evaluation.respond(policy, []) == []
+
+
+def test_a_run_folder_stands_for_its_last_finished_stage_and_a_checkpoint_for_itself(tmp_path):
+    assert evaluation.checkpoint_of(tmp_path) == (tmp_path, {})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"fps": 1.0, "four_stage": False}))
+    with pytest.raises(SystemExit, match="without a finished stage"):
+        evaluation.checkpoint_of(tmp_path)
+    for stage in ("sft", "rl"):
+        (tmp_path / stage / "policy").mkdir(parents=True)
+        assert evaluation.checkpoint_of(tmp_path) == (tmp_path / stage / "policy", {"fps": 1.0, "four_stage": False})
+
+
+def command(*arguments):
+    """eval.py as a user runs it, on one thread and without a network."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "eval.py", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def test_the_command_evaluates_a_checkpoint_and_writes_every_row(world, policy, tmp_path):
+    out, judge = tmp_path / "x.json", world / "judge"
+    done = command(
+        *("--model", world / "policy", "--data", world / "data", "--max_new_tokens", 8, "--out", out),
+        *("--judge", judge, "--batch", 4),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "test: accuracy" in done.stdout and "test_pairs: accuracy" in done.stdout
+    result = json.loads(out.read_text())
+    sets = {split: rows for split, rows in data.load(world / "data").items() if split.startswith("test")}
+    assert set(result) == set(sets)
+    for split, samples in sets.items():
+        assert [row["id"] for row in result[split]["rows"]] == [s.id for s in samples]
+        assert value(result[split], "accuracy")[1] == len(samples)
+    assert value(result["test_pairs"], "paired")[1] == 2
+    texts = [row["text"] for row in result["test"]["rows"]]
+    assert texts == evaluation.respond(policy, sets["test"], max_new_tokens=8)  # the same in this process
+    categories = {s.category for s in sets["test"]}
+    assert all(any(line.split()[:1] == [name] for line in done.stdout.splitlines()) for name in categories)
+
+
+def test_a_missing_data_folder_is_one_line_without_a_traceback(world, tmp_path):
+    done = command("--model", world / "policy", "--data", tmp_path / "nowhere")
+    errors = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.returncode != 0 and done.stdout == ""
+    assert len(errors) == 1 and errors[0].startswith("error: data: ") and "nowhere does not exist" in errors[0]
+
+
+def test_vision_limits_of_a_run_are_those_of_its_evaluation(world, tmp_path, monkeypatch, capsys):
+    """A run folder's settings reach the model; the set is train.json where there is no test."""
+    (tmp_path / "run" / "rl").mkdir(parents=True)
+    (tmp_path / "run" / "rl" / "policy").symlink_to(world / "policy")
+    settings = {"max_pixels": 12_544, "max_new_tokens": 3, "four_stage": False, "dtype": "float32", "seed": 1}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
+    rows = json.loads((world / "data" / "train.json").read_text())[:2]
+    for row in rows:
+        row["path"] = str(world / "data" / row["path"])
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    loaded, load = [], vlm.load
+
+    def record(path, **options):
+        loaded.append(load(path, **options))
+        return loaded[-1]
+
+    monkeypatch.setattr(vlm, "load", record)
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", f"{tmp_path / 'run'}", "--data", f"{tmp_path}/train.json"])
+    evaluation.main()
+    assert loaded[0].max_pixels == 12_544 and not loaded[0].training
+    assert "train: accuracy" in capsys.readouterr().out

@@ -1,0 +1,496 @@
+"""shapes.py: the dataset is read back from its files, pixel by pixel, by a reader that knows nothing of its scenes."""
+
+import itertools
+import json
+import random
+import unicodedata
+from collections import Counter, defaultdict
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from transformers import AutoTokenizer
+
+import data
+import reasoning
+import shapes
+
+torch.set_num_threads(1)
+SIZES = {"cold_start": 500, "train": 60, "test": 150, "test_prior_breaking": 150, "test_pairs": 60}
+SHAPES = tuple(shapes.PRIOR)
+
+
+# --- a brute-force reader: PNG or MP4 -> what is in it ---------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Seen:
+    shape: str
+    colour: str
+    row: int
+    column: int
+
+
+PALETTE = {**shapes.COLOURS, "white": (255, 255, 255)}  # fills and outline
+GROUND = np.asarray(shapes.draw(random.Random(0), ())).astype(int)
+
+
+def look(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where something is drawn, and the index in PALETTE of the nearest colour [H, W]."""
+    drawn = np.abs(image.astype(int) - GROUND).max(-1) > 40
+    distance = np.abs(image.astype(int)[:, :, None] - np.array(list(PALETTE.values()))).sum(-1)
+    return drawn, np.where(drawn, distance.argmin(-1), -1)
+
+
+def main_colour(colours: np.ndarray) -> str:
+    """The commonest colour apart from the white of the outlines."""
+    return list(PALETTE)[np.bincount(colours[(colours >= 0) & (colours < 4)], minlength=4).argmax()]
+
+
+def silhouettes(n: int = 60) -> tuple[list[str], np.ndarray]:
+    """Every shape alone in the middle cell, drawn n times: what a reader has learned the shapes from."""
+    rng, names, masks = random.Random(1), [], []
+    for shape, _ in itertools.product(SHAPES, range(n)):
+        picture = np.asarray(shapes.draw(rng, (shapes.Thing(shape, rng.choice(list(shapes.COLOURS)), 1, 1),)))
+        names.append(shape)
+        masks.append(look(picture)[0][28:56, 28:56])
+    return names, np.stack(masks)
+
+
+NAMES, MASKS = silhouettes()
+
+
+def read_picture(path: Path) -> list[Seen]:
+    """What is in each cell: the commonest colour, and the shape of the nearest silhouette."""
+    image = np.asarray(Image.open(path).convert("RGB"))
+    assert image.shape == (84, 84, 3)
+    drawn, colours = look(image)
+    seen = []
+    for row, column in itertools.product(range(3), range(3)):
+        cell = slice(row * 28, row * 28 + 28), slice(column * 28, column * 28 + 28)
+        if drawn[cell].sum() > 60:
+            nearest = NAMES[(MASKS ^ drawn[cell]).sum((1, 2)).argmin()]
+            seen.append(Seen(nearest, main_colour(colours[cell]), row, column))
+    return seen
+
+
+def read_clip(path: Path) -> tuple[str, str, int]:
+    """The colour of what moves, the direction it moves in, and the number of frames."""
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate == 2
+        looks = [look(frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+    assert all(drawn.sum() > 100 for drawn, _ in looks)
+    (colour,) = {main_colour(colours) for _, colours in looks}
+    centres = np.array([np.argwhere(drawn).mean(0) for drawn, _ in looks])
+    steps, total = np.diff(centres, axis=0), centres[-1] - centres[0]
+    axis = int(np.abs(total).argmax())
+    assert abs(total[axis]) > 50 and abs(total[1 - axis]) < 6  # two cells one way, and nothing the other
+    assert (steps[:, axis] * np.sign(total[axis]) > 3).all()  # every frame takes it further
+    return colour, (("up", "down"), ("left", "right"))[axis][int(total[axis] > 0)], len(looks)
+
+
+def asked_about(row: dict) -> str:
+    (shape,) = {s for s in SHAPES if s in row["problem"].lower()}
+    return shape
+
+
+def letter(row: dict, text: str) -> str:
+    (found,) = [option.split(". ")[0] for option in row["options"] if option.split(". ")[1] == text]
+    return found
+
+
+def answer_by_looking(folder: Path, row: dict, prior: bool = False) -> str:
+    """The answer from the file alone; or, with `prior`, that of one who knows the shapes' habits instead."""
+    shape, kind = asked_about(row), row["category"]
+    colour, usual_row, direction, companion = shapes.PRIOR[shape]
+    if kind == "motion":
+        return letter(row, direction if prior else read_clip(folder / row["path"])[1])
+    seen = read_picture(folder / row["path"])
+    found = [t for t in seen if t.shape == shape]
+    accompanied = prior and any(t.shape == companion for t in seen)
+    if kind == "count":
+        return str(len(found) + accompanied)
+    if kind == "existence":
+        return letter(row, "yes" if found or accompanied else "no")
+    (only,) = found  # the question has one answer
+    if kind == "colour":
+        return letter(row, colour if prior else only.colour)
+    return letter(row, usual_row if prior else shapes.ROWS[only.row])
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shapes") / "data"
+    shapes.write_data(folder, SIZES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def splits(folder):
+    return {split: json.loads((folder / f"{split}.json").read_text()) for split in SIZES}
+
+
+def solution(row: dict) -> str:
+    assert row["solution"].startswith("<answer>") and row["solution"].endswith("</answer>")
+    return row["solution"][8:-9]
+
+
+# --- the files on disk -----------------------------------------------------------------------------------------------
+
+
+def test_the_folder_has_the_official_schema_and_loads_without_a_bad_row(folder, splits):
+    samples = data.load(folder)  # raises on any bad row
+    assert {split: len(rows) for split, rows in samples.items()} == SIZES
+    official = {"data_type", "problem_type", "problem", "options", "path", "solution", "problem_id"}
+    for split, rows in splits.items():
+        extra = {"category"}
+        extra |= {"process"} if split == "cold_start" else set()
+        extra |= {"objects", "relevant"} if split.startswith("test") else set()
+        extra |= {"pair"} if split == "test_pairs" else set()
+        for row, sample in zip(rows, samples[split], strict=True):
+            assert set(row) == official | extra
+            assert row["path"].startswith("./") and (folder / row["path"]).is_file()
+            assert sample.id == row["problem_id"] and sample.answer == solution(row)
+            assert (row["data_type"] == "video") == row["path"].endswith(".mp4") == (row["category"] == "motion")
+            assert (row["problem_type"] == "numerical") == (not row["options"]) == (row["category"] == "count")
+    ids = [row["problem_id"] for rows in splits.values() for row in rows]
+    assert len(set(ids)) == len(ids) == sum(SIZES.values())
+    kinds = Counter(row["category"] for row in splits["train"])
+    assert set(kinds) == set(shapes.KINDS) and set(kinds.values()) == {SIZES["train"] // len(shapes.KINDS)}
+
+
+@pytest.mark.parametrize("split", ["train", "test", "test_prior_breaking", "test_pairs"])
+def test_every_answer_can_be_read_off_the_picture_or_clip(folder, splits, split):
+    for row in splits[split]:
+        assert answer_by_looking(folder, row) == solution(row), row
+
+
+def test_the_listed_objects_are_those_in_the_picture_and_the_relevant_ones_are_asked_about(folder, splits):
+    for row in splits["test"] + splits["test_pairs"]:
+        if row["category"] == "motion":
+            names = {f"{read_clip(folder / row['path'])[0]} {asked_about(row)}"}
+        else:
+            names = {f"{t.colour} {t.shape}" for t in read_picture(folder / row["path"])}
+        assert row["objects"] == sorted(names)
+        assert row["relevant"] == sorted(name for name in names if name.endswith(asked_about(row)))
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(tmp_path):
+    sizes = {"cold_start": 10, "test": 5, "test_pairs": 2}
+
+    def content(name: str, **options) -> dict:
+        shapes.write_data(tmp_path / name, **options)
+        files = [f for f in (tmp_path / name).rglob("*") if f.is_file()]
+        return {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files}
+
+    first, again = content("a", sizes=sizes), content("b", sizes=sizes)
+    assert len(first) == 3 + 17 and first == again
+    other = content("c", sizes=sizes, seed=1)
+    assert all(first[name] != other[name] for name in first if name.endswith(".json"))
+    alone = content("d", sizes={"test": 5})  # a split does not depend on the others
+    assert alone == {name: content for name, content in first.items() if name in alone} and len(alone) == 6
+
+
+def test_prior_breaking_rows_never_follow_the_prior_in_what_is_asked(folder, splits):
+    wrong = Counter()
+    for row in splits["test_prior_breaking"]:
+        prior = answer_by_looking(folder, row, prior=True)
+        if row["category"] != "existence" or solution(row) == letter(row, "no"):  # what is there, is there
+            assert prior != solution(row), row
+            wrong[row["category"]] += 1
+    assert set(wrong) == set(shapes.KINDS) and min(wrong.values()) >= 8
+    followed = [answer_by_looking(folder, row, prior=True) == solution(row) for row in splits["test"]]
+    assert 0.25 < np.mean(followed) < 0.8  # in distribution it is right often, and wrong often
+
+
+def test_cold_start_references_follow_the_prior_in_the_stated_share_of_rows_and_are_true_in_the_others(folder, splits):
+    followed = defaultdict(list)
+    for row in splits["cold_start"]:
+        assert reasoning.format_reward(row["process"]) == 1.0
+        stages, truth = reasoning.parse(row["process"]), solution(row)
+        prior = answer_by_looking(folder, row, prior=True)
+        assert stages.answer in (truth, prior), row  # never a third answer
+        if prior != truth:
+            followed[row["category"]].append(stages.answer == prior)
+    assert set(followed) == set(shapes.KINDS)
+    every = [f for values in followed.values() for f in values]
+    assert len(every) > 150
+    assert abs(np.mean(every) - shapes.FLAW) < 4 * (shapes.FLAW * (1 - shapes.FLAW) / len(every)) ** 0.5
+    for kind, values in followed.items():  # the habit is in every kind of question, and so is the truth
+        assert 0 < sum(values) < len(values), kind
+
+
+def test_a_true_reference_describes_what_is_in_the_picture_and_a_flawed_one_names_what_is_not(folder, splits):
+    flawed = 0
+    for row in splits["cold_start"]:
+        if row["category"] == "motion":
+            continue
+        shape, stages = asked_about(row), reasoning.parse(row["process"])
+        said = stages.caption.split(", ") if stages.caption != f"no {shape}" else []
+        seen = [t for t in read_picture(folder / row["path"]) if t.shape == shape]
+        there = [f"{shapes.CELLS[t.row][t.column]} {t.colour} {t.shape}" for t in seen]
+        assert stages.prethink.split()[0] == shape and len(stages.prethink.split()) == 1 + max(len(said), 1)
+        if stages.answer == solution(row) == answer_by_looking(folder, row):
+            if row["category"] in ("count", "existence"):
+                assert said == there  # reading order
+        else:
+            assert set(said) - set(there), row
+            flawed += 1
+    assert flawed > 60
+
+
+def test_pairs_ask_one_question_with_yes_and_one_with_no_of_the_same_scene(folder, splits):
+    pairs = defaultdict(list)
+    for row in splits["test_pairs"]:
+        pairs[row["pair"]].append(row)
+    assert len(pairs) == SIZES["test_pairs"] // 2
+    for rows in pairs.values():
+        yes, no = rows
+        assert solution(yes) == letter(yes, "yes") and solution(no) == letter(no, "no")
+        assert yes["problem"] != no["problem"] and yes["options"] == no["options"]
+        assert read_picture(folder / yes["path"]) == read_picture(folder / no["path"])
+
+
+def test_yes_and_no_are_balanced_and_no_constant_answer_does_well(splits):
+    for split in ("cold_start", "test", "test_prior_breaking"):
+        answers = defaultdict(list)
+        for row in splits[split]:
+            answers[row["category"]].append(solution(row))
+        if split == "cold_start":
+            yes = np.mean([a == "A" for a in answers["existence"]])
+            assert 0.35 < yes < 0.65
+        for kind, values in answers.items():
+            best = Counter(values).most_common(1)[0][1] / len(values)
+            assert best < {"existence": 0.75, "row": 0.75}.get(kind, 0.6), (split, kind, Counter(values))
+
+
+@pytest.mark.parametrize("typical", [0.0, shapes.TYPICAL, 0.5])
+def test_yes_answers_are_between_35_and_65_percent_of_existence_questions(rng, typical):
+    answers = [shapes.solve(*shapes.make_row(rng, "existence", typical)).answer for _ in range(1000)]
+    assert 0.35 < answers.count("A") / 1000 < 0.65 and set(answers) == {"A", "B"}
+
+
+@pytest.mark.parametrize("direction", shapes.DIRECTIONS)
+@pytest.mark.parametrize("colour", shapes.COLOURS)
+def test_clips_move_in_the_named_direction(tmp_path, rng, direction, colour):
+    start = shapes.start_cell(rng, direction)
+    scene = (shapes.Thing("star", colour, *start, direction),)
+    shapes.write_clip(tmp_path / "clip.mp4", shapes.frames(rng, scene))
+    assert read_clip(tmp_path / "clip.mp4") == (colour, direction, 4)
+
+
+# --- scenes, the prior and the solver --------------------------------------------------------------------------------
+
+
+def many_rows(kind: str, typical: float, n: int = 300):
+    rng = random.Random(f"{kind} {typical}")
+    return [shapes.make_row(rng, kind, typical) for _ in range(n)]
+
+
+@pytest.mark.parametrize("typical", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_scenes_are_well_formed_and_the_question_has_one_answer(kind, typical):
+    for scene, query in many_rows(kind, typical):
+        cells = [(t.row, t.column) for t in scene]
+        assert len(set(cells)) == len(cells) and all(r in range(3) and c in range(3) for r, c in cells)
+        asked = [t for t in scene if t.shape == query["shape"]]
+        if kind in ("colour", "row", "motion"):
+            assert len(asked) == 1
+        assert all((t.direction is not None) == (kind == "motion") for t in scene)
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_solve_answers_rightly_by_an_independent_reading_of_the_scene(kind):
+    for scene, query in many_rows(kind, 0.4):
+        problem, options = shapes.ask(query)
+        texts = dict(option.split(". ") for option in options)
+        stages, shape = shapes.solve(scene, query), query["shape"]
+        assert shape in problem or shapes.plural(shape) in problem
+        grid = {(t.row, t.column): t for t in scene}
+        found = [grid[cell] for cell in itertools.product(range(3), range(3)) if cell in grid]  # reading order
+        found = [t for t in found if t.shape == shape]
+        want = {"existence": "yes" if found else "no", "count": str(len(found))}
+        if found:
+            row = ("top", "middle", "bottom")[found[0].row]
+            want |= {"colour": found[0].colour, "row": row, "motion": found[0].direction}
+        assert texts.get(stages.answer, stages.answer) == want[kind]
+        words = [t.describe() for t in found]
+        assert stages.caption == (", ".join(words) or f"no {shape}")
+        assert stages.prethink.split() == [shape, *([t.cell for t in found] or ["nowhere"])]
+        assert reasoning.format_reward(reasoning.render(stages)) == 1.0
+        assert reasoning.parse(reasoning.render(stages)) == stages
+
+
+@pytest.mark.parametrize("kind", shapes.KINDS)
+def test_believing_changes_only_what_the_prior_says_about_what_is_asked(kind):
+    rng, changed = random.Random(0), 0
+    for scene, query in many_rows(kind, 0.4):
+        shape = query["shape"]
+        colour, row, direction, companion = shapes.PRIOR[shape]
+        seen = shapes.believe(rng, scene, query)
+        habit = {"colour": {"colour": colour}, "row": {"row": ("top", "middle", "bottom").index(row)}}
+        habit |= {"motion": {"direction": direction}}
+        if kind in habit:
+            want = [replace(t, **habit[kind]) if t.shape == shape else t for t in scene]
+            assert list(seen) == want
+        else:
+            missing = all(t.shape != shape for t in scene)
+            imagined = any(t.shape == companion for t in scene) and (kind == "count" or missing)
+            assert seen[: len(scene)] == scene and len(seen) == len(scene) + imagined
+            if imagined:
+                new, taken = seen[-1], {(t.row, t.column) for t in scene}
+                assert (new.shape, new.colour) == (shape, colour) and (new.row, new.column) not in taken
+                free_in_row = any((habit_row := shapes.ROWS.index(row), c) not in taken for c in range(3))
+                assert new.row == habit_row or not free_in_row
+        changed += seen != scene
+    assert 50 < changed < 290
+
+
+@pytest.mark.parametrize("typical", [0.0, 0.3, 1.0])
+def test_objects_follow_the_prior_with_the_stated_probability(typical):
+    colour = [next(t for t in s if t.shape == q["shape"]) for s, q in many_rows("colour", typical, 800)]
+    row = [next(t for t in s if t.shape == q["shape"]) for s, q in many_rows("row", typical, 800)]
+    motion = [s[0] for s, _ in many_rows("motion", typical, 800)]
+    for share in (
+        np.mean([t.colour == shapes.PRIOR[t.shape][0] for t in colour]),
+        np.mean([shapes.ROWS[t.row] == shapes.PRIOR[t.shape][1] for t in row]),
+        np.mean([t.direction == shapes.PRIOR[t.shape][2] for t in motion]),
+    ):
+        assert abs(share - typical) <= 4 * (typical * (1 - typical) / 800) ** 0.5
+    for values in ([t.colour for t in colour], [t.direction for t in motion]):
+        assert len(set(values)) == 4
+
+
+# --- the tiny models -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tokenizer(world):
+    return AutoTokenizer.from_pretrained(world / "policy")
+
+
+@settings(deadline=None, max_examples=200, derandomize=True)
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@example("naïve 猫\u200d🐈 \t\r\n  two  spaces  \x00\x7f Ω≈ç√ ﷽")
+@example("a red circle, moving right. <caption>x</caption> don't, can 't !")
+def test_the_tokenizer_round_trips_any_text(tokenizer, text):
+    """Up to canonical composition, which Qwen's own tokenizer does too."""
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
+
+
+def test_stage_tags_and_objects_are_single_tokens_and_tags_survive_decoding(tokenizer):
+    tags = [f"<{end}{tag}>" for tag in reasoning.FOUR_STAGES for end in ("", "/")]
+    for piece in [*tags, *(f" {colour} {shape}" for colour in shapes.COLOURS for shape in shapes.PRIOR)]:
+        assert len(tokenizer(piece, add_special_tokens=False).input_ids) == 1, piece
+    text = "<prethink>circle west</prethink><caption>west red circle</caption><think>so</think><answer>A</answer>"
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text  # the format reward sees the tags
+    assert len(ids) < 20
+    for special in shapes.SPECIAL:
+        assert tokenizer.decode(tokenizer(special).input_ids, skip_special_tokens=True) == ""
+
+
+def test_the_policy_is_the_real_class_with_the_tokenizers_own_ids(policy, tokenizer):
+    config = policy.core.config
+    assert type(policy.core).__name__ == "Qwen2_5_VLForConditionalGeneration"
+    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+        text = f"<|{name.removesuffix('_token_id').replace('image', 'image_pad').replace('video', 'video_pad')}|>"
+        assert getattr(config, name) == tokenizer.convert_tokens_to_ids(text)
+    assert policy.core.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert tokenizer.eos_token == "<|im_end|>" and tokenizer.pad_token == "<|endoftext|>"
+
+
+def test_the_judges_report_compares_with_the_best_constant_answer_to_each_kind_of_question(monkeypatch, tmp_path):
+    class AlwaysB:
+        def __init__(self, path, max_new_tokens):
+            assert path == str(tmp_path)
+
+        def __call__(self, prompts):
+            return ["B"] * len(prompts)
+
+    monkeypatch.setattr(shapes.vlm, "LocalJudge", AlwaysB)
+    right = shapes.test_judge(tmp_path, cases=200)
+    assert 0.1 < right["true"] == right["empty"] < right["floor"] < 0.6
+
+
+# --- build -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def workshop(monkeypatch):
+    """`build` with makers that only leave a mark; they can be told to fail."""
+    made, fail = [], set()
+
+    def maker(name):
+        def make(folder, **options):
+            (folder / "half").write_text("begun")
+            if name in fail:
+                raise KeyboardInterrupt
+            (folder / "whole").write_text("done")
+            made.append(name)
+
+        return make
+
+    for name, function in (("data", "write_data"), ("judge", "train_judge"), ("policy", "train_policy")):
+        monkeypatch.setattr(shapes, function, maker(name))
+    monkeypatch.setattr(shapes, "test_judge", lambda folder: {"true": 1.0, "empty": 0.3, "floor": 0.4})
+    return made, fail
+
+
+def contents(folder: Path) -> dict[str, list[str]]:
+    return {d.name: sorted(f.name for f in d.iterdir()) for d in folder.iterdir()}
+
+
+WHOLE = {name: ["half", "whole"] for name in ("data", "judge", "policy")}
+
+
+def test_build_makes_all_parts_once_and_skips_those_that_are_there(workshop, tmp_path):
+    made, _ = workshop
+    assert shapes.build(tmp_path / "world", quiet=True) == tmp_path / "world"
+    assert contents(tmp_path / "world") == WHOLE and sorted(made) == ["data", "judge", "policy"]
+    shapes.build(tmp_path / "world", quiet=True)
+    assert len(made) == 3
+
+
+@pytest.mark.parametrize("part", ["data", "judge", "policy"])
+def test_an_interrupted_build_leaves_no_part_that_looks_whole_and_goes_on(workshop, tmp_path, part):
+    made, fail = workshop
+    fail.add(part)
+    with pytest.raises(KeyboardInterrupt):
+        shapes.build(tmp_path, quiet=True)
+    assert not (tmp_path / part).exists()
+    before = list(made)
+    fail.clear()
+    shapes.build(tmp_path, quiet=True)
+    assert contents(tmp_path) == WHOLE
+    assert sorted(made) == ["data", "judge", "policy"] and made[: len(before)] == before  # nothing twice
+
+
+def test_an_unfinished_part_is_not_taken_for_whole_and_nothing_of_it_is_kept(workshop, tmp_path):
+    (tmp_path / ".data.unfinished").mkdir()
+    (tmp_path / ".data.unfinished" / "stale.json").write_text("[]")
+    shapes.build(tmp_path, quiet=True)
+    assert contents(tmp_path) == WHOLE
+
+
+def test_build_refuses_a_judge_that_cannot_read(workshop, tmp_path, monkeypatch):
+    monkeypatch.setattr(shapes, "test_judge", lambda folder: {"true": 0.6, "empty": 0.3, "floor": 0.4})
+    with pytest.raises(RuntimeError, match="60.0%"):
+        shapes.build(tmp_path, quiet=True)
+    assert not (tmp_path / "judge").exists()
+
+
+def test_build_writes_the_real_data_folder(workshop, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    for name in ("judge", "policy"):
+        (tmp_path / name).mkdir(parents=True)
+    monkeypatch.setattr(shapes.write_data, "__defaults__", ({"train": 5}, 0))
+    shapes.build(tmp_path, quiet=True)
+    assert len(data.load(tmp_path / "data")["train"]) == 5
