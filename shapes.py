@@ -62,7 +62,7 @@ KINDS = ("existence", "count", "colour", "row", "motion")
 CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
 GROUND = (122, 116, 104)  # about the mean that the image processor subtracts: shapes stand out from zero
 TYPICAL = 0.4  # share of objects that are as their shape usually is
-FLAW = 0.55  # share of cold-start rows that follow the prior
+FLAW = 0.6  # share of cold-start rows that follow the prior
 SIZES = {"cold_start": 2400, "train": 320, "test": 400, "test_prior_breaking": 300, "test_pairs": 300}
 
 
@@ -122,10 +122,10 @@ def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[S
         r, c = start_cell(rng, direction)
         scene = (Thing(shape, pick_colour(rng, shape, typical), r, c, direction),)
     else:
-        count = {"existence": rng.random() < 0.5, "count": rng.randint(1, 3)}.get(kind, 1)
+        count = {"existence": rng.random() < 0.4, "count": rng.randint(1, 3)}.get(kind, 1)
         for _ in range(int(count)):
             scene = place(rng, scene, shape, typical)
-        if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.6):
+        if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.9):
             scene = place(rng, scene, companion, typical)
         others = [s for s in PRIOR if s not in (shape, companion)]
         for _ in range(min(rng.randint(1, 2), GRID**2 - len(scene))):
@@ -150,7 +150,7 @@ def ask(query: dict) -> tuple[str, list[str]]:
     }[query["kind"]]
 
 
-def believe(rng: random.Random, scene: Scene, query: dict) -> Scene:
+def believe(scene: Scene, query: dict) -> Scene:
     """The scene as the prior has it: what a model sees that looks at habits and not at the picture."""
     shape, kind = query["shape"], query["kind"]
     colour, row, direction, companion = PRIOR[shape]
@@ -164,9 +164,12 @@ def believe(rng: random.Random, scene: Scene, query: dict) -> Scene:
             thing = replace(thing, direction=direction)
         seen.append(thing)
     missing = not any(t.shape == shape for t in scene)
-    room = len(scene) < GRID**2
-    if room and (kind == "count" or (kind == "existence" and missing)) and any(t.shape == companion for t in scene):
-        seen = place(rng, tuple(seen), shape, 1.0, colour)
+    expected = kind == "count" or (kind == "existence" and missing)
+    if expected and any(t.shape == companion for t in scene):  # its companion is there, so it must be there too
+        taken = {(t.row, t.column) for t in scene}
+        free = [cell for cell in itertools.product(range(GRID), range(GRID)) if cell not in taken]
+        habit = sorted(free, key=lambda cell: cell[0] != ROWS.index(row))[:1]  # in its usual row, if there is room
+        seen += [Thing(shape, colour, *cell) for cell in habit]
     return tuple(seen)
 
 
@@ -298,7 +301,7 @@ def _write_row(rng: random.Random, folder: Path, split: str, i: int, scene: Scen
         "category": query["kind"],
     }
     if split == "cold_start":
-        seen = believe(rng, scene, query) if rng.random() < FLAW else scene
+        seen = believe(scene, query) if rng.random() < FLAW else scene
         row["process"] = reasoning.render(solve(seen, query))
     if split == "test_pairs":
         row["pair"] = f"pair-{i // 2:05d}"

@@ -115,116 +115,68 @@ class Config:
     """Every value of a run, in one flat block. Defaults fit the embedded world; configs/ has presets."""
 
     method: str = option(
-        "ours",
-        "ours, grpo (think-answer stages, accuracy and format rewards only, D-43), or sft (the cold start "
-        "alone) [paper, Table 1]",
+        "ours", "ours, grpo (plain: two stages, two rewards, D-43) or sft (cold start) [paper, Table 1]"
     )
-    four_stage: bool | None = option(
-        None,
-        "planning, caption, thinking, answer; false: thinking, answer. Default: by --method [paper, Table 2]",
-    )
-    caption_reward: bool | None = option(
-        None,
-        "reward captions from which a text-only judge answers rightly. Default: by --method [paper, Table 2]",
-    )
-    selection: bool | None = option(
-        None,
-        "train on the top half of the prompts by reward variance. Default: by --method [paper, Table 3]",
-    )
-    nce_weight: float | None = option(
-        None,
-        "weight of Eq. 4 in the loss, 0 = off. Default: 0.01 by --method ours [official code; paper silent]",
-    )
+    four_stage: bool | None = option(None, "planning and caption stages too; default by --method [paper, Table 2]")
+    caption_reward: bool | None = option(None, "the Caption Reward; default by --method [paper, Table 2]")
+    selection: bool | None = option(None, "top half of the prompts by variance; default by --method [paper, Table 3]")
+    nce_weight: float | None = option(None, "weight of Eq. 4, 0 = off; ours: 0.01 [official code, paper silent]")
 
-    model: str = option("", "Qwen2.5-VL checkpoint, folder or hub id. Empty: the embedded world's tiny policy [choice]")
-    data: str = option(
-        "",
-        "dataset folder or file in the official schema (data.py). Empty: the embedded world [choice]",
-    )
-    judge: str = option(
-        "",
-        "text-only judge: causal LM, folder or hub id, or an OpenAI-compatible http(s) base URL. Empty: the "
-        "embedded world's [choice]",
-    )
-    judge_model: str = option("", "model name at the judge's URL; its key is read from OPENAI_API_KEY [choice]")
+    model: str = option("", "Qwen2.5-VL, folder or hub id; empty: the embedded world's tiny policy [choice]")
+    data: str = option("", "dataset folder or file (see data.py); empty: the embedded world's [choice]")
+    judge: str = option("", "causal LM, or OpenAI-compatible URL; empty: the embedded world's [choice]")
+    judge_model: str = option("", "model at the judge's URL; its key comes from OPENAI_API_KEY [choice]")
     world: str = option("shapes-world", "where the embedded world is built, once [choice]")
-    output_dir: str = option("", "run folder. Empty: runs/METHOD-seedSEED [choice]")
-    seed: int = option(0, "of everything: data order, sampling, LoRA initialisation [choice]")
+    output_dir: str = option("", "run folder; empty: runs/METHOD-seedSEED [choice]")
+    seed: int = option(0, "of data order, sampling and LoRA initialisation [choice]")
 
-    on_bad_row: str = option(
-        "error",
-        "error: stop before any work and list the bad rows; skip: leave them out [choice]",
-    )
-    min_pixels: int = option(
-        3136,
-        "pictures and frames are enlarged to at least this many pixels [qwen-vl-utils, 4 tokens]",
-    )
-    max_pixels: int = option(401408, "and reduced to at most this many [official code]")
+    on_bad_row: str = option("error", "error: stop before any work; skip: leave bad rows out [choice]")
+    min_pixels: int = option(3136, "pictures and frames are enlarged to at least this [qwen-vl-utils: 4 tokens]")
+    max_pixels: int = option(401408, "and reduced to at most this [official code]")
     fps: float = option(2.0, "frames a second taken from a clip [qwen-vl-utils]")
     max_frames: int = option(16, "most frames taken from a clip [Video-R1]")
 
-    dtype: str = option("float32", "float32 or bfloat16, of weights and activations [official code: bfloat16]")
-    attention: str = option(
-        "sdpa",
-        "transformers' attention implementation; one that takes a 4-D mask: sdpa or eager [choice]",
-    )
-    lora_rank: int = option(
-        0,
-        "0: full fine-tuning of the language model; else rank of LoRA on its linears [official code: 0]",
-    )
+    dtype: str = option("float32", "float32 or bfloat16 [official code: bfloat16]")
+    attention: str = option("sdpa", "one that takes a 4-D mask: sdpa or eager [choice]")
+    lora_rank: int = option(0, "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
     train_vision: bool = option(False, "train the vision tower as well [choice]")
-    gradient_checkpointing: bool = option(
-        False,
-        "recompute activations in the backward pass, to save memory [official code: true]",
-    )
+    gradient_checkpointing: bool = option(False, "recompute activations, saves memory [official code: true]")
 
-    sft_steps: int = option(250, "cold-start updates; 0 skips the stage [choice; official code: 2 epochs]")
+    sft_steps: int = option(250, "cold-start updates; 0: none [choice; official code: 2 epochs]")
     sft_batch: int = option(32, "rows per cold-start update, over all processes [choice; official code: 8]")
-    sft_lr: float = option(
-        2e-3,
-        "learning rate of the cold start, cosine [choice for a 1.5 M model; official code: 1e-6]",
-    )
+    sft_lr: float = option(2e-3, "cold-start learning rate [choice for a 1.5 M model; official code: 1e-6]")
 
-    responses: int = option(64, "responses per prompt that are scored for selection [paper]")
-    keep: float = option(0.5, "share of the prompts kept, by reward variance [paper]")
-    select_batch: int = option(16, "prompts scored at a time in each process; memory [choice]")
+    responses: int = option(64, "responses per prompt scored for selection [paper]")
+    keep: float = option(0.5, "share of the prompts kept [paper]")
+    select_batch: int = option(16, "prompts scored at a time in each process: memory only [choice]")
 
-    rl_steps: int = option(80, "updates of reinforcement learning [choice; official code: 1 epoch]")
+    rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
     prompts_per_step: int = option(32, "prompts per update, over all processes [choice; official code: 8]")
-    prompts_per_pass: int = option(
-        0,
-        "prompts per forward and backward pass in each process; memory only, same update; 0: all at once [choice]",
-    )
+    prompts_per_pass: int = option(0, "prompts per pass in each process: memory only; 0: all [choice]")
     group_size: int = option(8, "G, responses per prompt [official code; paper silent]")
     max_new_tokens: int = option(40, "longest response [choice; official code: 768]")
-    rl_lr: float = option(
-        3e-4,
-        "learning rate of reinforcement learning, cosine [choice for a 1.5 M model; official code: 1e-6]",
-    )
-    warmup: float = option(0.05, "share of each stage's updates with a rising learning rate [choice; official code: 0]")
-    weight_decay: float = option(0.01, "AdamW weight decay [official code, RL]")
+    rl_lr: float = option(3e-4, "learning rate, cosine [choice for a 1.5 M model; official code: 1e-6]")
+    warmup: float = option(0.05, "share of a stage's updates with rising rate [choice; official code: 0]")
+    weight_decay: float = option(0.01, "AdamW's [official code]")
     max_grad_norm: float = option(1.0, "gradient clipping [choice; official code: 5]")
-    beta: float = option(
-        0.04,
-        "weight of the KL penalty in Eq. 1; 0 needs no reference model [official code; paper silent]",
-    )
-    kl_kind: str = option("k3", "KL estimator: k1, k2, k3 or rho_k3 [official code]")
-    eps_low: float = option(0.2, "clip(rho, 1 - eps_low, 1 + eps_high) in Eq. 1 [GRPO; paper silent]")
-    eps_high: float = option(0.2, "see eps_low [GRPO; paper silent]")
+    beta: float = option(0.04, "weight of the KL in Eq. 1; 0: no reference model [official code, paper silent]")
+    kl_kind: str = option("k3", "k1, k2, k3 or rho_k3 [official code]")
+    eps_low: float = option(0.2, "clip(rho, 1 - eps_low, 1 + eps_high) in Eq. 1 [GRPO, paper silent]")
+    eps_high: float = option(0.2, "see eps_low [GRPO, paper silent]")
     loss_norm: str = option("sequence", "sequence (Eq. 1), token (DAPO) or constant (Dr. GRPO) [paper]")
-    iterations: int = option(1, "updates per batch of responses; above 1 the clip of Eq. 1 acts (D-3) [official code]")
+    iterations: int = option(1, "updates per batch of responses; above 1 the clip acts, D-3 [official code]")
 
-    accuracy_weight: float = option(1.0, "weight of the accuracy reward [official code]")
-    format_weight: float = option(0.1, "weight of the format reward [official code]")
-    caption_weight: float = option(1.0, "weight of the Caption Reward [official code]")
-    tau: float = option(0.54, "cosine threshold of Eq. 4 (D-54) [paper, Figure 5a]")
-    nce_temperature: float = option(1.0, "temperature of Eq. 4 (D-53) [paper: none]")
+    accuracy_weight: float = option(1.0, "of the accuracy reward [official code]")
+    format_weight: float = option(0.1, "of the format reward [official code]")
+    caption_weight: float = option(1.0, "of the Caption Reward [official code]")
+    tau: float = option(0.54, "cosine threshold of Eq. 4, D-54 [paper, Figure 5a]")
+    nce_temperature: float = option(1.0, "temperature of Eq. 4, D-53 [paper: none]")
 
     eval_batch: int = option(64, "rows per evaluation batch in each process [choice]")
-    show_every: int = option(10, "print a sampled response every so many updates; 0: never [choice]")
+    show_every: int = option(10, "print a sampled response every so many updates, 0: never [choice]")
     save_every: int = option(20, "checkpoint every so many updates [choice; official code: 100]")
-    tracker: str = option("", "also log to an accelerate tracker: tensorboard or wandb [choice]")
-    quiet: bool = option(False, "only the result: no progress bars, no metrics lines [choice]")
+    tracker: str = option("", "also log to tensorboard or wandb, through accelerate [choice]")
+    quiet: bool = option(False, "print only the result [choice]")
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is loaded. Resolves what --method leaves open."""

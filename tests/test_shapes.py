@@ -24,6 +24,8 @@ import shapes
 torch.set_num_threads(1)
 SIZES = {"cold_start": 500, "train": 60, "test": 150, "test_prior_breaking": 150, "test_pairs": 60}
 SHAPES = tuple(shapes.PRIOR)
+GRID, CELL = len(shapes.ROWS), shapes.CELL
+PLACES = tuple(itertools.product(range(GRID), repeat=2))  # reading order
 
 
 # --- a brute-force reader: PNG or MP4 -> what is in it ---------------------------------------------------------------
@@ -54,12 +56,12 @@ def main_colour(colours: np.ndarray) -> str:
 
 
 def silhouettes(n: int = 60) -> tuple[list[str], np.ndarray]:
-    """Every shape alone in the middle cell, drawn n times: what a reader has learned the shapes from."""
+    """Every shape alone in the first cell, drawn n times: what a reader has learned the shapes from."""
     rng, names, masks = random.Random(1), [], []
     for shape, _ in itertools.product(SHAPES, range(n)):
-        picture = np.asarray(shapes.draw(rng, (shapes.Thing(shape, rng.choice(list(shapes.COLOURS)), 1, 1),)))
+        picture = np.asarray(shapes.draw(rng, (shapes.Thing(shape, rng.choice(list(shapes.COLOURS)), 0, 0),)))
         names.append(shape)
-        masks.append(look(picture)[0][28:56, 28:56])
+        masks.append(look(picture)[0][:CELL, :CELL])
     return names, np.stack(masks)
 
 
@@ -69,11 +71,11 @@ NAMES, MASKS = silhouettes()
 def read_picture(path: Path) -> list[Seen]:
     """What is in each cell: the commonest colour, and the shape of the nearest silhouette."""
     image = np.asarray(Image.open(path).convert("RGB"))
-    assert image.shape == (84, 84, 3)
+    assert image.shape == (GRID * CELL, GRID * CELL, 3)
     drawn, colours = look(image)
     seen = []
-    for row, column in itertools.product(range(3), range(3)):
-        cell = slice(row * 28, row * 28 + 28), slice(column * 28, column * 28 + 28)
+    for row, column in PLACES:
+        cell = slice(row * CELL, (row + 1) * CELL), slice(column * CELL, (column + 1) * CELL)
         if drawn[cell].sum() > 60:
             nearest = NAMES[(MASKS ^ drawn[cell]).sum((1, 2)).argmin()]
             seen.append(Seen(nearest, main_colour(colours[cell]), row, column))
@@ -90,8 +92,8 @@ def read_clip(path: Path) -> tuple[str, str, int]:
     centres = np.array([np.argwhere(drawn).mean(0) for drawn, _ in looks])
     steps, total = np.diff(centres, axis=0), centres[-1] - centres[0]
     axis = int(np.abs(total).argmax())
-    assert abs(total[axis]) > 50 and abs(total[1 - axis]) < 6  # two cells one way, and nothing the other
-    assert (steps[:, axis] * np.sign(total[axis]) > 3).all()  # every frame takes it further
+    assert abs(abs(total[axis]) - (GRID - 1) * CELL) < 6 and abs(total[1 - axis]) < 6  # from edge to edge, straight
+    assert (steps[:, axis] * np.sign(total[axis]) > 0).all()  # every frame takes it further
     return colour, (("up", "down"), ("left", "right"))[axis][int(total[axis] > 0)], len(looks)
 
 
@@ -113,7 +115,7 @@ def answer_by_looking(folder: Path, row: dict, prior: bool = False) -> str:
         return letter(row, direction if prior else read_clip(folder / row["path"])[1])
     seen = read_picture(folder / row["path"])
     found = [t for t in seen if t.shape == shape]
-    accompanied = prior and any(t.shape == companion for t in seen)
+    accompanied = prior and any(t.shape == companion for t in seen) and len(seen) < GRID**2  # room for one more
     if kind == "count":
         return str(len(found) + accompanied)
     if kind == "existence":
@@ -198,13 +200,13 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(tmp_path
 
 
 def test_prior_breaking_rows_never_follow_the_prior_in_what_is_asked(folder, splits):
-    wrong = Counter()
+    asked, wrong = Counter(), Counter()
     for row in splits["test_prior_breaking"]:
         prior = answer_by_looking(folder, row, prior=True)
-        if row["category"] != "existence" or solution(row) == letter(row, "no"):  # what is there, is there
-            assert prior != solution(row), row
-            wrong[row["category"]] += 1
-    assert set(wrong) == set(shapes.KINDS) and min(wrong.values()) >= 8
+        asked[row["category"]] += 1
+        seen = row["category"] == "existence" and solution(row) == letter(row, "yes")  # what is there, is there
+        wrong[row["category"]] += seen or prior != solution(row)
+    assert wrong == asked
     followed = [answer_by_looking(folder, row, prior=True) == solution(row) for row in splits["test"]]
     assert 0.25 < np.mean(followed) < 0.8  # in distribution it is right often, and wrong often
 
@@ -298,7 +300,7 @@ def many_rows(kind: str, typical: float, n: int = 300):
 def test_scenes_are_well_formed_and_the_question_has_one_answer(kind, typical):
     for scene, query in many_rows(kind, typical):
         cells = [(t.row, t.column) for t in scene]
-        assert len(set(cells)) == len(cells) and all(r in range(3) and c in range(3) for r, c in cells)
+        assert len(set(cells)) == len(cells) and all(cell in PLACES for cell in cells)
         asked = [t for t in scene if t.shape == query["shape"]]
         if kind in ("colour", "row", "motion"):
             assert len(asked) == 1
@@ -313,11 +315,11 @@ def test_solve_answers_rightly_by_an_independent_reading_of_the_scene(kind):
         stages, shape = shapes.solve(scene, query), query["shape"]
         assert shape in problem or shapes.plural(shape) in problem
         grid = {(t.row, t.column): t for t in scene}
-        found = [grid[cell] for cell in itertools.product(range(3), range(3)) if cell in grid]  # reading order
+        found = [grid[cell] for cell in PLACES if cell in grid]  # reading order
         found = [t for t in found if t.shape == shape]
         want = {"existence": "yes" if found else "no", "count": str(len(found))}
         if found:
-            row = ("top", "middle", "bottom")[found[0].row]
+            row = shapes.ROWS[found[0].row]
             want |= {"colour": found[0].colour, "row": row, "motion": found[0].direction}
         assert texts.get(stages.answer, stages.answer) == want[kind]
         words = [t.describe() for t in found]
@@ -329,12 +331,12 @@ def test_solve_answers_rightly_by_an_independent_reading_of_the_scene(kind):
 
 @pytest.mark.parametrize("kind", shapes.KINDS)
 def test_believing_changes_only_what_the_prior_says_about_what_is_asked(kind):
-    rng, changed = random.Random(0), 0
+    changed = 0
     for scene, query in many_rows(kind, 0.4):
         shape = query["shape"]
         colour, row, direction, companion = shapes.PRIOR[shape]
-        seen = shapes.believe(rng, scene, query)
-        habit = {"colour": {"colour": colour}, "row": {"row": ("top", "middle", "bottom").index(row)}}
+        seen = shapes.believe(scene, query)
+        habit = {"colour": {"colour": colour}, "row": {"row": shapes.ROWS.index(row)}}
         habit |= {"motion": {"direction": direction}}
         if kind in habit:
             want = [replace(t, **habit[kind]) if t.shape == shape else t for t in scene]
@@ -342,14 +344,15 @@ def test_believing_changes_only_what_the_prior_says_about_what_is_asked(kind):
         else:
             missing = all(t.shape != shape for t in scene)
             imagined = any(t.shape == companion for t in scene) and (kind == "count" or missing)
+            imagined = imagined and len(scene) < GRID**2  # if there is room
             assert seen[: len(scene)] == scene and len(seen) == len(scene) + imagined
             if imagined:
                 new, taken = seen[-1], {(t.row, t.column) for t in scene}
                 assert (new.shape, new.colour) == (shape, colour) and (new.row, new.column) not in taken
-                free_in_row = any((habit_row := shapes.ROWS.index(row), c) not in taken for c in range(3))
-                assert new.row == habit_row or not free_in_row
+                free_in_row = any((shapes.ROWS.index(row), c) not in taken for c in range(GRID))
+                assert new.row == shapes.ROWS.index(row) or not free_in_row
         changed += seen != scene
-    assert 50 < changed < 290
+    assert 20 < changed < 290
 
 
 @pytest.mark.parametrize("typical", [0.0, 0.3, 1.0])

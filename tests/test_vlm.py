@@ -32,10 +32,11 @@ def photo(name: str, size=(112, 84)) -> dict:
     return {"type": "image", "image": Image.fromarray(getattr(skimage.data, name)()).convert("RGB").resize(size)}
 
 
-def clip(direction: str = "right", fps: float = 2.0, repeat: int = 1) -> dict:
+def clip(direction: str = "right", fps: float = 2.0) -> dict:
     row, column = shapes.start_cell(random.Random(0), direction)
     scene = (shapes.Thing("circle", "red", row, column, direction),)
-    return {"type": "video", "video": shapes.frames(random.Random(0), scene) * repeat, "fps": fps}
+    frames = [frame.resize((84, 84)) for frame in shapes.frames(random.Random(0), scene)]
+    return {"type": "video", "video": frames, "fps": fps}
 
 
 def chat(*parts) -> list[dict]:
