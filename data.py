@@ -69,6 +69,10 @@ def load(source: str | Path, on_bad_row: str = "error") -> dict[str, list[Sample
         raise DataError(f"data: {source} does not exist. Give a folder with train.json, or one JSON/JSONL/Parquet file")
     files = sorted(f for f in source.iterdir() if f.suffix in SUFFIXES) if source.is_dir() else [source]
     splits = {f.stem if source.is_dir() else "train": f for f in files}
+    if len(splits) < len(files):
+        raise DataError(
+            f"data: {source} holds a split twice: {', '.join(f.name for f in files)}. Keep one of each name"
+        )
     if "train" not in splits and not any(name.startswith("test") for name in splits):
         names = ", ".join(f.name for f in files) or "no data file"
         raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
@@ -109,7 +113,7 @@ def _rows(file: Path) -> list[dict]:
             return list(load_dataset("parquet", data_files=str(file), split="train"))
         text = file.read_text(encoding="utf-8")
         rows = (
-            [json.loads(line) for line in text.splitlines() if line.strip()]
+            [json.loads(line) for line in text.split("\n") if line.strip()]
             if file.suffix == ".jsonl"
             else json.loads(text)
         )
@@ -131,6 +135,10 @@ def _sample(row: dict, root: Path) -> Sample:
         raise DataError(f"data_type: {row['data_type']!r} is neither 'image' nor 'video'")
     if row["problem_type"] not in reasoning.PROBLEM_TYPES:
         raise DataError(f"problem_type: {row['problem_type']!r} is not one of {', '.join(reasoning.PROBLEM_TYPES)}")
+    for name in ("options", "objects", "relevant"):
+        value = row.get(name)
+        if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+            raise DataError(f'{name}: must be a list of strings such as ["A. red", "B. green"]')
     options, answer = tuple(row.get("options") or ()), answers.solution_of(str(row["solution"]))
     if not answer:
         raise DataError("solution: no answer inside <answer></answer>")
@@ -143,6 +151,10 @@ def _sample(row: dict, root: Path) -> Sample:
     if row["problem_type"] in ("numerical", "regression") and answers.to_number(answer) is None:
         raise DataError(f"solution: {answer!r} is not a number")
     paths = row["path"] if isinstance(row["path"], list) else [row["path"]]
+    if not all(isinstance(path, str) for path in paths):
+        raise DataError("path: must be a path or a list of paths")
+    if row["data_type"] == "video" and len(paths) > 1:
+        raise DataError("path: a row has one clip. Give one path")
     media = tuple(root / path for path in paths)
     for path in media:
         _check_media(path, row["data_type"])
@@ -168,11 +180,13 @@ def _check_media(path: Path, data_type: str) -> None:
     try:
         if data_type == "image":
             with Image.open(path) as image:
-                image.verify()
+                image.load()  # verify() would pass a truncated JPEG
         else:
             with av.open(str(path)) as container:
                 if not container.streams.video:
                     raise ValueError("no video stream")
+                if any(packet.is_corrupt for packet in container.demux(video=0)):
+                    raise ValueError("it is cut off")
     except Exception as error:  # PIL and PyAV raise many kinds; all of them mean an unreadable file
         raise DataError(f"path: cannot read {path} as {data_type} ({error})") from error
 
@@ -183,8 +197,17 @@ def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) 
         frames, true_fps = read_video(sample.media[0], fps, max_frames)
         media = [{"type": "video", "video": frames, "fps": true_fps}]
     else:
-        media = [{"type": "image", "image": Image.open(path).convert("RGB")} for path in sample.media]
+        media = [{"type": "image", "image": read_image(path)} for path in sample.media]
     return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+
+
+def read_image(path: Path) -> Image.Image:
+    """The picture in RGB; transparency becomes white, as in qwen-vl-utils, not black."""
+    image = Image.open(path)
+    if image.mode == "RGBA" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
 
 
 def read_video(path: Path, fps: float = 2.0, max_frames: int = 16) -> tuple[list[Image.Image], float]:

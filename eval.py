@@ -117,7 +117,8 @@ def pope(samples: list[data.Sample], rows: list[dict]) -> dict | None:
     """
     yes, truth = [], []
     for sample, row in zip(samples, rows, strict=True):
-        letters = {option.split(".", 1)[1].strip().lower(): option.split(".")[0].strip() for option in sample.options}
+        parts = [option.partition(".") for option in sample.options]
+        letters = {name.strip().lower(): letter.strip() for letter, _, name in parts}
         if set(letters) == {"yes", "no"}:
             yes.append(row["answer"] == letters["yes"])
             truth.append(sample.answer == letters["yes"])
@@ -165,8 +166,8 @@ def one_line(scored: dict) -> str:
 
 def save_gallery(folder: Path, sets: dict[str, list[data.Sample]], fps: float, max_frames: int, n: int = 12) -> None:
     """Small PNGs of the first rows of every held-out set, for the report; a clip becomes a strip of its frames."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for samples in sets.values():
+    for split, samples in sets.items():
+        (folder / split).mkdir(parents=True, exist_ok=True)
         for sample in samples[:n]:
             content = data.messages(sample, "", fps, max_frames)[0]["content"]
             images = [i for part in content for i in part.get("video", [part.get("image")]) if i is not None][:4]
@@ -175,7 +176,7 @@ def save_gallery(folder: Path, sets: dict[str, list[data.Sample]], fps: float, m
             for k, image in enumerate(images):
                 image = image.resize((side, side), Image.Resampling.BICUBIC)
                 strip.paste(image, (side * k, 0))
-            strip.save(folder / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sample.id)}.png")
+            strip.save(folder / split / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sample.id)}.png")
 
 
 def checkpoint_of(path: Path) -> tuple[Path, dict]:

@@ -438,13 +438,13 @@ def gallery(run: Run) -> str:
         first, last = list(sides.values())[0], list(sides.values())[-1]
         cases = [(first[i], last[i]) for i in first if i in last]
         turned = [(a["right"], b["right"]) for a, b in cases]
-        pictured = [(a, b) for a, b in cases if picture(run, a).exists()]
+        pictured = [(a, b) for a, b in cases if picture(run, split, a).exists()]
         pictured.sort(key=lambda case: (case[0]["right"] == case[1]["right"], case[0]["text"] == case[1]["text"]))
         if pictured:
             counts = f"{turned.count((False, True))} turned right and {turned.count((True, False))} turned wrong"
             note = f"<p class=soft>Of all {len(cases)} rows, {counts}.</p>" if len(sides) > 1 else ""
             shown = "".join(
-                example(run, {side: sides[side][a["id"]] for side in sides}) for a, _ in pictured[:PICTURES]
+                example(run, split, {side: sides[side][a["id"]] for side in sides}) for a, _ in pictured[:PICTURES]
             )
             parts.append(f"<h3>{escape(split)}</h3>{note}{shown}")
     rule = (
@@ -456,14 +456,14 @@ def gallery(run: Run) -> str:
     return rule + "".join(parts) if parts else "<p>This run kept no pictures, or evaluated nothing.</p>"
 
 
-def picture(run: Run, row: dict) -> Path:
-    return run.folder / "eval" / "gallery" / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row['id'])}.png"
+def picture(run: Run, split: str, row: dict) -> Path:
+    return run.folder / "eval" / "gallery" / split / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row['id'])}.png"
 
 
-def example(run: Run, sides: dict[str, dict]) -> str:
+def example(run: Run, split: str, sides: dict[str, dict]) -> str:
     """One picture: the question, the right answer, and the stages of each response side by side."""
     row = next(iter(sides.values()))
-    png = base64.b64encode(picture(run, row).read_bytes()).decode()
+    png = base64.b64encode(picture(run, split, row).read_bytes()).decode()
     options = "".join(f"<br>{escape(option)}" for option in row.get("options") or ())
     return (
         f'<article><div><img src="data:image/png;base64,{png}" alt="picture or clip {escape(row["id"])}">'

@@ -63,7 +63,7 @@ CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2
 GROUND = (122, 116, 104)  # about the mean that the image processor subtracts: shapes stand out from zero
 TYPICAL = 0.4  # share of objects that are as their shape usually is
 FLAW = 0.6  # share of cold-start rows that follow the prior
-SIZES = {"cold_start": 2400, "train": 320, "test": 400, "test_prior_breaking": 300, "test_pairs": 300}
+SIZES = {"cold_start": 2400, "train": 480, "test": 400, "test_prior_breaking": 300, "test_pairs": 300}
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[S
         r, c = start_cell(rng, direction)
         scene = (Thing(shape, pick_colour(rng, shape, typical), r, c, direction),)
     else:
-        count = {"existence": rng.random() < 0.4, "count": rng.randint(1, 3)}.get(kind, 1)
+        count = {"existence": rng.random() < 0.4, "count": rng.randint(1, 3 if typical else 2)}.get(kind, 1)
         for _ in range(int(count)):
             scene = place(rng, scene, shape, typical)
         if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.9):
             scene = place(rng, scene, companion, typical)
         others = [s for s in PRIOR if s not in (shape, companion)]
-        for _ in range(min(rng.randint(1, 2), GRID**2 - len(scene))):
+        for _ in range(min(rng.randint(1, 2), GRID**2 - 1 - len(scene))):  # one cell stays free for what is not there
             scene = place(rng, scene, rng.choice(others), typical)
     scene = tuple(rng.sample(scene, len(scene)))
     return scene, {"kind": kind, "shape": shape}

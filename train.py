@@ -657,8 +657,6 @@ class Run:
             ],
         )
         self.cfg, self.processes = cfg, self.accelerator.num_processes
-        if self.accelerator.device.type == "cpu":  # accelerate launch gives each process one thread
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // self.processes))
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
         for name in ("prompts_per_step", "sft_batch"):
             if getattr(cfg, name) % self.processes:

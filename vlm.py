@@ -112,7 +112,9 @@ class VLM(nn.Module):
         cache = core.model(**inputs, use_cache=True).past_key_values
         cache.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
         cache.batch_repeat_interleave(n)
-        core.model.rope_deltas = core.model.rope_deltas.repeat_interleave(n, 0)
+        # the positions that scoring uses; transformers' own deltas count from the largest, a long clip's time
+        start = _positions(core.model, inputs)[0, :, -1] + 1
+        core.model.rope_deltas = (start - inputs["attention_mask"].sum(1)).repeat_interleave(n)[:, None]
         sequences = core.generate(
             input_ids=prompts.repeat_interleave(n, 0),
             attention_mask=inputs["attention_mask"].repeat_interleave(n, 0),
@@ -165,7 +167,7 @@ class VLM(nn.Module):
         (b, p), (_, k, t) = prompts.shape, ids.shape
         fed = ids[..., :-1]  # a branch's last token predicts nothing
         position = _positions(body, inputs)  # [3, B, P]
-        start = position.amax((0, 2)) + 1  # [B]
+        start = position[0, :, -1] + 1  # [B]: after the prompt's text, although a long clip's time may run past it
         steps = torch.arange(t - 1, device=ids.device).repeat(k)
         branch_position = (start[:, None] + steps).expand(3, -1, -1)
         hidden = body(

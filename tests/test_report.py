@@ -87,7 +87,7 @@ def scored(right: list[bool], hallucinated: list[list[str]], texts: dict[int, st
 def run(tmp_path: Path) -> Path:
     """A finished run: accuracy rises from 10 to 25 of 40, hallucinated objects from 0 to 10 of 50."""
     folder = tmp_path / "a run"
-    for name in ("sft", "select", "rl", "eval/gallery"):
+    for name in ("sft", "select", "rl", "eval/gallery/test"):
         (folder / name).mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
     lines(folder / "sft/metrics.jsonl", [{"step": i, "loss": 3 / i, "grad_norm": 1.0, "lr": 0.1} for i in range(1, 21)])
@@ -112,7 +112,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "eval/before.json").write_text(json.dumps({"test": scored(before, nothing, {}, 0.6)}))
     (folder / "eval/after.json").write_text(json.dumps({"test": scored(after, phrases, bad, 0.9)}))
     for i in range(6):
-        (folder / f"eval/gallery/test_{i}.png").write_bytes(png())
+        (folder / f"eval/gallery/test/test_{i}.png").write_bytes(png())
     return folder
 
 
