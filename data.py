@@ -219,12 +219,15 @@ def read_video(path: Path, fps: float = 2.0, max_frames: int = 16) -> tuple[list
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 1.0)
-        frames = [frame.to_image() for frame in container.decode(stream)]
-    if not frames:
+        total = sum(1 for _ in container.decode(stream))
+    if not total:
         raise DataError(f"path: {path} holds no frame")
-    count = min(len(frames), max_frames, max(2, round(len(frames) / rate * fps)))
-    picked = [frames[round(i * (len(frames) - 1) / max(count - 1, 1))] for i in range(count)]
-    return picked, rate * count / len(frames)
+    count = min(total, max_frames, max(2, round(total / rate * fps)))
+    wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
+    with av.open(str(path)) as container:  # a second time, so that a long clip is never in memory as a whole
+        frames = enumerate(container.decode(video=0))
+        picked = [frame.to_image() for i, frame in frames if i in wanted]
+    return picked, rate * count / total
 
 
 def prompts(samples: Sequence[Sample], four_stage: bool, fps: float, max_frames: int) -> list[list[dict]]:

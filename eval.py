@@ -22,6 +22,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
@@ -208,11 +209,13 @@ def main() -> None:
     model, settings = checkpoint_of(args.model)
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
     options = ("dtype", "attention", "min_pixels", "max_pixels")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     policy = vlm.load(str(model), trainable=False, **{name: settings[name] for name in options if name in settings})
+    policy.to(device)
     four_stage = settings.get("four_stage", True) and not args.two_stage
     length, video = args.max_new_tokens or settings.get("max_new_tokens", 768), {}
     video = {"fps": settings.get("fps", 2.0), "max_frames": settings.get("max_frames", 16)}
-    judge = CaptionReward(vlm.LocalJudge(args.judge)) if args.judge else None
+    judge = CaptionReward(vlm.LocalJudge(args.judge, device)) if args.judge else None
     names, result = vocabulary(sets), {}
     for split, samples in sets.items():
         texts = []

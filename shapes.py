@@ -540,7 +540,7 @@ def judge_case(rng: random.Random) -> tuple[str, str, str, str]:
 
 
 def test_judge(folder: Path, cases: int = 500, seed: int = 1) -> dict[str, float]:
-    """Accuracy on held-out true captions and on empty ones, and the question-only floor: the best constant answer."""
+    """Accuracy on captions of new scenes, on empty ones, and the question-only floor: the best constant answer."""
     rng = random.Random(f"{seed}/held out")
     held_out = [judge_case(rng) for _ in range(cases)]
     judge = vlm.LocalJudge(str(folder), max_new_tokens=4)
@@ -574,7 +574,7 @@ def build(folder: Path, quiet: bool = False) -> Path:
             right = test_judge(unfinished)
             if not quiet:
                 print(
-                    f"judge: {right['true']:.1%} right on held-out true captions, {right['empty']:.1%} on empty ones "
+                    f"judge: {right['true']:.1%} right on captions of new scenes, {right['empty']:.1%} on empty ones "
                     f"(question-only floor {right['floor']:.1%})"
                 )
             if right["true"] < 0.97:

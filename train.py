@@ -10,6 +10,7 @@ grpo.py; Conflict-Aware Regularization, Eq. 4 -> ntk_infonce.py. Departures from
 """
 
 import dataclasses
+import importlib.util
 import json
 import os
 import random
@@ -107,12 +108,20 @@ MECHANISMS = {  # what --method stands for; each switch can be set by itself
     "grpo": {"four_stage": False, "caption_reward": False, "selection": False, "nce_weight": 0.0},
     "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
 }
-FREE_TO_CHANGE = ("output_dir", "quiet", "tracker", "show_every", "save_every")  # between a run and its resumption
+FREE_TO_CHANGE = (
+    "output_dir",
+    "quiet",
+    "tracker",
+    "show_every",
+    "save_every",
+    "eval_batch",
+    "gradient_checkpointing",
+)  # between a run and its resumption
 
 
 @dataclass
 class Config:
-    """Every value of a run, in one flat block. Defaults fit the embedded world; configs/ has presets."""
+    """Every value of a run, in one flat block. Defaults fit the embedded world."""
 
     method: str = option(
         "ours", "ours, grpo (plain: two stages, two rewards, D-43) or sft (cold start) [paper, Table 1]"
@@ -148,11 +157,11 @@ class Config:
 
     responses: int = option(64, "responses per prompt scored for selection [paper]")
     keep: float = option(0.5, "share of the prompts kept [paper]")
-    select_batch: int = option(16, "prompts scored at a time in each process: memory only [choice]")
+    select_batch: int = option(16, "prompts scored at a time in each process, by memory [choice]")
 
     rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
     prompts_per_step: int = option(32, "prompts per update, over all processes [choice; official code: 8]")
-    prompts_per_pass: int = option(0, "prompts per pass in each process: memory only; 0: all [choice]")
+    prompts_per_pass: int = option(0, "prompts per pass in each process, to save memory; 0: all [choice]")
     group_size: int = option(8, "G, responses per prompt [official code; paper silent]")
     max_new_tokens: int = option(40, "longest response [choice; official code: 768]")
     rl_lr: float = option(3e-4, "learning rate, cosine [choice for a 1.5 M model; official code: 1e-6]")
@@ -207,6 +216,14 @@ class Config:
             raise ConfigError(f"tau: is a cosine and must lie in [-1, 1], got {self.tau}")
         if self.caption_reward and not self.four_stage:
             raise ConfigError("caption_reward: there is no caption without four_stage; set --caption_reward false")
+        if self.lora_rank and self.train_vision:
+            raise ConfigError("train_vision: LoRA covers the language model only; set --lora_rank 0 to train vision")
+        if self.prompts_per_pass < 0 or self.nce_temperature <= 0 or self.max_frames < 1:
+            raise ConfigError("prompts_per_pass must be 0 or more, nce_temperature above 0, max_frames at least 1")
+        if self.tracker and importlib.util.find_spec(self.tracker) is None:
+            raise ConfigError(f"tracker: {self.tracker} is not installed; pip install {self.tracker}")
+        if self.model and self.caption_reward and not self.judge:
+            raise ConfigError("judge: your own model needs a judge of its own; give --judge, or --caption_reward false")
         if self.judge.startswith("http") and not self.judge_model:
             raise ConfigError("judge_model: name the model that the judge's URL serves")
         self.output_dir = self.output_dir or f"runs/{self.method}-seed{self.seed}"
@@ -231,6 +248,9 @@ def parse_config(argv: list[str]) -> Config:
     parser = HfArgumentParser(Config, description=about, prog="train.py", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it")
     names = {f.name for f in dataclasses.fields(Config)}
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if argv.count("--config") > 1:
+        parser.error("--config: give one file")
     if "--config" in argv:
         at = argv.index("--config")
         path, argv = argv[at + 1 : at + 2], argv[:at] + argv[at + 2 :]
@@ -257,6 +277,8 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
     if not rows or not cfg.sft_steps:
         run.say("cold start: skipped" + ("" if rows else " (no row has a reference response in `process`)"))
         return run.model
+    for sample in rows:
+        reference_response(sample, cfg.four_stage)  # a bad one is found before the model is loaded
     learner = Learner("sft", run.model, cfg.sft_steps, cfg.sft_lr, cfg, run)
     for step, batch in learner.batches(rows, cfg.sft_batch):
         inputs = learner.policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
@@ -271,10 +293,12 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
 
 def reference_response(sample: data.Sample, four_stage: bool) -> str:
     """The row's reference, with only the stages that are asked for."""
-    if four_stage:
-        return sample.process
-    stages = reasoning.parse(sample.process)
-    return reasoning.render(dataclasses.replace(stages, prethink=None, caption=None))
+    text = sample.process
+    if not four_stage:
+        text = reasoning.render(dataclasses.replace(reasoning.parse(text), prethink=None, caption=None))
+    if not reasoning.format_reward(text, four_stage):
+        raise DataProblem(f"process: the reference response of row {sample.id} lacks a stage; mend or drop it")
+    return text
 
 
 def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward | None, cfg: Config, run: "Run"):
@@ -367,13 +391,12 @@ class Rollouts:
         """Sums and counts of this pass for the metrics; plain numbers, so that no graph is kept."""
         mask, prompts = self.mask, len(self.samples)
         tokens = mask.sum().item()
-        total = grpo.total_reward(self.rewards, {name: 1.0 for name in self.rewards})
         numbers = {
             "entropy": ((scores.entropy[:, :-1].flatten(0, 1) * mask).sum().item(), tokens),
             "clipped": ((self.stats["clipped"] * mask).sum().item(), tokens),
             "length": (tokens, mask.shape[0]),
             "truncated": ((~self.ended).sum().item(), mask.shape[0]),
-            "tied": ((total.amax(1) - total.amin(1) < 1e-6).sum().item(), prompts),
+            "tied": ((self.adv == 0).all(1).sum().item(), prompts),
             "loss": (loss.item(), 0),  # already a global mean: a sum over parts and ranks
         }
         if self.stats["kl"] is not None:
@@ -497,7 +520,8 @@ class Learner:
         self.policy = run.load(model, trainable=True)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * steps), steps)
+        updates = steps * (cfg.iterations if stage == "rl" else 1)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * updates), updates)
         self.model, self.optimizer, self.schedule = run.accelerator.prepare(self.policy, optimizer, schedule)
         if checkpoint := self._last_checkpoint():
             run.accelerator.load_state(str(checkpoint))
@@ -648,6 +672,7 @@ class Run:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.accelerator = Accelerator(
+            mixed_precision="no",  # --dtype decides: under autocast the policy would differ from its reference
             log_with=cfg.tracker or None,
             project_dir=cfg.output_dir,
             step_scheduler_with_optimizer=False,
@@ -750,20 +775,20 @@ class Run:
         return sequences, tokens
 
     def average(self, numbers: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """Sums and counts by name -> sum / count over all processes; count 0 means that the sum is the value."""
+        """Sums and counts by name -> sum / count over all processes. Nothing counted, no value; `loss` is a sum."""
         names = sorted(numbers)
         table = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
-        table = self.accelerator.reduce(table.to(self.accelerator.device), "sum").tolist()
-        return {name: value / count if count else value for name, (value, count) in zip(names, table, strict=True)}
+        if self.processes > 1:
+            table = self.accelerator.reduce(table.to(self.accelerator.device), "sum")
+        sums = dict(zip(names, table.tolist(), strict=True))
+        return {name: value / (count or 1) for name, (value, count) in sums.items() if count or name == "loss"}
 
     # files: written beside and renamed, so that what is there is whole
     def write(self, file: Path, value: Any) -> None:
         if self.is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(value, sort_keys=False) if file.suffix == ".yaml" else json.dumps(value, indent=1)
-            beside = file.with_name(f".{file.name}.unfinished")
-            beside.write_text(text)
-            os.replace(beside, file)
+            rewrite(file, text)
         self.accelerator.wait_for_everyone()
 
     def write_folder(self, folder: Path, save, by_all: bool = False) -> None:
@@ -793,7 +818,7 @@ class Run:
         """Drop the lines of updates that a resumed stage will do again."""
         if self.is_main and file.exists():
             kept = [line for line in read_jsonl(file) if line["step"] <= step]
-            file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+            rewrite(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
 
     # screen
     def say(self, text: str) -> None:
@@ -810,7 +835,10 @@ class Run:
 
     def track(self, stage: str, metrics: dict[str, float], step: int) -> None:
         if self.cfg.tracker:
-            self.accelerator.log({f"{stage}/{name}": value for name, value in metrics.items()}, step=step)
+            self.accelerator.log(
+                {f"{stage}/{name}": value for name, value in metrics.items()},
+                step=step + (stage == "rl") * self.cfg.sft_steps,
+            )
 
     def finish(self) -> None:
         """The report, the table, and where everything is."""
@@ -821,13 +849,20 @@ class Run:
         self.accelerator.end_training()
 
 
+def rewrite(file: Path, text: str) -> None:
+    """Replace a file's content, whole or not at all."""
+    beside = file.with_name(f".{file.name}.unfinished")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
 def read_jsonl(file: Path) -> list[dict]:
     """The whole lines of a file that grows; a last line cut off by a crash is dropped, from the file as well."""
     if not file.exists():
         return []
     *whole, rest = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a response may hold U+2028
     if rest:
-        file.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        rewrite(file, "".join(line + "\n" for line in whole))
     return [json.loads(line) for line in whole]
 
 

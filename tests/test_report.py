@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -282,10 +283,10 @@ def test_a_failing_write_leaves_the_old_page(run, undrawn, monkeypatch):
     assert not list(run.glob(".report*"))
 
 
-def strip(run: Path, *names: str) -> None:
-    for name in names:
-        for file in sorted(run.glob(name), reverse=True):
-            file.unlink() if file.is_file() else file.rmdir()
+def strip(folder: Path, *patterns: str) -> None:
+    """Remove what a run that has not come so far would lack."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize(
