@@ -97,13 +97,13 @@ def pick_colour(rng: random.Random, shape: str, typical: float) -> str:
     return usual if rng.random() < typical else rng.choice([c for c in COLOURS if c != usual])
 
 
-def place(rng: random.Random, scene: Scene, shape: str, typical: float, colour: str | None = None) -> Scene:
+def place(rng: random.Random, scene: Scene, shape: str, typical: float) -> Scene:
     """The scene with one more object in a free cell; row and colour follow the prior with probability `typical`."""
     free = [(r, c) for r in range(GRID) for c in range(GRID) if (r, c) not in {(t.row, t.column) for t in scene}]
     usual = ROWS.index(PRIOR[shape][1])
     follow = rng.random() < typical
     r, c = rng.choice([cell for cell in free if (cell[0] == usual) == follow] or free)
-    return (*scene, Thing(shape, colour or pick_colour(rng, shape, typical), r, c))
+    return (*scene, Thing(shape, pick_colour(rng, shape, typical), r, c))
 
 
 def start_cell(rng: random.Random, direction: str) -> tuple[int, int]:
@@ -176,7 +176,7 @@ def believe(scene: Scene, query: dict) -> Scene:
 def solve(scene: Scene, query: dict) -> reasoning.Stages:
     """The four stages of a reader who sees `scene`: locate, describe only what was asked for, reason, answer."""
     kind, shape = query["kind"], query["shape"]
-    found = sorted((t for t in scene if t.shape == shape), key=lambda t: (t.row, t.column))
+    found = of_shape(scene, shape)
     first = found[0] if found else None
     if kind == "existence":
         thought, answer = (f"a {shape} is there", "A") if found else (f"no {shape} is there", "B")
@@ -191,16 +191,19 @@ def solve(scene: Scene, query: dict) -> reasoning.Stages:
     return reasoning.Stages(locate(scene, shape), describe(scene, shape), thought, answer)
 
 
+def of_shape(scene: Scene, shape: str) -> list[Thing]:
+    """The objects of a shape, in reading order."""
+    return sorted((t for t in scene if t.shape == shape), key=lambda t: (t.row, t.column))
+
+
 def locate(scene: Scene, shape: str) -> str:
-    """Where the objects of a shape are, in reading order."""
-    cells = [t.cell for t in sorted(scene, key=lambda t: (t.row, t.column)) if t.shape == shape]
-    return " ".join([shape, *(cells or ["nowhere"])])
+    """Where the objects of a shape are."""
+    return " ".join([shape, *([t.cell for t in of_shape(scene, shape)] or ["nowhere"])])
 
 
-def describe(scene: Scene, shape: str | None = None) -> str:
-    """The objects in reading order: all of them, or those of one shape."""
-    seen = sorted((t for t in scene if shape in (None, t.shape)), key=lambda t: (t.row, t.column))
-    return ", ".join(t.describe() for t in seen) or f"no {shape}"
+def describe(scene: Scene, shape: str) -> str:
+    """What the objects of a shape are."""
+    return ", ".join(t.describe() for t in of_shape(scene, shape)) or f"no {shape}"
 
 
 # --- pictures and clips ---------------------------------------------------------------------------------------------
@@ -462,7 +465,7 @@ def train_vision(model: Qwen2_5_VLForConditionalGeneration, processor, rng: rand
 
 
 def train_policy(folder: Path, steps: int = 300, seed: int = 0, quiet: bool = False) -> None:
-    """The base policy: to describe, faithfully, everything or what it is asked for."""
+    """The base policy: to find and to describe, faithfully, the objects of a shape."""
     set_seed(seed)
     rng = random.Random(f"{seed}/base")
     model, processor = make_policy(make_tokenizer(seed))

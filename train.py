@@ -297,7 +297,7 @@ def reference_response(sample: data.Sample, four_stage: bool) -> str:
     if not four_stage:
         text = reasoning.render(dataclasses.replace(reasoning.parse(text), prethink=None, caption=None))
     if not reasoning.format_reward(text, four_stage):
-        raise DataProblem(f"process: the reference response of row {sample.id} lacks a stage; mend or drop it")
+        raise data.DataError(f"process: the reference response of row {sample.id} lacks a stage; mend or drop it")
     return text
 
 
@@ -331,7 +331,7 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
         ids = [line["id"] for line in scores]
         kept = variance_select.select_top_variance(ids, torch.tensor([line["variance"] for line in scores]), cfg.keep)
         if not kept:
-            raise DataProblem(
+            raise data.DataError(
                 f"selection: all {cfg.responses} responses of every prompt earn the same reward, so RL has nothing to "
                 "learn from. Train the cold start longer, or give harder or easier prompts"
             )
@@ -351,10 +351,15 @@ def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Con
             "mean": round(stats.mean[i].item(), 6),
             "variance": round(stats.variance[i].item(), 6),
             "class": variance_select.classify(stats.mean[i].item(), stats.variance[i].item(), best),
-            **{name: [None if r != r else r for r in table[i].tolist()] for name, table in rewards.items()},
+            **as_json(rewards, i),
         }
         for i, sample in enumerate(samples)
     ]
+
+
+def as_json(rewards: dict[str, Tensor], i: int) -> dict[str, list[float | None]]:
+    """Every reward of prompt i by name; an unknown one is null, because JSON has no NaN."""
+    return {name: [None if r != r else r for r in table[i].tolist()] for name, table in rewards.items()}
 
 
 @dataclass
@@ -538,7 +543,7 @@ class Learner:
         run = self.run
         size = min(size, len(samples)) // run.processes * run.processes
         if not size:
-            raise DataProblem(f"{self.stage}: {len(samples)} rows are too few for {run.processes} processes")
+            raise data.DataError(f"{self.stage}: {len(samples)} rows are too few for {run.processes} processes")
         self.bar = run.bar(self.steps, self.stage, "step", self.start)
         for step in range(self.start + 1, self.steps + 1):
             where = range((step - 1) * size, step * size)
@@ -568,7 +573,7 @@ class Learner:
         self.run.append(self.folder / "metrics.jsonl", [metrics])
         self.run.track(self.stage, metrics, step)
         if show:
-            self.run.line(self.bar, f"{self.stage} {step:>4}/{self.steps}  {readable(metrics)}")
+            self.run.say(f"{self.stage} {step:>4}/{self.steps}  {readable(metrics)}")
 
     def log_rollouts(self, step: int, parts: list[Rollouts]) -> None:
         numbers: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
@@ -576,13 +581,13 @@ class Learner:
             for name, (value, count) in part.numbers.items():
                 numbers[name][0] += value
                 numbers[name][1] += count
-        self.log(step, {name: (value, count) for name, (value, count) in numbers.items()})
+        self.log(step, numbers)
         lines = [
             {
                 "step": step,
                 "id": sample.id,
                 "text": part.text[i],
-                **{name: [None if r != r else r for r in table[i].tolist()] for name, table in part.rewards.items()},
+                **as_json(part.rewards, i),
                 "judge": part.replies[i],
             }
             for part in parts
@@ -591,7 +596,7 @@ class Learner:
         self.run.append(self.folder / "rollouts.jsonl", self.run.gather(lines))
         if self.cfg.show_every and step % self.cfg.show_every == 0:
             sample, text = parts[0].samples[0], parts[0].text[0][0]
-            self.run.line(self.bar, f"  {sample.problem} [{sample.answer}]\n  {text}")
+            self.run.say(f"  {sample.problem} [{sample.answer}]\n  {text}")
 
     def finish(self) -> str:
         """Write the trained policy, whole or not at all, and drop the checkpoints. Returns its folder."""
@@ -661,10 +666,6 @@ def readable(metrics: dict[str, float]) -> str:
 # --- processes, files, screen: everything else that is not the method -----------------------------------------------
 
 
-class DataProblem(ValueError):
-    """The data cannot be trained on, in one line."""
-
-
 class Run:
     """One run: its folder, its processes and its screen. The only place that knows about ranks."""
 
@@ -722,7 +723,7 @@ class Run:
         self.model = cfg.model or str(Path(cfg.world) / "policy")
         sets = given or data.load(Path(cfg.world) / "data")
         if "train" not in sets:
-            raise DataProblem(f"data: {cfg.data} has no train.json to learn from")
+            raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
         self.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
         return sets
 
@@ -812,13 +813,13 @@ class Run:
         if self.is_main:
             file.parent.mkdir(parents=True, exist_ok=True)
             with file.open("a", encoding="utf-8") as out:
-                out.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+                out.write(to_jsonl(lines))
 
     def forget_after(self, file: Path, step: int) -> None:
         """Drop the lines of updates that a resumed stage will do again."""
         if self.is_main and file.exists():
             kept = [line for line in read_jsonl(file) if line["step"] <= step]
-            rewrite(file, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept))
+            rewrite(file, to_jsonl(kept))
 
     # screen
     def say(self, text: str) -> None:
@@ -828,10 +829,6 @@ class Run:
     def bar(self, total: int, name: str, unit: str, done: int = 0) -> tqdm:
         hidden = True if self.cfg.quiet or not self.is_main else None  # None: shown on a terminal only
         return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
-
-    def line(self, bar: tqdm, text: str) -> None:
-        if self.is_main and not self.cfg.quiet:
-            bar.write(text)
 
     def track(self, stage: str, metrics: dict[str, float], step: int) -> None:
         if self.cfg.tracker:
@@ -856,6 +853,10 @@ def rewrite(file: Path, text: str) -> None:
     os.replace(beside, file)
 
 
+def to_jsonl(lines: list[dict]) -> str:
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
 def read_jsonl(file: Path) -> list[dict]:
     """The whole lines of a file that grows; a last line cut off by a crash is dropped, from the file as well."""
     if not file.exists():
@@ -873,7 +874,7 @@ def cli() -> None:
         cfg = parse_config(sys.argv[1:])
         folder = Path(cfg.output_dir)
         main(cfg)
-    except (ConfigError, DataProblem, data.DataError) as error:
+    except (ConfigError, data.DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit("\ninterrupted. The same command goes on from the last checkpoint")

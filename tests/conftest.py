@@ -32,3 +32,21 @@ def policy(world):
 @pytest.fixture
 def rng():
     return random.Random(0)
+
+
+@pytest.fixture
+def double_and_seeded():
+    """float64 by default, and the same random numbers in every test: what an equation is checked in."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+def tensor(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def close(got, want, tol=1e-12):
+    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), atol=tol, rtol=0)

@@ -6,30 +6,15 @@ import statistics
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import close, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import grpo
 
 NAN = float("nan")
+pytestmark = pytest.mark.usefixtures("double_and_seeded")
 exact = settings(derandomize=True, deadline=None, max_examples=60)
-
-
-def tensor(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def close(got, want, tol=1e-12):
-    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), atol=tol, rtol=0)
-
-
-@pytest.fixture(autouse=True)
-def double_and_seeded():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
 
 
 # --- group_advantages ------------------------------------------------------------------------------------------------

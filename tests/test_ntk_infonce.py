@@ -5,28 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import close, tensor
 from torch import nn
 
 from ntk_infonce import gradient_cosine, info_nce
 
 NAN = float("nan")
-
-
-def tensor(rows):
-    return torch.tensor(rows, dtype=torch.float64)
-
-
-def close(got, want, tol=1e-12):
-    torch.testing.assert_close(torch.as_tensor(got), torch.as_tensor(want), atol=tol, rtol=0)
-
-
-@pytest.fixture(autouse=True)
-def double_and_seeded():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("double_and_seeded")
 
 
 # --- gradient_cosine -------------------------------------------------------------------------------------------------
