@@ -1,13 +1,21 @@
-"""Group Relative Policy Optimization: Eq. 1 of the paper as pure functions.
+"""Group Relative Policy Optimization: Eq. 1 and Eq. 2 of the paper as pure functions.
 
-Three repairs to the equation as printed: the surrogate is maximised and the KL minimised (printed with one sign,
+Three repairs to Eq. 1 as printed: the surrogate is maximised and the KL minimised (printed with one sign,
 departure D-1); the ratio is taken against the sampler pi_old, pi_ref appears only in the KL (D-2); the mean runs
-over sequences (D-4). Nothing here knows about models, files or ranks.
+over sequences (D-4). Eq. 2 as printed hides a factor that differs from token to token (D-70), and its sentence,
+"positive rewards make the distribution more peaked, negative rewards flatter", holds for likely tokens only (D-71):
+the border is `sharpening_threshold`. Nothing here knows about models, files or ranks.
 
-Shapes: B prompts, G responses per prompt, N = B*G responses grouped by prompt, T response tokens.
+Shapes: B prompts, G responses per prompt, N = B*G responses grouped by prompt, T response tokens, V vocabulary.
+
+    python grpo.py                    # a worked example, to be checked by hand
+    python grpo.py --plot FILE        # entropy change against pi_y for both signs of A, p* marked
 """
 
+import argparse
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 KL_KINDS = ("k1", "k2", "k3", "rho_k3")
@@ -46,9 +54,21 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, 
 
     To be maximised. On the first update after sampling rho = 1: the value is A, its gradient is REINFORCE's.
     """
+    _same_shape(logp=logp, old_logp=old_logp)
+    _one_each(len(logp), adv=adv)
     rho = (logp - old_logp).exp()
     adv = adv[:, None]
     return torch.minimum(rho * adv, rho.clamp(1 - eps_low, 1 + eps_high) * adv)
+
+
+def dead_zone(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high=0.2) -> Tensor:
+    """1 - g: True where the clip cuts the gradient off.   three of one shape -> bool
+
+    One-sided: A > 0 and rho > 1 + eps_high, or A < 0 and rho < 1 - eps_low. A bad token that became *likelier* is
+    not among them: its gradient is unbounded.
+    """
+    rho = (logp - old_logp).exp()
+    return ((adv > 0) & (rho > 1 + eps_high)) | ((adv < 0) & (rho < 1 - eps_low))
 
 
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
@@ -58,6 +78,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     As part of the loss on on-policy samples, the gradients differ: k1 has none on average, k2 and rho_k3 follow the
     reverse KL(pi || pi_ref), and k3 (GRPO's, the default) the forward KL(pi_ref || pi).
     """
+    _same_shape(logp=logp, ref_logp=ref_logp)
     x = ref_logp - logp
     if kind == "k1":
         return -x
@@ -79,6 +100,8 @@ def sequence_weights(mask: Tensor, loss_norm: str, sequences: float, tokens: flo
     sequences and tokens are the counts of the *global* batch: a mean of per-rank or per-micro-batch means is another
     loss when lengths differ.
     """
+    if mask.ndim != 2:
+        raise ValueError(f"mask must be [N, T], got shape {tuple(mask.shape)}")
     mask = mask.to(torch.get_default_dtype())
     if loss_norm == "sequence":
         return mask / (mask.sum(1, keepdim=True).clamp_min(1) * sequences)
@@ -108,6 +131,7 @@ def grpo_loss(
     """
     if beta and ref_logp is None:
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
+    _same_shape(logp=logp, old_logp=old_logp, weights=weights)
     # padding may hold anything, even NaN: cleared before the arithmetic, or its gradient would be 0 * NaN
     logp, old_logp = (torch.where(weights > 0, x, 0.0) for x in (logp, old_logp))
     per_token, kl = -clipped_surrogate(logp, old_logp, adv, eps_low, eps_high), None
@@ -115,6 +139,142 @@ def grpo_loss(
         kl = kl_penalty(logp, torch.where(weights > 0, ref_logp, 0.0), kl_kind)
         per_token = per_token + beta * kl
     loss = (per_token * weights).sum()
-    rho, sign = (logp - old_logp).detach().exp(), adv[:, None].sign()
-    clipped = ((sign > 0) & (rho > 1 + eps_high)) | ((sign < 0) & (rho < 1 - eps_low))
+    clipped = dead_zone(logp.detach(), old_logp, adv[:, None], eps_low, eps_high)
     return loss, {"kl": None if kl is None else kl.detach(), "clipped": clipped.float()}
+
+
+def logit_gradient(
+    logits: Tensor,
+    target: Tensor,
+    adv: Tensor,
+    old_logp: Tensor,
+    ref_logp: Tensor | None = None,
+    eps_low: float = 0.2,
+    eps_high: float = 0.2,
+    beta: float = 0.0,
+) -> Tensor:
+    """Eq. 2, exact:  dL/dz = [ -g rho A + beta (1 - pi_ref(y) / pi(y)) ] (e_y - pi).   [N, V], [N] x 3 -> [N, V]
+
+    L = -min(rho A, clip(rho) A) + beta k3 of one token y at one position with logits z; g = 0 in the `dead_zone`.
+    The KL only shifts the advantage, A_eff = g rho A - beta (1 - pi_ref / pi), so all that is said of A holds for
+    A_eff. The paper prints pi_y (1 - pi_y) A for the sampled token: that is this times pi_old(y), another number for
+    every token (D-70). On-policy a token of pi_y = 0.001 is pushed with 0.999 A, not with 0.001 A.
+    """
+    if beta and ref_logp is None:
+        raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [N, V], got shape {tuple(logits.shape)}")
+    _one_each(len(logits), target=target, adv=adv, old_logp=old_logp)
+    log_pi = logits.log_softmax(-1)
+    logp = log_pi.gather(-1, target[:, None])[:, 0]
+    g = ~dead_zone(logp, old_logp, adv, eps_low, eps_high)
+    strength = torch.where(g, -(logp - old_logp).exp() * adv, 0.0)
+    if beta:
+        _one_each(len(logits), ref_logp=ref_logp)
+        strength = strength + beta * (1 - (ref_logp - logp).exp())
+    return strength[:, None] * (F.one_hot(target, logits.shape[-1]) - log_pi.exp())
+
+
+def entropy_change(probs: Tensor, target: Tensor, step: Tensor) -> Tensor:
+    """dH = -step (s_y - C) + O(step^2), for the logit step dz = step (e_y - pi).   [..., V], [...], [...] -> [...]
+
+    s_v = pi_v (log pi_v + H) = -dH/dz_v,  C = E_pi[s] >= 0,  step = learning rate x A_eff. In nats. The paper's
+    sentence is the case s_y > C. On-policy, E[dH] = -rate Cov(A, s): what sharpens is reward on what is likely.
+    A law for the logits of one position; a step of shared parameters moves other positions too (Eq. 3).
+    """
+    s = _minus_entropy_slope(probs)[0]
+    s_y = s.gather(-1, target[..., None])[..., 0]
+    return -step * (s_y - (probs * s).sum(-1))
+
+
+def sharpening_threshold(probs: Tensor) -> Tensor:
+    """p* = exp(W(C e^H) - H), the root of p (log p + H) = C: A > 0 sharpens iff pi_y > p*.   [..., V] -> [...]
+
+    A < 0 raises it iff pi_y > p*. Below p* both halves of the paper's sentence reverse. 1 / perplexity <= p* <= max pi:
+    the paper is right on the likeliest token, and wrong on every token rarer than 1 / perplexity (D-71). W is Lambert's
+    function, the root w of w e^w = x, here by Newton's method.
+    """
+    s, entropy = _minus_entropy_slope(probs)
+    x = (probs * s).sum(-1).clamp_min(0) * entropy.exp()
+    w = torch.log1p(x)  # never below the root, and w e^w is convex: Newton descends to it
+    for _ in range(8):
+        w = w - (w - x * (-w).exp()) / (1 + w)
+    return (w - entropy).exp()
+
+
+def _minus_entropy_slope(probs: Tensor) -> tuple[Tensor, Tensor]:
+    """s_v = pi_v (log pi_v + H), and H in nats.   [..., V] -> [..., V], [...]"""
+    log = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()  # 0 log 0 = 0, with a finite gradient
+    entropy = -(probs * log).sum(-1)
+    return probs * (log + entropy[..., None]), entropy
+
+
+def _same_shape(**tensors: Tensor) -> None:
+    if len({tuple(t.shape) for t in tensors.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
+        raise ValueError(f"these must have one shape [N, T]: {shapes}")
+
+
+def _one_each(n: int, **tensors: Tensor) -> None:
+    for name, t in tensors.items():
+        if t.shape != (n,):
+            raise ValueError(f"{name} must hold one number for each of the {n} rows, got shape {tuple(t.shape)}")
+
+
+# --- a worked example ------------------------------------------------------------------------------------------------
+
+
+def example() -> None:
+    """Eq. 1 and Eq. 2 on numbers small enough for a pocket calculator."""
+    rewards = torch.tensor([[2.1, 1.1, 0.1, 0.1]], dtype=torch.float64)
+    print("A = (r - mean) / (std + 1e-4) of r = 2.1, 1.1, 0.1, 0.1 (mean 0.85, unbiased std 0.957):")
+    print("   ", "  ".join(f"{a:+.3f}" for a in group_advantages(rewards)[0].tolist()))
+
+    pi = torch.tensor([0.6, 0.2, 0.1, 0.05, 0.03, 0.01, 0.006, 0.004], dtype=torch.float64)
+    s, entropy = _minus_entropy_slope(pi)
+    star = sharpening_threshold(pi).item()
+    print(f"\npi of eight tokens: H = {entropy:.4f} nats, 1 / perplexity = {(-entropy).exp():.4f}, p* = {star:.4f}")
+    print("one on-policy update of each token with A = +1 and rate 0.5, in logit space:\n")
+    print("  pi_y   dL/dz_y (Eq. 2)  as printed   dH, first order   dH, exact   entropy")
+    every = torch.arange(8)
+    gradient = logit_gradient(pi.log().expand(8, 8), every, torch.ones(8, dtype=pi.dtype), pi.log())
+    moved = (pi.log() - 0.5 * gradient).softmax(-1)
+    exact = -(moved * moved.log()).sum(-1) - entropy
+    law = entropy_change(pi.expand(8, 8), every, torch.tensor(0.5, dtype=pi.dtype))
+    for y, p in enumerate(pi.tolist()):
+        side = "sharpens" if p > star else "flattens"
+        print(f"{p:6.3f}   {gradient[y, y]:13.3f}   {-p * (1 - p):10.4f}   {law[y]:15.4f}   {exact[y]:9.4f}   {side}")
+    print("\nA = +1 sharpens above p* only, and A = -1 does the reverse. The paper's sentence is the part above p*.")
+
+
+def plot(file: str) -> None:
+    """dH against pi_y for both signs of A: one token of probability pi_y, the others 5 : 3 : 2 : 1 of the rest."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    p = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+    rest = torch.tensor([5, 3, 2, 1], dtype=p.dtype) / 11
+    probs = torch.cat([p[:, None], (1 - p)[:, None] * rest], 1)
+    first = torch.zeros(len(p), dtype=torch.long)
+    crossing = p[p > sharpening_threshold(probs)][0].item()
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for sign, name in ((1.0, "A > 0"), (-1.0, "A < 0")):
+        axis.plot(p, entropy_change(probs, first, torch.full_like(p, sign)), label=name)
+    axis.axhline(0, color="grey", linewidth=0.8)
+    axis.axvline(crossing, color="grey", linestyle="--", label=f"pi_y = p* = {crossing:.3f}")
+    axis.set(xlabel="pi_y of the sampled token", ylabel="dH per unit of logit step (nats)")
+    axis.set_title("A > 0 sharpens, A < 0 flattens: to the right of p* only")
+    axis.legend()
+    figure.savefig(file, dpi=150)
+    print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Eq. 1 and Eq. 2 on numbers that can be checked by hand.")
+    parser.add_argument("--plot", metavar="FILE", help="draw the entropy law as well (png, svg or pdf)")
+    file = parser.parse_args().plot
+    example()
+    if file:
+        plot(file)

@@ -71,7 +71,7 @@ def main(cfg: "Config") -> None:
             sequences, tokens = run.count(parts)
 
             for _ in range(cfg.iterations):
-                answer_tokens = all_answer_tokens(learner.policy, parts, cfg)
+                tokens_of_f = all_tokens_of_f(learner.policy, parts, cfg)
                 for i, part in enumerate(parts):
                     scores = learner.model(part.inputs, part.branches)  # G responses and the reference answer
                     logp = scores.logp[:, :-1].flatten(0, 1)  # [B * G, T]
@@ -81,10 +81,11 @@ def main(cfg: "Config") -> None:
                         logp, part.old_logp, part.adv.flatten(), weights, part.ref_logp, **cfg.grpo_options
                     )
                     nce = loss.new_zeros(())
-                    if cfg.nce_weight:  # Eq. 4, f_i = d log pi(reference answer_i | x_i) / d head
-                        everyone = [*answer_tokens[:i], part.answer_tokens(scores), *answer_tokens[i + 1 :]]
-                        cosine = ntk_infonce.gradient_cosine(*join(everyone))
-                        nce, part.nce_stats = ntk_infonce.info_nce(cosine, cfg.tau, cfg.nce_temperature)
+                    if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head, y_i the reference answer
+                        everyone = [*tokens_of_f[:i], part.tokens_of_f(scores, cfg.nce_feature), *tokens_of_f[i + 1 :]]
+                        cosine = similarity(everyone, cfg.nce_feature)
+                        tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile) if cfg.tau_quantile else cfg.tau
+                        nce, part.nce_stats = ntk_infonce.info_nce(cosine, tau, cfg.nce_temperature)
                     learner.backward(loss * run.processes + cfg.nce_weight * nce, last=part is parts[-1])
                     part.record(scores, loss, nce)
                 learner.update()
@@ -178,7 +179,11 @@ class Config:
     accuracy_weight: float = option(1.0, "of the accuracy reward [official code]")
     format_weight: float = option(0.1, "of the format reward [official code]")
     caption_weight: float = option(1.0, "of the Caption Reward [official code]")
+    nce_feature: str = option(
+        "reference", f"y_i of Eq. 4, D-51: {', '.join(ntk_infonce.FEATURES)} (D-50) [choice; official: hidden_mean]"
+    )
     tau: float = option(0.54, "cosine threshold of Eq. 4, D-54 [paper, Figure 5a]")
+    tau_quantile: float = option(0.0, "above 0: tau is this quantile of the batch's cosines instead [choice]")
     nce_temperature: float = option(1.0, "temperature of Eq. 4, D-53 [paper: none]")
 
     eval_batch: int = option(64, "rows per evaluation batch in each process [choice]")
@@ -195,6 +200,7 @@ class Config:
             "dtype": ("float32", "bfloat16"),
             "kl_kind": grpo.KL_KINDS,
             "loss_norm": ("sequence", "token", "constant"),
+            "nce_feature": tuple(ntk_infonce.FEATURES),
             "tracker": ("", "tensorboard", "wandb"),
         }
         for name, allowed in choices.items():
@@ -214,6 +220,8 @@ class Config:
             raise ConfigError(f"keep: must lie in (0, 1], got {self.keep}")
         if not -1 <= self.tau <= 1:
             raise ConfigError(f"tau: is a cosine and must lie in [-1, 1], got {self.tau}")
+        if not 0 <= self.tau_quantile <= 1:
+            raise ConfigError(f"tau_quantile: must lie in [0, 1], got {self.tau_quantile}")
         if self.caption_reward and not self.four_stage:
             raise ConfigError("caption_reward: there is no caption without four_stage; set --caption_reward false")
         if self.lora_rank and self.train_vision:
@@ -366,8 +374,9 @@ def as_json(rewards: dict[str, Tensor], i: int) -> dict[str, list[float | None]]
 class Rollouts:
     """B prompts of one pass with their G sampled responses, and what training adds to them.
 
-    branches [B, G + 1, T]: the responses' ids and, as the last branch, the reference answer's, right-padded;
-    mask [B * G, T] and answer_mask [B, T] of their tokens; old_logp, ref_logp [B * G, T].
+    branches [B, G + 1, T]: the responses' ids and, as the last branch, what Eq. 4 needs beside them (the reference
+    answer), right-padded; mask [B * G, T] and beside_mask [B, T] of the tokens that count; old_logp, ref_logp
+    [B * G, T].
     """
 
     samples: list[data.Sample]
@@ -376,7 +385,7 @@ class Rollouts:
     ended: Tensor
     branches: Tensor
     mask: Tensor
-    answer_mask: Tensor
+    beside_mask: Tensor
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None
     rewards: dict[str, Tensor] = dataclasses.field(default_factory=dict)
@@ -386,11 +395,20 @@ class Rollouts:
     nce_stats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     numbers: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
-    def answer_tokens(self, scores: vlm.TokenScores) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden, logits, targets and prompt index of the reference answers' tokens, flat, for Eq. 4."""
-        where = self.answer_mask
-        segment = torch.arange(len(where), device=where.device)[:, None].expand_as(where)
-        return scores.hidden[:, -1][where], scores.logits[:, -1][where], self.branches[:, -1][where], segment[where]
+    def tokens_of_f(self, scores: vlm.TokenScores, feature: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """hidden, logits, targets and prompt index of the tokens that make up f_i, flat, for Eq. 4."""
+        prompts = torch.arange(len(self.samples), device=self.mask.device)
+        if feature == "hidden_mean":
+            where = self.inputs["attention_mask"].bool()
+            hidden, segment = scores.prompt[where], prompts[:, None].expand_as(where)[where]
+            return hidden, hidden[:, :0], segment, segment
+        mask = self.mask.unflatten(0, (len(prompts), -1))
+        scored = scores.logp.shape[1]  # all branches, or the last one only
+        weights = ntk_infonce.feature_weights(feature, mask, self.adv, self.beside_mask)[:, -scored:]
+        where = weights != 0
+        segment = prompts[:, None, None].expand_as(where)[where]
+        hidden = scores.hidden[where] * weights[where][:, None]
+        return hidden, scores.logits[where], self.branches[:, -scored:][where], segment
 
     def record(self, scores: vlm.TokenScores, loss: Tensor, nce: Tensor) -> None:
         """Sums and counts of this pass for the metrics; plain numbers, so that no graph is kept."""
@@ -418,22 +436,27 @@ class Rollouts:
 
 
 def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | None", cfg: Config, n: int = 0):
-    """Sample n (default G) responses to each prompt, at T = 1, and lay the reference answer beside them."""
+    """Sample n (default G) responses to each prompt, at T = 1, and lay beside them what Eq. 4 needs."""
     inputs = policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
     rolls = policy.generate(inputs, n or cfg.group_size, cfg.max_new_tokens)
-    answer_ids, answer_mask = policy.encode_responses([f"<answer>{s.answer}</answer>" for s in batch])
-    length = max(rolls.ids.shape[-1], answer_ids.shape[-1])
-    ids, mask, answer_ids, answer_mask = (
-        torch.nn.functional.pad(x, (0, length - x.shape[-1])) for x in (rolls.ids, rolls.mask, answer_ids, answer_mask)
+    if reference and cfg.nce_weight and cfg.nce_feature == "greedy":
+        greedy = policy.generate(inputs, 1, cfg.max_new_tokens, sample=False)
+        beside, beside_mask = greedy.ids, greedy.mask
+    else:
+        own = [row[0].split("<answer>")[0] for row in rolls.text] if cfg.nce_feature == "own_prefix" else None
+        beside, beside_mask = policy.encode_responses([f"<answer>{s.answer}</answer>" for s in batch], after=own)
+    length = max(rolls.ids.shape[-1], beside.shape[-1])
+    ids, mask, beside, beside_mask = (
+        torch.nn.functional.pad(x, (0, length - x.shape[-1])) for x in (rolls.ids, rolls.mask, beside, beside_mask)
     )
     part = Rollouts(
         samples=batch,
         inputs=inputs,
         text=rolls.text,
         ended=rolls.ended,
-        branches=torch.cat([ids, answer_ids], 1),
+        branches=torch.cat([ids, beside], 1),
         mask=mask.flatten(0, 1),
-        answer_mask=answer_mask[:, 0],
+        beside_mask=beside_mask[:, 0],
     )
     part.ref_logp = reference.logp(inputs, ids) if reference else None
     return part
@@ -458,7 +481,7 @@ def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[di
     ]
 
 
-def all_answer_tokens(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list:
+def all_tokens_of_f(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list:
     """The tokens of Eq. 4 of every pass of this update, without gradient; `main` puts the live pass's in place.
 
     Eq. 4 compares all prompts of the batch, also when memory splits it into passes: each pass then carries the
@@ -466,18 +489,22 @@ def all_answer_tokens(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> li
     """
     if not cfg.nce_weight or len(parts) == 1:
         return [None] * len(parts)
+    first = 0 if cfg.nce_feature in ("best", "advantage") else -1  # the others need the last branch only
     with torch.no_grad():
-        return [part.answer_tokens(policy(part.inputs, part.branches[:, -1:])) for part in parts]
+        return [part.tokens_of_f(policy(part.inputs, part.branches[:, first:]), cfg.nce_feature) for part in parts]
 
 
-def join(passes: list[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor, int]:
-    """The tokens of several passes as one: their prompt indices run on."""
+def similarity(passes: list[tuple[Tensor, Tensor, Tensor, Tensor]], feature: str) -> Tensor:
+    """The cosines of Eq. 4 among the prompts of all passes; a prompt without any token in f_i is not among them."""
     offset, segments = 0, []
     for *_, segment in passes:
         segments.append(segment + offset)
-        offset += int(segment.max()) + 1
+        offset = offset + int(segment.max()) + 1 if len(segment) else offset
+    found, segment = torch.cat(segments).unique(return_inverse=True)
     hidden, logits, targets = (torch.cat([tokens[k] for tokens in passes]) for k in range(3))
-    return hidden, logits, targets, torch.cat(segments), offset
+    if feature == "hidden_mean":
+        return ntk_infonce.hidden_mean(hidden, segment, len(found))
+    return ntk_infonce.gradient_cosine(hidden, logits, targets, segment, max(1, len(found)))
 
 
 def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg: Config, run: "Run") -> None:

@@ -40,12 +40,13 @@ class Completions:
 
 class TokenScores(NamedTuple):
     """At every completion token: its log-prob [B, K, T], the entropy of its distribution [B, K, T], and what led to
-    them, the head's input [B, K, T, d] and its output [B, K, T, V]."""
+    them, the head's input [B, K, T, d] and its output [B, K, T, V]. prompt [B, P, d]: the prompt's hidden states."""
 
     logp: Tensor
     entropy: Tensor
     hidden: Tensor
     logits: Tensor
+    prompt: Tensor
 
 
 class VLM(nn.Module):
@@ -146,15 +147,20 @@ class VLM(nn.Module):
         shape = (len(prompts), n, -1)
         return Completions(ids.view(shape), mask.view(shape), groups, is_end.any(1).view(shape[:2]))
 
-    def encode_responses(self, texts: list[str]) -> tuple[Tensor, Tensor]:
-        """One response text per prompt, teacher-forced: ids and mask [B, 1, T], each closed by the end token."""
+    def encode_responses(self, texts: list[str], after: list[str] | None = None) -> tuple[Tensor, Tensor]:
+        """One response text per prompt, teacher-forced: ids and mask [B, 1, T], each closed by the end token.
+
+        after: a beginning of each response that is fed as well but not in the mask.
+        """
         tokenizer = self.processor.tokenizer
+        start = [tokenizer(text, add_special_tokens=False).input_ids for text in after or [""] * len(texts)]
         rows = [tokenizer(text, add_special_tokens=False).input_ids + [self.end_ids[0]] for text in texts]
-        ids = torch.full((len(rows), 1, max(map(len, rows))), self.end_ids[0], device=self.device)
+        length = max(len(a) + len(b) for a, b in zip(start, rows))
+        ids = torch.full((len(rows), 1, length), self.end_ids[0], device=self.device)
         mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, row in enumerate(rows):
-            ids[i, 0, : len(row)] = torch.tensor(row)
-            mask[i, 0, : len(row)] = True
+        for i, (a, b) in enumerate(zip(start, rows)):
+            ids[i, 0, : len(a) + len(b)] = torch.tensor(a + b)
+            mask[i, 0, len(a) : len(a) + len(b)] = True
         return ids, mask
 
     def forward(self, inputs: BatchFeature, ids: Tensor) -> TokenScores:
@@ -178,8 +184,8 @@ class VLM(nn.Module):
             **{name: inputs[name] for name in _PIXELS if name in inputs},
         ).last_hidden_state
         first = hidden[:, p - 1 : p, None].transpose(1, 2).expand(-1, k, -1, -1)  # the prompt's end predicts y_1
-        hidden = torch.cat([first, hidden[:, p:].unflatten(1, (k, t - 1))], 2)  # [B, K, T, d]
-        return self._scores(hidden, ids)
+        states = torch.cat([first, hidden[:, p:].unflatten(1, (k, t - 1))], 2)  # [B, K, T, d]
+        return self._scores(states, ids, hidden[:, :p])
 
     def score_plain(self, inputs: BatchFeature, ids: Tensor) -> TokenScores:
         """The same numbers with one row per completion and no sharing: the reference for tests. Takes B = 1."""
@@ -196,16 +202,16 @@ class VLM(nn.Module):
             use_cache=False,
             **media,
         ).last_hidden_state
-        return self._scores(hidden[None, :, p - 1 : -1], ids)
+        return self._scores(hidden[None, :, p - 1 : -1], ids, hidden[:1, :p])
 
-    def _scores(self, hidden: Tensor, ids: Tensor) -> TokenScores:
+    def _scores(self, hidden: Tensor, ids: Tensor, prompt: Tensor) -> TokenScores:
         logits = self.core.lm_head(hidden).float()
         banned = torch.tensor(self.banned_ids, device=logits.device)
         logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)  # the distribution that is sampled
         log_pi = logits.log_softmax(-1)
         logp = log_pi.gather(-1, ids[..., None]).squeeze(-1)
         entropy = -(log_pi.detach().exp() * log_pi.detach()).sum(-1)
-        return TokenScores(logp, entropy, hidden, logits)
+        return TokenScores(logp, entropy, hidden, logits, prompt)
 
     def save(self, folder: str | Path) -> None:
         """Write weights (LoRA merged in) and processor, so that plain `from_pretrained` loads them."""

@@ -2,6 +2,8 @@
 
 import math
 import statistics
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ import torch.nn.functional as F
 from conftest import close, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 import grpo
 
-NAN = float("nan")
+NAN, ZERO = float("nan"), torch.zeros(1)
 pytestmark = pytest.mark.usefixtures("double_and_seeded")
 exact = settings(derandomize=True, deadline=None, max_examples=60)
 
@@ -429,36 +432,130 @@ def test_one_step_down_the_loss_favours_good_tokens_and_pulls_towards_the_refere
     assert forward_kl(closer, ref) < forward_kl(logp, ref) and reverse_kl(closer, ref) < reverse_kl(logp, ref)
 
 
-# --- what one step does to the distribution: sharpening, flattening, squeezing ---------------------------------------
+# --- Eq. 2: the logit gradient ---------------------------------------------------------------------------------------
 
 
-def logit_gradient(z, y, adv, old=None, ref=None, beta=0.0, kind="k3"):
-    """dL/dz of one token through grpo_loss and autograd."""
+def autograd_gradient(z, y, adv, old=None, ref=None, beta=0.0, low=0.2, high=0.2):
+    """dL/dz of one token a row through grpo_loss and autograd.   [N, V], [N], [N] -> [N, V]"""
     z = z.detach().clone().requires_grad_()
-    logp = z.log_softmax(-1)[y].view(1, 1)
-    old = logp.detach() if old is None else old.view(1, 1)
-    ref = None if ref is None else ref.view(1, 1)
-    loss, _ = grpo.grpo_loss(logp, old, tensor([adv]), torch.ones(1, 1), ref, beta, kl_kind=kind)
+    logp = z.log_softmax(-1).gather(-1, y[:, None])
+    old = logp.detach() if old is None else old[:, None]
+    ref = None if ref is None else ref[:, None]
+    loss, _ = grpo.grpo_loss(logp, old, adv, torch.ones(len(z), 1), ref, beta, low, high)
     return torch.autograd.grad(loss, z)[0]
 
 
+def tokens(n=2000, vocabulary=7):
+    """Logits, sampled tokens, advantages of both signs, and the log-probs of a sampler and of a reference."""
+    z, y = 1.5 * torch.randn(n, vocabulary), torch.randint(vocabulary, (n,))
+    logp = z.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    return z, y, torch.randn(n), logp + 0.4 * torch.randn(n), logp + torch.randn(n)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+@pytest.mark.parametrize("low, high", [(0.2, 0.2), (0.1, 0.4)])
+def test_the_logit_gradient_is_autograd_s_dead_zones_and_kl_included(low, high, beta):
+    z, y, adv, old, ref = tokens()
+    got = grpo.logit_gradient(z, y, adv, old, ref, low, high, beta)
+    close(got, autograd_gradient(z, y, adv, old, ref, beta, low, high), 1e-12)
+    logp = z.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    dead = grpo.dead_zone(logp, old, adv, low, high)
+    assert 0.1 < dead.double().mean() < 0.9
+    if not beta:
+        assert torch.equal(got[dead], torch.zeros_like(got[dead])) and got[~dead].norm(dim=1).min() > 1e-6
+        assert torch.equal(got, grpo.logit_gradient(z, y, adv, old, None, low, high))
+
+
+@pytest.mark.parametrize("adv, rho, dead", [(1.0, 1.5, True), (1.0, 0.5, False), (-1.0, 0.5, True), (-1.0, 1.5, False)])
+def test_the_four_sides_of_the_dead_zone(adv, rho, dead):
+    z, y = torch.randn(1, 5), torch.tensor([2])
+    old = z.log_softmax(-1)[:, 2] - math.log(rho)
+    gradient = grpo.logit_gradient(z, y, tensor([adv]), old)
+    assert grpo.dead_zone(z.log_softmax(-1)[:, 2], old, tensor([adv])).item() is dead
+    assert torch.equal(gradient, torch.zeros(1, 5)) if dead else gradient.abs().min() > 1e-6
+
+
+def test_the_kl_only_shifts_the_advantage():
+    z, y, adv, old, ref = tokens()
+    logp = z.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+    g, rho = ~grpo.dead_zone(logp, old, adv), (logp - old).exp()
+    effective = g * rho * adv - 0.3 * (1 - (ref - logp).exp())
+    close(grpo.logit_gradient(z, y, adv, old, ref, beta=0.3), grpo.logit_gradient(z, y, effective, logp), 1e-12)
+
+
+def test_the_printed_eq_2_is_the_gradient_times_the_sampler_s_probability():
+    z, y, adv, old, _ = tokens()
+    pi = z.softmax(-1).gather(-1, y[:, None])[:, 0]
+    free = grpo.logit_gradient(z, y, adv, old, None, 1.0, math.inf)  # no clip
+    ours = free.gather(-1, y[:, None])[:, 0]
+    close(ours * old.exp(), -pi * (1 - pi) * adv, 1e-13)
+
+
+@pytest.mark.parametrize(
+    "p, true, printed", [(1e-4, 0.9999, 9.999e-5), (0.5, 0.5, 0.25), (0.9, 0.1, 0.09), (0.999, 1e-3, 9.99e-4)]
+)
+def test_how_far_a_token_is_pushed_on_policy_by_hand(p, true, printed):
+    z = tensor([[p, 1 - p]]).log()
+    gradient = grpo.logit_gradient(z, torch.tensor([0]), tensor([1.0]), z[:, 0])
+    close(-gradient[0, 0].item(), true)
+    close(p * -gradient[0, 0].item(), printed)
+
+
+def test_every_logit_gradient_sums_to_zero_and_a_second_derivative_exists():
+    z, y, adv, old, ref = tokens(6)
+    close(grpo.logit_gradient(z, y, adv, old, ref, beta=0.3).sum(-1), torch.zeros(6), 1e-13)
+    assert torch.autograd.gradcheck(
+        lambda z: grpo.logit_gradient(z, y, adv, old, ref, 0.9, 9.0, 0.3), z.clone().requires_grad_()
+    )
+
+
+def test_three_ways_to_write_the_on_policy_gradient_are_one():
+    z, y, adv, _, _ = tokens(50)
+    gradients = []
+    for form in (
+        lambda lp: (lp - lp.detach()).exp() * adv,
+        lambda lp: lp * adv,
+        lambda lp: grpo.clipped_surrogate(lp[:, None], lp.detach()[:, None], adv)[:, 0],
+    ):
+        leaf = z.clone().requires_grad_()
+        logp = leaf.log_softmax(-1).gather(-1, y[:, None])[:, 0]
+        gradients.append(torch.autograd.grad(form(logp).sum(), leaf)[0])
+    assert torch.equal(gradients[0], gradients[1]) and torch.equal(gradients[0], gradients[2])
+
+
+def test_advantages_that_sum_to_zero_leave_a_constant_direction_alone():
+    adv = grpo.group_advantages(torch.randn(3, 8))
+    shared = torch.randn(5, requires_grad=True)
+    logp = (shared.sum() * torch.ones(24, 1)).clone()  # every response moves alike
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), adv.flatten(), torch.full((24, 1), 1 / 24))
+    loss.backward()
+    assert shared.grad.abs().max() < 1e-6
+
+
+def test_the_weight_of_a_group_is_largest_where_half_of_it_is_right():
+    for k in range(1, 8):
+        rewards, p = tensor([[1.0] * k + [0.0] * (8 - k)]), k / 8
+        population = math.sqrt(8 / 7)  # the unbiased std is larger by this
+        close(grpo.group_advantages(rewards, 0.0).abs().sum().item(), 16 * math.sqrt(p * (1 - p)) / population, 1e-12)
+
+
+# --- what one step does to the distribution: sharpening, flattening, squeezing ---------------------------------------
+
+
 def entropy(z):
-    return -(z.softmax(-1) * z.log_softmax(-1)).sum()
+    return -(z.softmax(-1) * z.log_softmax(-1)).sum(-1)
 
 
-def entropy_change(z, y, adv, rate=1e-5):
-    return (entropy(z - rate * logit_gradient(z, y, adv)) - entropy(z)).item() / rate
-
-
-def collision(pi):
-    """H and C = sum_v pi_v^2 (log pi_v + H) of a distribution."""
-    h = -(pi * pi.log()).sum()
-    return h, (pi.square() * (pi.log() + h)).sum()
+def pushed(z, y, adv, rate):
+    """The logits after one on-policy step on token y."""
+    y, adv = torch.tensor([y]), tensor([adv])
+    return z - rate * grpo.logit_gradient(z[None], y, adv, z.log_softmax(-1)[y])[0]
 
 
 def threshold(pi):
     """p*: the root of p (log p + H) = C above exp(-H), by bisection."""
-    h, c = (x.item() for x in collision(pi))
+    h = -(pi * pi.log()).sum().item()
+    c = (pi.square() * (pi.log() + h)).sum().item()
     low, high = math.exp(-h), 1.0
     for _ in range(200):
         middle = (low + high) / 2
@@ -466,73 +563,42 @@ def threshold(pi):
     return low
 
 
-def test_the_logit_gradient_is_the_closed_form_dead_zones_included():
-    dead = 0
-    for _ in range(300):
-        z, ref_z, y = torch.randn(7), torch.randn(7), int(torch.randint(7, ()))
-        pi, pi_ref, adv, beta = z.softmax(-1), ref_z.softmax(-1), torch.randn(()).item(), 0.3
-        old = z.log_softmax(-1)[y] + 0.4 * torch.randn(())
-        rho = (pi[y].log() - old).exp().item()
-        g = 0.0 if (adv > 0 and rho > 1.2) or (adv < 0 and rho < 0.8) else 1.0
-        dead += g == 0
-        residual = F.one_hot(torch.tensor(y), 7) - pi  # e_y - pi
-        want = (-g * rho * adv + beta * (1 - pi_ref[y] / pi[y])) * residual
-        close(logit_gradient(z, y, adv, old, ref_z.log_softmax(-1)[y], beta), want, 1e-13)
-    assert 30 < dead < 270
-
-
-def test_a_positive_advantage_on_the_likeliest_token_lowers_the_entropy_and_a_negative_one_raises_it():
-    for _ in range(50):
-        z = 2 * torch.randn(20)
-        assert entropy_change(z, int(z.argmax()), 1.0) < 0
-        assert entropy_change(z, int(z.argmax()), -1.0) > 0
-
-
-def test_counter_example_below_one_over_the_perplexity_a_positive_advantage_raises_the_entropy():
-    found = 0
-    for _ in range(50):
-        z = 2 * torch.randn(20)
-        for y in (z.softmax(-1) < (-entropy(z)).exp()).nonzero().flatten().tolist():
-            found += 1
-            assert entropy_change(z, y, 1.0) > 0
-            assert entropy_change(z, y, -1.0) < 0
-    assert found > 100
-
-
-def test_counter_example_by_hand_a_negative_advantage_on_a_rare_token_feeds_only_the_likeliest():
-    z = tensor([0.6, 0.2, 0.1, 0.05, 0.03, 0.01, 0.006, 0.004]).log()
-    after = (z - 0.5 * logit_gradient(z, 7, -1.0)).softmax(-1)
-    assert (after > z.softmax(-1)).tolist() == [True] + [False] * 7
-    assert round(entropy(z).item(), 4) == 1.2125 and round(entropy(after.log()).item(), 4) == 1.0950
-    raised = z - 0.5 * logit_gradient(z, 1, 1.0)  # a positive one on the second likeliest
-    assert round(entropy(raised).item(), 4) == 1.3173
+def test_the_entropy_law_is_the_gradient_of_the_entropy_by_autograd():
+    z = torch.randn(4, 3, 9).requires_grad_()
+    pi, y, step = z.detach().softmax(-1), torch.randint(9, (4, 3)), torch.randn(4, 3)
+    [slope] = torch.autograd.grad(entropy(z).sum(), z)
+    want = step * (slope * (F.one_hot(y, 9) - pi)).sum(-1)
+    close(grpo.entropy_change(pi, y, step), want, 1e-14)
 
 
 def test_the_entropy_follows_the_first_order_law_up_to_second_order():
     for adv in (1.0, -0.7):
         z, y = torch.randn(9), 3
-        pi = z.softmax(-1)
-        h, c = collision(pi)
-        gradient = logit_gradient(z, y, adv)
-        slope = -adv * (pi[y] * (pi[y].log() + h) - c)
-        error = [abs(entropy(z - rate * gradient) - entropy(z) - rate * slope).item() for rate in (1e-2, 1e-3, 1e-4)]
+        error = []
+        for rate in (1e-2, 1e-3, 1e-4):
+            law = grpo.entropy_change(z.softmax(-1), torch.tensor(y), tensor(rate * adv))
+            error.append(abs(entropy(pushed(z, y, adv, rate)) - entropy(z) - law).item())
         assert 80 < error[0] / error[1] < 120 and 80 < error[1] / error[2] < 120
 
 
-def test_the_entropy_turns_exactly_at_p_star_which_lies_between_one_over_perplexity_and_the_maximum():
-    sides = [0, 0]
-    for _ in range(60):
-        z = 1.5 * torch.randn(15)
-        pi = z.softmax(-1)
-        star = threshold(pi)
-        assert (-entropy(z)).exp() - 1e-12 <= star <= pi.max() + 1e-12
-        leaf = z.clone().requires_grad_()
-        [slope] = torch.autograd.grad(entropy(leaf), leaf)
-        for y in range(15):
-            sharpens = (slope @ -logit_gradient(z, y, 1.0)).item() < 0
-            assert sharpens == (pi[y].item() > star)
-            sides[sharpens] += 1
-    assert min(sides) > 50
+def test_p_star_is_lambert_s_formula_and_the_root_by_bisection():
+    lambertw = pytest.importorskip("scipy.special").lambertw
+    pi = (2 * torch.randn(300, 12)).softmax(-1)
+    got = grpo.sharpening_threshold(pi)
+    h = -(pi * pi.log()).sum(-1)
+    c = (pi.square() * (pi.log() + h[:, None])).sum(-1)
+    close(got, (tensor(lambertw((c * h.exp()).numpy()).real) - h).exp(), 1e-12)
+    close(got[:30], tensor([threshold(row) for row in pi[:30]]), 1e-12)
+    assert (got >= (-h).exp() - 1e-12).all() and (got <= pi.amax(-1) + 1e-12).all()
+
+
+def test_the_entropy_turns_exactly_at_p_star():
+    pi = (1.5 * torch.randn(400, 50)).softmax(-1)  # 20 000 tokens
+    star = grpo.sharpening_threshold(pi)[:, None]
+    every, up = torch.arange(50).expand(400, 50), torch.ones(400, 50)
+    sharpens = grpo.entropy_change(pi[:, None].expand(-1, 50, -1), every, up) < 0
+    assert torch.equal(sharpens, pi > star)
+    assert 0.02 < sharpens.double().mean() < 0.5
 
 
 def test_just_below_p_star_a_positive_advantage_flattens_and_just_above_it_sharpens():
@@ -544,23 +610,85 @@ def test_just_below_p_star_a_positive_advantage_flattens_and_just_above_it_sharp
     low, high = 0.2, 0.6  # the token is below its threshold at 0.2 and above it at 0.6
     for _ in range(100):
         middle = (low + high) / 2
-        low, high = (low, middle) if middle > threshold(distribution(middle)) else (middle, high)
+        low, high = (low, middle) if middle > grpo.sharpening_threshold(distribution(middle)) else (middle, high)
     for offset, sharpens in ((-1e-4, False), (1e-4, True)):
-        z = distribution(low + offset).log().requires_grad_()
-        [slope] = torch.autograd.grad(entropy(z), z)
-        assert ((slope @ -logit_gradient(z, 0, 1.0)).item() < 0) is sharpens
+        z = distribution(low + offset).log()
+        for adv in (1.0, -1.0):
+            changed = entropy(pushed(z, 0, adv, 1e-6)) < entropy(z)
+            assert changed.item() is (sharpens == (adv > 0))
+
+
+def test_a_positive_advantage_on_the_likeliest_token_lowers_the_entropy_and_a_negative_one_raises_it():
+    for _ in range(50):
+        z = 2 * torch.randn(20)
+        y = int(z.argmax())
+        assert entropy(pushed(z, y, 1.0, 1e-5)) < entropy(z) < entropy(pushed(z, y, -1.0, 1e-5))
+
+
+def test_counter_example_below_one_over_the_perplexity_a_positive_advantage_raises_the_entropy():
+    found = 0
+    for _ in range(50):
+        z = 2 * torch.randn(20)
+        for y in (z.softmax(-1) < (-entropy(z)).exp()).nonzero().flatten().tolist():
+            found += 1
+            assert entropy(pushed(z, y, -1.0, 1e-5)) < entropy(z) < entropy(pushed(z, y, 1.0, 1e-5))
+    assert found > 100
+
+
+def test_counter_example_by_hand_a_negative_advantage_on_a_rare_token_feeds_only_the_likeliest():
+    z = tensor([0.6, 0.2, 0.1, 0.05, 0.03, 0.01, 0.006, 0.004]).log()
+    after = pushed(z, 7, -1.0, 0.5).softmax(-1)
+    assert (after > z.softmax(-1)).tolist() == [True] + [False] * 7
+    assert round(entropy(z).item(), 4) == 1.2125 and round(entropy(after.log()).item(), 4) == 1.0950
+    assert round(entropy(pushed(z, 1, 1.0, 0.5)).item(), 4) == 1.3173  # a positive one on the second likeliest
+
+
+def test_counter_example_two_hundred_negative_steps_end_in_certainty_even_on_the_likeliest():
+    """It flattens at first, as the paper says; followed further it collapses on the runner-up."""
+    z = tensor([0.6, 0.2, 0.1, 0.05, 0.03, 0.01, 0.006, 0.004]).log()
+    rare, likely, path = z, z, []
+    for _ in range(200):
+        rare, likely = pushed(rare, 7, -1.0, 0.5), pushed(likely, 0, -1.0, 0.5)
+        path.append(entropy(likely).item())
+    assert path[0] > entropy(z) and max(path) > 1.3
+    assert entropy(rare) < 1e-3 and rare.argmax() == 0
+    assert path[-1] < 1e-3 and likely.argmax() == 1
 
 
 def test_of_a_uniform_distribution_the_entropy_does_not_move_to_first_order():
-    assert abs(entropy_change(torch.zeros(8), 3, 1.0, rate=1e-4)) < 1e-3
-    assert entropy_change(torch.zeros(8), 3, 1.0, rate=1e-1) < 0 > entropy_change(torch.zeros(8), 3, -1.0, rate=1e-1)
+    uniform = torch.full((8,), 1 / 8)
+    close(grpo.sharpening_threshold(uniform), 1 / 8, 1e-15)
+    close(grpo.entropy_change(uniform, torch.tensor(3), tensor(1.0)), 0.0, 1e-16)
+    z = torch.zeros(8)
+    assert entropy(pushed(z, 3, 1.0, 0.1)) < entropy(z) > entropy(pushed(z, 3, -1.0, 0.1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_certain_and_uniform_distributions_give_no_nan_in_value_or_gradient(dtype):
+    logits = torch.zeros(3, 6, dtype=dtype)
+    logits[1, 2], logits[2] = 1e4, torch.linspace(-300, 0, 6)  # certain; probabilities below the smallest number
+    leaf = logits.requires_grad_()
+    pi, y = leaf.softmax(-1), torch.tensor([0, 2, 0])
+    star, change = grpo.sharpening_threshold(pi), grpo.entropy_change(pi, y, torch.ones(3, dtype=dtype))
+    assert star.dtype == change.dtype == dtype and star.isfinite().all() and change.isfinite().all()
+    close(star[1].item(), 1.0)
+    close(change[1].item(), 0.0)
+    (star.sum() + change.sum()).backward()
+    assert leaf.grad.isfinite().all()
+
+
+def test_threshold_and_law_are_differentiable():
+    z = torch.randn(2, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: grpo.sharpening_threshold(z.softmax(-1)), z)
+    y, step = torch.tensor([1, 4]), torch.tensor([0.3, -2.0], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda z, s: grpo.entropy_change(z.softmax(-1), y, s), (z, step))
 
 
 @pytest.mark.parametrize("adv", [1.0, -1.0])
 def test_the_probabilities_follow_the_squeezing_law(adv):
     z, y, rate = torch.randn(10), 4, 1e-4
     pi = z.softmax(-1)
-    moved = (z - rate * logit_gradient(z, y, adv)).log_softmax(-1) - z.log_softmax(-1)
+    moved = pushed(z, y, adv, rate).log_softmax(-1) - z.log_softmax(-1)
     law = rate * adv * (F.one_hot(torch.tensor(y), 10) - pi - (pi[y] - pi.square().sum()))
     close(moved, law, 1e-7)
     assert moved[y] * adv > 0
@@ -569,13 +697,46 @@ def test_the_probabilities_follow_the_squeezing_law(adv):
         assert max(others, key=lambda v: moved[v]) == max(others, key=lambda v: pi[v])
 
 
-def test_the_expected_on_policy_entropy_change_is_minus_the_covariance_of_advantage_and_surprise():
+def test_the_expected_on_policy_entropy_change_is_minus_the_covariance_of_advantage_and_s():
     z, adv = torch.randn(9), torch.randn(9)
-    pi = z.softmax(-1)
-    adv = adv - (pi * adv).sum()
-    gradient = sum(pi[y] * logit_gradient(z, y, adv[y].item()) for y in range(9))
-    h, _ = collision(pi)
+    pi, every = z.softmax(-1), torch.arange(9)
+    h = entropy(z)
     s = pi * (pi.log() + h)
     covariance = (pi * adv * s).sum() - (pi * adv).sum() * (pi * s).sum()
-    rate = 1e-6
-    close((entropy(z - rate * gradient) - entropy(z)) / rate, -covariance, 1e-5)
+    close((pi * grpo.entropy_change(pi.expand(9, 9), every, adv)).sum(), -covariance, 1e-14)
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "call, names",
+    [
+        (lambda: grpo.clipped_surrogate(torch.zeros(3, 4), torch.zeros(4, 3), torch.zeros(3)), "old_logp"),
+        (lambda: grpo.clipped_surrogate(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4)), "adv"),
+        (lambda: grpo.clipped_surrogate(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, 4)), "adv"),
+        (lambda: grpo.kl_penalty(torch.zeros(3, 4), torch.zeros(3, 1)), "ref_logp"),
+        (lambda: grpo.grpo_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3), torch.ones(3)), "weights"),
+        (lambda: grpo.grpo_loss(*[torch.zeros(3, 4)] * 2, torch.zeros(3), torch.ones(3, 4), beta=0.1), "ref_logp"),
+        (lambda: grpo.logit_gradient(torch.zeros(4), torch.tensor(1), *[torch.zeros(())] * 2), "logits"),
+        (lambda: grpo.logit_gradient(torch.zeros(2, 4), torch.tensor([1]), *[torch.zeros(2)] * 2), "target"),
+        (
+            lambda: grpo.logit_gradient(torch.zeros(1, 4), torch.tensor([1]), *[torch.zeros(1)] * 2, beta=1.0),
+            "ref_logp",
+        ),
+        (lambda: grpo.group_advantages(torch.zeros(4)), "rewards"),
+        (lambda: grpo.sequence_weights(torch.zeros(4), "sequence", 1, 1, 1), "mask"),
+    ],
+)
+def test_a_wrong_shape_is_one_sentence_that_names_the_argument(call, names):
+    with pytest.raises(ValueError, match=names):
+        call()
+
+
+def test_the_worked_example_runs_and_draws(tmp_path):
+    done = subprocess.run(
+        [sys.executable, grpo.__file__, "--plot", tmp_path / "law.png"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "H = 1.2125 nats" in done.stdout and "p* = 0.4726" in done.stdout
+    assert Image.open(tmp_path / "law.png").size[0] > 500

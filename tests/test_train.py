@@ -7,10 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import data
+import ntk_infonce
 import train
+import vlm
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -115,6 +120,41 @@ def test_the_baselines_and_lora_run(world, tmp_path):
     assert "reward/caption" not in line and "nce" not in line and line["kl"] == pytest.approx(0.0, abs=1e-7)
     launch("--world", world, "--output_dir", tmp_path / "sft", "--method", "sft", *small)
     assert not (tmp_path / "sft/rl").exists() and (tmp_path / "sft/eval/before.json").exists()
+
+
+@pytest.mark.parametrize("feature", ntk_infonce.FEATURES)
+def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(world, feature):
+    policy = vlm.load(str(world / "policy"), dtype="float64")
+    cfg = train.Config(nce_feature=feature, tau_quantile=0.5, group_size=3, max_new_tokens=6)
+    torch.manual_seed(0)
+    batch, no_kl = data.load(world / "data")["train"][:5], SimpleNamespace(logp=lambda *_: None)
+    adv = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, 1.0], [0.7, 0.3, -1.0], [-1.0, 1.0, 0.0]])
+
+    def gradient(*sizes):
+        torch.manual_seed(1)  # the same responses in every split
+        whole = train.roll_out(batch, policy, no_kl, cfg)
+        parts, start = [], 0
+        for size in sizes:
+            rows = slice(start, start + size)
+            part = train.roll_out(batch[rows], policy, no_kl, cfg)
+            part.branches, part.adv = whole.branches[rows], adv[rows]
+            part.mask = whole.mask.unflatten(0, (5, 3))[rows].flatten(0, 1)
+            part.beside_mask = whole.beside_mask[rows]
+            parts, start = [*parts, part], start + size
+        policy.zero_grad()
+        fixed = train.all_tokens_of_f(policy, parts, cfg)
+        for i, part in enumerate(parts):
+            live = part.tokens_of_f(policy(part.inputs, part.branches), feature)
+            cosine = train.similarity([*fixed[:i], live, *fixed[i + 1 :]], feature)
+            assert len(cosine) == (4 if feature == "advantage" else 5)  # the tied prompt has no direction
+            loss, stats = ntk_infonce.info_nce(cosine, ntk_infonce.quantile_tau(cosine, 0.5))
+            assert stats["active"] > 0
+            loss.backward()
+        return torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
+
+    whole, split = gradient(5), gradient(2, 3)
+    assert whole.isfinite().all() and whole.norm() > 1e-4
+    torch.testing.assert_close(split, whole, atol=1e-6 * whole.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize(

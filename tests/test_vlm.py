@@ -195,8 +195,9 @@ def test_a_sample_alone_equals_the_sample_in_a_left_padded_batch_of_pictures_and
         together = exact(batch, ids)
         for b, row in enumerate(rows):
             alone = exact(exact.encode([row]), ids[b : b + 1])
-            for got, want in zip(together, alone, strict=True):
+            for got, want in zip(together[:-1], alone[:-1], strict=True):
                 close(got[b], want[0])
+            close(together.prompt[b, padding[b] :], alone.prompt[0])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -335,6 +336,15 @@ def test_nothing_of_a_long_prompt_is_cut(policy):
     assert policy.processor.tokenizer.decode(ids).count("Is there a red circle in the picture?") == 400
     assert "FIRST" in policy.processor.tokenizer.decode(ids[-20:])
     assert (ids == policy.core.config.image_token_id).sum() == 12
+
+
+def test_the_beginning_of_a_response_is_fed_but_not_counted(policy):
+    texts, after = ["<answer>A</answer>", "<answer>3</answer>"], ["<think>a circle</think>", ""]
+    ids, mask = policy.encode_responses(texts, after)
+    plain, plain_mask = policy.encode_responses([a + b for a, b in zip(after, texts)])
+    assert torch.equal(ids, plain) and torch.equal(mask[1], plain_mask[1])
+    counted = policy.processor.tokenizer.decode(ids[0, 0][mask[0, 0]], skip_special_tokens=True)
+    assert counted.replace(" ", "") == "<answer>A</answer>" and mask[0].sum() < plain_mask[0].sum()
 
 
 def test_responses_are_closed_by_the_end_token_and_masked(policy):
