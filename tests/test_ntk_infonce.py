@@ -1,17 +1,229 @@
 """ntk_infonce.py: Eq. 4 against autograd on a real linear head, F.cross_entropy and loops; and what it does not do."""
 
 import math
+import socket
+import subprocess
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import close, tensor
-from torch import nn
+from PIL import Image
+from torch import distributed, nn
+from torch.distributed.nn.functional import all_gather
+from torch.func import functional_call, jacrev
 
-from ntk_infonce import gradient_cosine, info_nce
+import ntk_infonce
+from ntk_infonce import (
+    descend,
+    empirical_ntk,
+    feature_weights,
+    gradient_cosine,
+    gradient_cosine_chunked,
+    hidden_mean,
+    info_nce,
+    learning_dynamics,
+    quantile_tau,
+    tensor_sketch,
+)
 
 NAN = float("nan")
 pytestmark = pytest.mark.usefixtures("double_and_seeded")
+
+
+# --- Eq. 3 -----------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Three layers, the first two shared by all positions: contexts [L, 4] -> logits [L, V]."""
+
+    def __init__(self, vocabulary=7):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 9), nn.Tanh(), nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, vocabulary))
+        for p in self.parameters():
+            p.data *= 2
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def stepped(model, updated, targets, adv, lr):
+    """The model after one SGD step on -sum_l A_l log pi(y_l | x_u), by autograd and torch.optim."""
+    after = Net(7)
+    after.load_state_dict(model.state_dict())
+    logp = after(updated).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    after.zero_grad()
+    (-(torch.as_tensor(adv) * logp).sum()).backward()
+    torch.optim.SGD(after.parameters(), lr).step()
+    return after
+
+
+def errors(rates, model, observed, updated, targets, adv, predict):
+    found = []
+    for lr in rates:
+        after = stepped(model, updated, targets, adv, lr)
+        actual = (after(observed).log_softmax(-1) - model(observed).log_softmax(-1)).detach()
+        found.append(((predict(lr) - actual).norm() / actual.norm()).item())
+    return found
+
+
+@pytest.mark.parametrize("positions", [(1, 1), (3, 5)])  # (of the observed, of the updated sample)
+def test_eq_3_predicts_the_step_up_to_second_order(positions):
+    model, (m, n) = Net(), positions
+    observed, updated, targets = torch.randn(m, 4), torch.randn(n, 4), torch.randint(7, (n,))
+    adv, rates = torch.randn(n) / n, (1e-2, 3e-3, 1e-3)
+
+    def predict(lr):
+        return learning_dynamics(model, observed, updated, targets, adv, lr)
+
+    error = errors(rates, model, observed, updated, targets, adv, predict)
+    # the relative error falls with lr, so the absolute one with lr^2
+    slope = 1 + (math.log(error[0]) - math.log(error[2])) / (math.log(rates[0]) - math.log(rates[2]))
+    assert 1.9 < slope < 2.1 and error[2] < 1e-2
+
+
+def test_eq_3_negative_controls_miss_by_far():
+    model, n = Net(), 4
+    observed, updated, targets, lr = torch.randn(n, 4), torch.randn(n, 4), torch.randint(7, (n,)), 1e-3
+    adv = tensor([0.5, -0.3, 0.2, 0.7])
+    k = empirical_ntk(model, observed, updated)
+    pi_o, pi_u = model(observed).softmax(-1).detach(), model(updated).softmax(-1).detach()
+    force = adv[:, None] * (F.one_hot(targets, 7) - pi_u)
+
+    def form(k, force, jac=lambda dz: dz - (pi_o * dz).sum(-1, keepdim=True)):
+        return lambda lr: lr * jac(torch.einsum("mvlw,lw->mv", k, force))
+
+    def error(predict):
+        return errors([lr], model, observed, updated, targets, adv, predict)[0]
+
+    assert error(form(k, force)) < 1e-2
+    assert error(form(k.permute(2, 3, 0, 1), force)) > 0.1  # K transposed
+    assert error(form(k, -force)) > 1  # the sign
+    assert error(form(k, force / adv[:, None])) > 0.1  # without the advantage
+    assert error(form(k, F.one_hot(targets, 7) * adv[:, None])) > 0.1  # without - pi
+    assert error(form(k, force, lambda dz: dz)) > 0.1  # without the softmax Jacobian
+    assert error(form(k, force, lambda dz: dz - pi_o * dz.sum(-1, keepdim=True))) > 0.1  # with it transposed
+
+
+def test_the_kernel_is_the_product_of_explicit_jacobian_rows_and_is_symmetric_in_its_pair():
+    model, observed, updated = Net(), torch.randn(2, 4), torch.randn(3, 4)
+    k = empirical_ntk(model, observed, updated)
+    assert k.shape == (2, 7, 3, 7)
+
+    def row(x, position, token):
+        grads = torch.autograd.grad(model(x)[position, token], list(model.parameters()))
+        return torch.cat([g.flatten() for g in grads])
+
+    for (m, v), (n, w) in [((0, 0), (0, 0)), ((1, 3), (2, 6)), ((0, 6), (1, 2))]:
+        close(k[m, v, n, w], row(observed, m, v) @ row(updated, n, w), 1e-12)
+    close(k, empirical_ntk(model, updated, observed).permute(2, 3, 0, 1), 1e-12)
+    assert (k - empirical_ntk(model, updated[:2], torch.cat([observed, observed[:1]]))).abs().max() > 1e-2
+
+
+def test_frozen_parameters_are_not_in_the_kernel():
+    model, x = Net(), torch.randn(2, 4)
+    for p in model.layers[:4].parameters():
+        p.requires_grad_(False)
+    hidden = torch.cat([model.layers[:4](x), torch.ones(2, 1)], 1)  # the head's input, and its bias
+    close(empirical_ntk(model, x, x), torch.einsum("md,ld,vw->mvlw", hidden, hidden, torch.eye(7)).detach(), 1e-12)
+
+
+def test_the_prediction_keeps_total_probability_and_follows_the_advantage():
+    model, observed, updated, y = Net(), torch.randn(3, 4), torch.randn(2, 4), torch.tensor([1, 5])
+    moved = learning_dynamics(model, observed, updated, y, 0.7, 1e-2)
+    close((model(observed).softmax(-1) * moved).sum(-1).detach(), torch.zeros(3), 1e-15)
+    close(learning_dynamics(model, observed, updated, y, -0.7, 1e-2), -moved, 1e-15)
+    close(learning_dynamics(model, observed, updated, y, tensor([0.7, 0.7]), 1e-2), moved, 1e-15)
+    itself = learning_dynamics(model, updated, updated, y, 1.0, 1e-2)
+    assert sum(itself[i, y[i]] for i in range(2)) > 0  # what was rewarded becomes likelier
+
+
+def test_eq_3_is_the_inner_product_of_log_prob_gradients_which_eq_4_normalises():
+    model, observed, updated = Net(), torch.randn(1, 4), torch.randn(1, 4)
+    y_o, y_u = torch.tensor([2]), torch.tensor([4])
+    moved = learning_dynamics(model, observed, updated, y_u, 1.0, 1.0)[0, 2]
+
+    def gradient(x, y, parameters):
+        return torch.autograd.grad(model(x).log_softmax(-1)[0, y], parameters)
+
+    both = [gradient(x, y, list(model.parameters())) for x, y in ((observed, y_o[0]), (updated, y_u[0]))]
+    close(moved, sum((a * b).sum() for a, b in zip(*both, strict=True)), 1e-12)
+    head = model.layers[4].weight  # Eq. 4: the same for the head only, divided by the norms
+    f_o, f_u = (gradient(x, y, [head])[0] for x, y in ((observed, y_o[0]), (updated, y_u[0])))
+    hidden = torch.cat([model.layers[:4](observed), model.layers[:4](updated)])
+    cosine = gradient_cosine(hidden, model.layers[4](hidden), torch.cat([y_o, y_u]), torch.arange(2), 2)[0, 1]
+    close(cosine.detach(), F.cosine_similarity(f_o.flatten(), f_u.flatten(), dim=0), 1e-10)
+
+
+def test_the_jacobians_are_those_of_torch_func():
+    model, x = Net(), torch.randn(2, 4)
+    parameters = dict(model.named_parameters())
+    j = jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
+    flat = torch.cat([j[name].flatten(2) for name in parameters], 2).detach()
+    close(empirical_ntk(model, x, x), torch.einsum("mvp,lwp->mvlw", flat, flat), 1e-12)
+
+
+# --- feature_weights -------------------------------------------------------------------------------------------------
+
+MASK = tensor([[[1, 1, 1, 0], [1, 0, 0, 0]], [[1, 1, 0, 0], [1, 1, 1, 1]]]).bool()  # two prompts, two responses
+ADV = tensor([[-0.5, 0.5], [0.7, -0.7]])
+EXTRA = tensor([[1, 1, 0, 0], [0, 0, 1, 1]]).bool()
+
+
+def test_the_weights_of_every_choice_by_hand():
+    nothing = torch.zeros(2, 2, 4)
+    beside = EXTRA / 2.0
+    for choice in ("reference", "own_prefix", "greedy"):
+        close(feature_weights(choice, MASK, ADV, EXTRA), torch.cat([nothing, beside[:, None]], 1))
+    best, advantage = nothing.clone(), nothing.clone()
+    best[0, 1, 0], best[1, 0, :2] = 1, 0.5
+    close(feature_weights("best", MASK, ADV, EXTRA)[:, :2], best)
+    advantage[0, 0, :3], advantage[0, 1, 0], advantage[1, 0, :2], advantage[1, 1] = -0.5 / 3, 0.5, 0.35, -0.7 / 4
+    close(feature_weights("advantage", MASK, ADV, EXTRA)[:, :2], advantage)
+    for choice in ("best", "advantage"):
+        assert feature_weights(choice, MASK, ADV, EXTRA)[:, 2].abs().sum() == 0
+
+
+def test_of_tied_responses_the_first_is_best_and_a_tied_group_has_no_advantage_feature():
+    tied = torch.zeros(2, 2)
+    assert feature_weights("best", MASK, tied, EXTRA)[:, 0].sum() == 2
+    assert feature_weights("advantage", MASK, tied, EXTRA).abs().sum() == 0
+
+
+def test_a_response_without_tokens_gives_no_nan():
+    for choice in ("reference", "best", "advantage"):
+        weights = feature_weights(choice, torch.zeros_like(MASK), ADV, torch.zeros_like(EXTRA))
+        assert torch.equal(weights, torch.zeros(2, 3, 4))
+
+
+def test_the_advantage_feature_is_the_gradient_of_the_policy_gradient_s_own_objective():
+    """f_i = grad_W sum_g A_g (1 / |y_g|) sum_t log pi(y_gt): the weights, put on the hidden states, give just that."""
+    model, y = Model(), torch.randint(11, (2, 2, 4))
+    hidden, logits = model(torch.randn(2, 2, 4, 4))
+    weights = feature_weights("advantage", MASK, ADV, EXTRA)[:, :2]
+    logp = logits.log_softmax(-1).gather(-1, y[..., None])[..., 0]
+    per_response = (logp * MASK).sum(-1) / MASK.sum(-1)
+    rows = [
+        torch.autograd.grad((ADV[i] * per_response[i]).sum(), model.head.weight, retain_graph=True)[0].flatten()
+        for i in range(2)
+    ]
+    where = weights != 0
+    segment = torch.arange(2)[:, None, None].expand_as(where)[where]
+    got = gradient_cosine(hidden[where] * weights[where][:, None], logits[where], y[where], segment, 2)
+    close(got.detach(), cosines(torch.stack(rows)), 1e-10)
+
+
+@pytest.mark.parametrize("choice", ["hidden_mean", "worst"])
+def test_a_choice_without_tokens_or_unknown_is_refused(choice):
+    with pytest.raises(ValueError, match="choice"):
+        feature_weights(choice, MASK, ADV, EXTRA)
+
+
+def test_tables_that_do_not_fit_are_refused():
+    for arguments in ((MASK, ADV[:1], EXTRA), (MASK, ADV, EXTRA[:, :2]), (MASK[0], ADV, EXTRA)):
+        with pytest.raises(ValueError, match=r"mask|adv|extra"):
+            feature_weights("best", *arguments)
 
 
 # --- gradient_cosine -------------------------------------------------------------------------------------------------
@@ -145,6 +357,215 @@ def test_single_precision_is_good_to_six_digits():
     single = gradient_cosine(hidden.float(), logits.float(), y, segment, 4)
     assert single.dtype == torch.float32
     close(single.double(), gradient_cosine(hidden, logits, y, segment, 4), 2e-6)
+
+
+@pytest.mark.parametrize("name", ["hidden", "logits", "targets"])
+def test_a_table_with_another_number_of_rows_is_named(name):
+    tables = {"hidden": torch.zeros(3, 2), "logits": torch.zeros(3, 4), "targets": torch.zeros(3).long()}
+    tables[name] = tables[name][:2]
+    with pytest.raises(ValueError, match=f"{name} must have one row per token"):
+        gradient_cosine(**tables, segment=torch.zeros(3).long(), n=1)
+    tables[name] = torch.zeros(3, 2, 2)
+    with pytest.raises(ValueError, match=f"{name} must have one row per token"):
+        gradient_cosine(**tables, segment=torch.zeros(3).long(), n=1)
+
+
+def test_a_sample_number_outside_the_batch_is_refused():
+    for segment in ([0, 1, 3], [-1, 0, 1]):
+        with pytest.raises(ValueError, match="segment"):
+            gradient_cosine(torch.zeros(3, 2), torch.zeros(3, 4), torch.zeros(3).long(), torch.tensor(segment), 3)
+
+
+def test_half_precision_hidden_states_are_taken():
+    model, (x, y, segment) = Model(), sample([3, 1, 4, 2])
+    hidden, logits = (t.detach() for t in model(x))
+    half = gradient_cosine(hidden.bfloat16(), logits.float(), y, segment, 4)
+    assert half.dtype == torch.float32
+    close(half.double(), gradient_cosine(hidden, logits, y, segment, 4), 2e-2)
+    chunked = gradient_cosine_chunked(hidden.bfloat16(), model.head.weight.bfloat16(), y, segment, 4, chunk=4)
+    assert chunked.dtype == torch.float32
+    close(chunked.double(), gradient_cosine(hidden, logits, y, segment, 4), 2e-2)
+
+
+def test_no_tokens_at_all_give_zeros():
+    empty = torch.zeros(0, 4, requires_grad=True), torch.zeros(0, 6), torch.zeros(0).long(), torch.zeros(0).long()
+    cosine = gradient_cosine(*empty, 2)
+    info_nce(cosine)[0].backward()
+    assert torch.equal(cosine, torch.zeros(2, 2))
+
+
+# --- the chunked form ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 11, 100])
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_chunked_form_and_its_gradients_equal_the_dense_one(chunk, bias):
+    model, (x, y, segment) = Model(bias=bias), sample([3, 1, 4, 2])
+    coefficients, parameters = torch.randn(4, 4), list(model.parameters())
+    hidden, logits = model(x)
+    dense = gradient_cosine(hidden, logits, y, segment, 4)
+    chunked = gradient_cosine_chunked(hidden, model.head.weight, y, segment, 4, model.head.bias, chunk)
+    close(chunked, dense, 1e-12)
+    want = torch.autograd.grad((coefficients * dense).sum(), parameters, retain_graph=True)
+    for ours, theirs in zip(torch.autograd.grad((coefficients * chunked).sum(), parameters), want, strict=True):
+        close(ours, theirs, 1e-12)
+
+
+def test_a_token_that_cannot_be_sampled_is_left_out_by_the_bias():
+    model, (x, y, segment) = Model(), sample([3, 4], vocabulary=9)
+    bias = torch.zeros(11).index_fill(0, torch.tensor([9, 10]), -torch.inf)
+    hidden, logits = model(x)
+    dense = gradient_cosine(hidden, logits[:, :9], y, segment, 2)
+    chunked = gradient_cosine_chunked(hidden, model.head.weight, y, segment, 2, bias, 4)
+    close(chunked, dense, 1e-12)
+    chunked[0, 1].backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_the_chunked_form_passes_gradcheck():
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    y, segment = torch.randint(7, (5,)), torch.tensor([0, 0, 1, 1, 2])
+    assert torch.autograd.gradcheck(
+        lambda h, w: gradient_cosine_chunked(h, w, y, segment, 3, chunk=3), (hidden, weight)
+    )
+    assert torch.autograd.gradcheck(lambda h, w: gradient_cosine(h, h @ w.T, y, segment, 3), (hidden, weight))
+
+
+# --- the sketch ------------------------------------------------------------------------------------------------------
+
+
+def gram_of(rows):
+    return rows @ rows.T
+
+
+def test_the_sketch_is_unbiased_for_the_gram_matrix_and_its_error_falls_with_the_root_of_m():
+    model, (x, y, segment) = Model(d=16, vocabulary=60), sample([4, 7, 5, 6], vocabulary=60)
+    hidden, logits = (t.detach() for t in model(x))
+    exact = gram_of(head_gradients(model, x, y, segment, 4))
+    spread = []
+    for m in (64, 256):
+        sketches = torch.stack([gram_of(tensor_sketch(hidden, logits, y, segment, 4, m, seed)) for seed in range(200)])
+        standard_error = sketches.std(0) / math.sqrt(200)
+        assert ((sketches.mean(0) - exact).abs() < 4 * standard_error).all()
+        scale = exact.diagonal().sqrt()
+        relative = (sketches - exact) / (scale[:, None] * scale)
+        spread.append(relative[:, ~torch.eye(4, dtype=torch.bool)].square().mean().sqrt().item() * math.sqrt(m))
+    assert all(0.7 < s < 2 for s in spread)
+
+
+def test_the_sketch_s_cosines_approach_the_exact_ones():
+    model, (x, y, segment) = Model(d=16, vocabulary=60), sample([4, 7, 5, 6], vocabulary=60)
+    hidden, logits = (t.detach() for t in model(x))
+    unit = F.normalize(tensor_sketch(hidden, logits, y, segment, 4, 2**16))
+    assert (unit @ unit.T - gradient_cosine(hidden, logits, y, segment, 4)).abs().max() < 0.02
+
+
+def test_one_seed_is_one_hash_whatever_the_process_holds_and_another_seed_another():
+    model, (x, y, segment) = Model(), sample([3, 2])
+    hidden, logits = (t.detach() for t in model(x))
+    whole = tensor_sketch(hidden, logits, y, segment, 2, 128, seed=5)
+    torch.manual_seed(123)  # the global generator has no say
+    mine = segment == 1  # what a second process would hold
+    alone = tensor_sketch(hidden[mine], logits[mine], y[mine], segment[mine] - 1, 1, 128, seed=5)
+    close(alone[0], whole[1], 1e-12)
+    assert (tensor_sketch(hidden, logits, y, segment, 2, 128, seed=6) - whole).abs().max() > 1e-2
+
+
+def test_gradients_flow_through_the_sketch():
+    hidden, weight = torch.randn(5, 3, requires_grad=True), torch.randn(7, 3, requires_grad=True)
+    y, segment = torch.randint(7, (5,)), torch.tensor([0, 0, 1, 1, 2])
+    assert torch.autograd.gradcheck(lambda h, w: tensor_sketch(h, h @ w.T, y, segment, 3, m=9), (hidden, weight))
+
+
+def test_the_sketch_takes_half_precision_and_refuses_a_size_of_zero():
+    y, segment = torch.tensor([0, 1]), torch.tensor([0, 1])
+    half = tensor_sketch(torch.randn(2, 3).bfloat16(), torch.randn(2, 4).float(), y, segment, 2, 16)
+    assert half.dtype == torch.float32 and half.shape == (2, 16)
+    with pytest.raises(ValueError, match="m must be"):
+        tensor_sketch(torch.randn(2, 3), torch.randn(2, 4), y, segment, 2, 0)
+
+
+def gathered_gradient(rank, port, samples, out):
+    """One of two processes: half the samples, sketches of all of them, Eq. 4 on all, its own parameters' gradient."""
+    torch.set_default_dtype(torch.float64)
+    distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model, (x, y, segment) = Model(), samples
+    mine = (segment // 2) == rank
+    sketch = tensor_sketch(*model(x[mine]), y[mine], segment[mine] - 2 * rank, 2, 4096, seed=3)
+    unit = F.normalize(torch.cat(all_gather(sketch)))
+    info_nce(unit @ unit.T, 0.1)[0].backward()
+    for p in model.parameters():
+        if p.grad is not None:
+            distributed.all_reduce(p.grad)
+            p.grad /= 2  # DDP's mean
+    if rank == 0:
+        torch.save([p.grad for p in model.parameters() if p.grad is not None], out)
+    distributed.destroy_process_group()
+
+
+def test_two_processes_that_gather_their_sketches_get_the_gradient_of_the_whole_batch(tmp_path):
+    samples = sample([3, 2, 4, 3])
+    torch.manual_seed(0)
+    model, (x, y, segment) = Model(), samples
+    unit = F.normalize(tensor_sketch(*model(x), y, segment, 4, 4096, seed=3))
+    loss, stats = info_nce(unit @ unit.T, 0.1)
+    loss.backward()
+    assert stats["active"] >= 2
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(gathered_gradient, (port, samples, tmp_path / "g.pt"), nprocs=2)
+    want = [p.grad for p in model.parameters() if p.grad is not None]
+    for ours, theirs in zip(torch.load(tmp_path / "g.pt"), want, strict=True):
+        close(ours, theirs, 1e-10)
+    assert want[0].norm() > 1e-3
+
+
+# --- hidden_mean -----------------------------------------------------------------------------------------------------
+
+
+def test_the_mean_of_hidden_states_by_hand_and_against_a_loop():
+    hidden, segment = tensor([[1, 0], [3, 0], [0, 2], [1, 1]]), torch.tensor([0, 0, 1, 2])
+    half = math.sqrt(0.5)
+    close(hidden_mean(hidden, segment, 3), tensor([[1, 0, half], [0, 1, half], [half, half, 1]]), 1e-12)
+    hidden, segment = torch.randn(9, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2])
+    means = torch.stack([hidden[segment == i].mean(0) for i in range(3)])
+    close(hidden_mean(hidden, segment, 3), cosines(means), 1e-12)
+
+
+def test_limitation_the_official_feature_is_not_the_gradient_cosine():
+    """It knows neither y nor pi: two answers to one prompt are alike to it, to the gradient they can be opposite."""
+    hidden, logits = torch.randn(1, 5).expand(2, 5), torch.zeros(2, 2)
+    y, segment = torch.tensor([0, 1]), torch.arange(2)
+    close(hidden_mean(hidden, segment, 2)[0, 1], 1.0)
+    close(gradient_cosine(hidden, logits, y, segment, 2)[0, 1], -1.0)
+    model, (x, y, segment) = Model(d=16, vocabulary=60), sample([6] * 40, vocabulary=60)
+    hidden, logits = (t.detach() for t in model(x))
+    off = ~torch.eye(40, dtype=torch.bool)
+    pair = torch.stack([hidden_mean(hidden, segment, 40)[off], gradient_cosine(hidden, logits, y, segment, 40)[off]])
+    assert pair.corrcoef()[0, 1].abs() < 0.5
+
+
+# --- why r is not truncated ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 4, 12])
+def test_keeping_the_top_tokens_of_r_stays_a_gram_matrix_and_truncating_only_pi_does_not(k):
+    """Memory for large vocabularies is saved by chunks, exactly. This is what the two truncations would do."""
+    logits, y = torch.zeros(12, 12), torch.arange(12)  # one uniform distribution, every token once
+    logits = logits + 1e-9 * torch.randn(12, 12)  # so that there is a top
+    pi, hit = logits.softmax(-1), F.one_hot(y, 12).double()
+    top = torch.zeros_like(pi).scatter(1, pi.topk(k).indices, 1.0)
+    r, short = (hit - pi) * torch.maximum(top, hit), pi * top
+    assert torch.linalg.eigvalsh(r @ r.T).min() > -1e-9
+    only_pi = torch.linalg.eigvalsh(hit @ hit.T - pi[:, y] - pi[:, y].T + short @ short.T).min().item()
+    exact = gradient_cosine(torch.ones(12, 1), logits, y, torch.arange(12), 12)
+    if k == 12:
+        unit = F.normalize(r)
+        close(unit @ unit.T, exact, 1e-12)
+    else:
+        assert only_pi < -0.3  # no Gram matrix: its "cosines" leave [-1, 1]
 
 
 # --- info_nce --------------------------------------------------------------------------------------------------------
@@ -422,3 +843,87 @@ def test_limitation_tau_is_a_boundary_and_not_a_target():
         with torch.no_grad():
             vectors -= 1.0 * gradient
     assert stats["positive"].item() in (0.0, 1.0) and loss.item() == 0.0
+
+
+@pytest.mark.parametrize("spread, end", [((0.2, 1.6), 1.0), ((0.6, 1.2), 0.0)])
+def test_limitation_from_either_side_the_pairs_are_absorbed_and_nothing_moves_again(spread, end):
+    """Mostly below tau: all end at or below it. Mostly above: all end above. There is no balanced range."""
+    torch.manual_seed(0)
+    vectors = torch.randn(16, 64) + (spread[0] + spread[1] * torch.rand(16, 1))
+    path = descend(8 * F.normalize(vectors), 1000, lr=10.0)
+    off = ~torch.eye(16, dtype=torch.bool)
+    below = (path[:, off] <= 0.54).double().mean(1)
+    assert 0 < below[0] < 1 and below[-1] == end
+    assert torch.equal(path[-50], path[-1])
+
+
+@pytest.mark.parametrize("cosine", [0.0, 0.92])
+def test_limitation_what_starts_all_dissimilar_or_all_alike_never_moves(cosine):
+    vectors = torch.eye(8, 9) if cosine == 0 else torch.eye(8, 9) * 0.3 + tensor([0.0] * 8 + [1.0])
+    path = descend(vectors, 20)
+    assert torch.equal(path[0], path[-1])
+    close(path[0][~torch.eye(8, dtype=torch.bool)].mean().item(), cosine if cosine == 0 else 1 / 1.09, 1e-3)
+
+
+def test_limitation_the_official_fall_back_would_pull_all_samples_together():
+    """Where no pair is dissimilar, the official code makes the least similar one a positive: cosines go to 1 (D-57)."""
+    torch.manual_seed(0)
+    vectors = F.normalize(torch.randn(8, 32) + 3.5).requires_grad_()
+    means = []
+    for _ in range(500):
+        unit = F.normalize(vectors)
+        s = (unit @ unit.T).masked_fill(torch.eye(8, dtype=torch.bool), -torch.inf)
+        least = unit @ unit.T + 2 * torch.eye(8)
+        loss = F.cross_entropy(s, least.argmin(1))
+        means.append(s[~torch.eye(8, dtype=torch.bool)].mean().item())
+        vectors = (vectors - 1.0 * torch.autograd.grad(loss, vectors)[0]).detach().requires_grad_()
+    assert 0.9 < means[0] < 0.95 and means[-1] > means[0] + 0.03
+    unit = F.normalize(vectors)
+    assert info_nce(unit @ unit.T)[0] == 0  # ours leaves them alone
+
+
+def test_limitation_over_many_draws_on_policy_features_of_different_prompts_have_no_correlation():
+    model, (x, _, segment) = Model(d=8, vocabulary=30), sample([5] * 6)
+    hidden, logits = (t.detach() for t in model(x))
+    draws = []
+    for _ in range(400):
+        y = torch.distributions.Categorical(logits=logits).sample()
+        r = ntk_infonce._residual(logits, y)
+        member = F.one_hot(segment, 6).double()
+        draws.append(member.T @ ((r @ r.T) * (hidden @ hidden.T)) @ member)
+    draws = torch.stack(draws)[:, ~torch.eye(6, dtype=torch.bool)]
+    standard_error = draws.std(0) / math.sqrt(400)
+    assert (draws.mean(0).abs() < 4 * standard_error).all() and standard_error.max() < 0.2
+
+
+# --- quantile_tau ----------------------------------------------------------------------------------------------------
+
+
+def test_a_quantile_splits_the_pairs_wherever_they_lie():
+    for shift in (-0.5, 0.0, 0.4):
+        s = (0.3 * torch.rand(7, 7) + shift).fill_diagonal_(1.0)
+        tau = quantile_tau(s, 0.5)
+        assert tau == pytest.approx(s[~torch.eye(7, dtype=torch.bool)].median().item(), abs=0.02)
+        assert info_nce(s, tau)[1]["active"] >= 5
+    assert quantile_tau(torch.ones(1, 1), 0.5) == 1.0
+    for quantile in (-0.1, 1.1, NAN):
+        with pytest.raises(ValueError, match="quantile"):
+            quantile_tau(MIXED, quantile)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
+def test_a_temperature_that_is_not_positive_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        info_nce(MIXED, 0.5, temperature)
+
+
+def test_the_worked_example_runs_and_draws(tmp_path):
+    done = subprocess.run(
+        [sys.executable, ntk_infonce.__file__, "--plot", tmp_path / "nce.png"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "loss = 1.370, active anchors 2" in done.stdout and "-0.707" in done.stdout
+    assert Image.open(tmp_path / "nce.png").size[0] > 500
