@@ -59,22 +59,26 @@ class Sample:
         return reasoning.question(self.problem, self.options)
 
 
-def load(source: str | Path, on_bad_row: str = "error") -> dict[str, list[Sample]]:
+def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, list[Sample]]:
     """All splits of a dataset folder, or {"train": rows} of one file.
 
-    Raises DataError, with a line for each of the first ten bad rows, unless `on_bad_row` is "skip".
+    Raises DataError, with a line for each of the first ten bad rows, unless `on_bad_row` is "skip": then `say` gets a
+    line for each.
     """
     source = Path(source)
     if not source.exists():
         raise DataError(f"data: {source} does not exist. Give a folder with train.json, or one JSON/JSONL/Parquet file")
     files = sorted(f for f in source.iterdir() if f.suffix in SUFFIXES) if source.is_dir() else [source]
+    if others := [f.name for f in files if source.is_dir() and not f.stem.startswith(("train", "cold_start", "test"))]:
+        say(f"data: not a split, left alone: {', '.join(others)}")
+    files = [f for f in files if f.name not in others]
     splits = {f.stem if source.is_dir() else "train": f for f in files}
     if len(splits) < len(files):
         raise DataError(
             f"data: {source} holds a split twice: {', '.join(f.name for f in files)}. Keep one of each name"
         )
     if "train" not in splits and not any(name.startswith("test") for name in splits):
-        names = ", ".join(f.name for f in files) or "no data file"
+        names = ", ".join([f.name for f in files] + others) or "no data file"
         raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
     problems: list[str] = []
     samples = {name: _load_file(file, problems) for name, file in splits.items()}
@@ -82,7 +86,7 @@ def load(source: str | Path, on_bad_row: str = "error") -> dict[str, list[Sample
         more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError("\n".join(problems[:10]) + more + "\nMend these rows, or leave them out with --on_bad_row skip")
     for line in problems:
-        print(f"skipped: {line}")
+        say(f"skipped: {line}")
     for name, rows in samples.items():
         if not rows:
             raise DataError(f"data: {splits[name]} has no usable row")
@@ -150,6 +154,14 @@ def _sample(row: dict, root: Path) -> Sample:
             )
     if row["problem_type"] in ("numerical", "regression") and answers.to_number(answer) is None:
         raise DataError(f"solution: {answer!r} is not a number")
+    for name in ("category", "pair"):
+        if not isinstance(row.get(name), str | int | None):
+            raise DataError(f"{name}: must be a string, got {row[name]!r}")
+    process = row.get("process") or row.get("process_and_answer")
+    if process is not None and not isinstance(process, str):
+        raise DataError(f"process: must be a string, got {type(process).__name__}")
+    if process and not any(reasoning.format_reward(process, four_stage) for four_stage in (True, False)):
+        raise DataError("process: lacks a stage, or holds text outside them. Give all four, once each, in order")
     paths = row["path"] if isinstance(row["path"], list) else [row["path"]]
     if not all(isinstance(path, str) for path in paths):
         raise DataError("path: must be a path or a list of paths")
@@ -167,9 +179,9 @@ def _sample(row: dict, root: Path) -> Sample:
         options=options,
         problem_type=row["problem_type"],
         answer=answer,
-        process=row.get("process") or row.get("process_and_answer"),
-        category=row.get("category") or row["problem_type"],
-        pair=row.get("pair"),
+        process=process,
+        category=str(row.get("category") or row["problem_type"]),
+        pair=None if row.get("pair") is None else str(row["pair"]),
         **as_tuple,
     )
 

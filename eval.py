@@ -26,6 +26,7 @@ import torch
 import yaml
 from PIL import Image
 from tqdm import tqdm
+from transformers.utils import logging as transformers_logging
 
 import answers
 import data
@@ -201,16 +202,24 @@ def main() -> None:
     parser.add_argument("--max_new_tokens", type=int, help="longest response (default: the run's, or 768)")
     parser.add_argument("--batch", type=int, default=64, help="rows at a time")
     parser.add_argument("--out", type=Path, help="also write scores and responses to this JSON file")
+    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out")
     args = parser.parse_args()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if args.out and not args.out.parent.is_dir():
+        sys.exit(f"error: --out: the folder {args.out.parent} does not exist")
     try:
-        sets = data.load(args.data)
+        sets = data.load(args.data, args.on_bad_row)
     except data.DataError as error:
         sys.exit(f"error: {error}")
     model, settings = checkpoint_of(args.model)
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
     options = ("dtype", "attention", "min_pixels", "max_pixels")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy = vlm.load(str(model), trainable=False, **{name: settings[name] for name in options if name in settings})
+    try:
+        policy = vlm.load(str(model), trainable=False, **{k: settings[k] for k in options if k in settings})
+    except OSError as error:
+        sys.exit(f"error: --model: cannot load {model} ({str(error).splitlines()[0]})")
     policy.to(device)
     four_stage = settings.get("four_stage", True) and not args.two_stage
     length, video = args.max_new_tokens or settings.get("max_new_tokens", 768), {}

@@ -219,7 +219,8 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
     Its gradient, dL_i/ds_ik = (q_k - p_k) / T with q the softmax over all k and p that over P(i), sums to 0 in a row:
     positives are pulled up and negatives pushed down, but only against each other. The paper's "balanced range" is not
     in it: pairs leave for one side of tau, where the loss is 0 (D-73).
-    Statistics: active anchors, share of pairs at or below tau (positive), mean and sd of the off-diagonal cosines.
+    Statistics: active anchors, number of ordered pairs, share of them at or below tau (positive), mean and sd of their
+    cosines.
     """
     n = len(cosine)
     if cosine.shape != (n, n):
@@ -240,6 +241,7 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
     empty = pairs.numel() == 0
     return loss, {
         "active": active.sum().float(),
+        "pairs": others.sum().float(),
         "positive": positive[others].float().mean() if not empty else loss.new_tensor(0.0),
         "cosine_mean": pairs.mean() if not empty else loss.new_tensor(0.0),
         "cosine_sd": pairs.std(correction=0) if not empty else loss.new_tensor(0.0),

@@ -71,7 +71,7 @@ METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one upd
     "loss": "RL: Eq. 1, near 0 on fresh samples because advantages are centred, though its gradient is not; "
     "cold start: mean of -log p over response tokens",
     "nce": "Eq. 4: mean over active anchors of -log(sum of exp(s / T) over positives / the same sum over all others)",
-    "nce/active": "anchors with both a positive and a negative; only they enter Eq. 4",
+    "nce/active": "anchors with both a positive and a negative; only they enter Eq. 4, which is 0 without any",
     "nce/positive": "pairs with a gradient cosine at or below tau / pairs; these are the positives of Eq. 4",
     "nce/cosine_mean": "mean gradient cosine of all pairs of prompts in the batch",
     "nce/cosine_sd": "standard deviation of these cosines",
@@ -188,7 +188,8 @@ def difference_interval(name: str, pair: list[dict | None], rows: list[list[dict
 
     Every row is compared with itself: its linearised ratio is (top - share * bottom) / mean(bottom), for a plain
     share top - share, and the interval follows from the spread over rows of its change. With fewer than 20 rows in
-    common, or none as for pairs, Newcombe's interval from the two Wilson intervals, too wide for the same questions.
+    common, none as for pairs, or no change at all, Newcombe's interval from the two Wilson intervals, too wide for the
+    same questions.
     """
     if not all(pair):
         return None
@@ -196,17 +197,21 @@ def difference_interval(name: str, pair: list[dict | None], rows: list[list[dict
     shared = [i for i in known[0] if i in known[1]]
     totals = [[sum(side[i][k] for i in shared) for k in (0, 1)] for side in known]
     if len(shared) < 20 or not all(bottom for _, bottom in totals):
-        p, q = pair
-        below = ((q["value"] - q["low"]) ** 2 + (p["high"] - p["value"]) ** 2) ** 0.5
-        above = ((q["high"] - q["value"]) ** 2 + (p["value"] - p["low"]) ** 2) ** 0.5
-        return q["value"] - p["value"] - below, q["value"] - p["value"] + above
+        return newcombe(*pair)
     share = [top / bottom for top, bottom in totals]
     linear = [
         [(side[i][0] - share[k] * side[i][1]) * len(shared) / totals[k][1] for i in shared]
         for k, side in enumerate(known)
     ]
     half = 1.96 * stdev(b - a for a, b in zip(*linear, strict=True)) / len(shared) ** 0.5
-    return share[1] - share[0] - half, share[1] - share[0] + half
+    return (share[1] - share[0] - half, share[1] - share[0] + half) if half else newcombe(*pair)
+
+
+def newcombe(p: dict, q: dict) -> tuple[float, float]:
+    """95 % interval of q - p from the two shares' own intervals, as if they came from different questions."""
+    below = ((q["value"] - q["low"]) ** 2 + (p["high"] - p["value"]) ** 2) ** 0.5
+    above = ((q["high"] - q["value"]) ** 2 + (p["value"] - p["low"]) ** 2) ** 0.5
+    return q["value"] - p["value"] - below, q["value"] - p["value"] + above
 
 
 def true_yes(pope: dict) -> float | None:
@@ -226,14 +231,15 @@ def table(folder: Path) -> str:
     run = Run.read(Path(folder))
     if not run.evals:
         return "nothing was evaluated: the data have no test*.json, or the run has not come so far"
-    out, split = [], None
+    out, split, both = [], None, len(run.evals) == len(SIDES)
     for line in compare(run):
         if line.split != split:
             split = line.split
-            out += ["", f"{split:<27}{SIDES['before']:<24}{SIDES['after']:<22}points"]
-        cells = f"  {line.label:<24} {percent(line.before):<20} -> {percent(line.after):<21}"
+            out += ["", f"{split:<27}{SIDES['before']:<24}" + f"{SIDES['after']:<22}points" * both]
+        cells = f"  {line.label:<24} {percent(line.before):<20}" + f" -> {percent(line.after):<21}" * both
         out.append(f"{cells} {line.difference:<21} {line.verdict}".rstrip())
-    return "\n".join([*out[1:], "", "percent [95% interval]; better, worse: the interval of the difference excludes 0"])
+    about = "percent [95% interval]" + "; better, worse: the interval of the difference excludes 0" * both
+    return "\n".join([*out[1:], "", about])
 
 
 # --- figures --------------------------------------------------------------------------------------------------------
@@ -424,7 +430,9 @@ def comparison(lines: list[Line]) -> str:
         "<div class=wide tabindex=0 role=region aria-label='before and after'><table>"  # focus lets keys scroll it
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         "<p class=soft>In brackets: 95 % intervals, Wilson's for a share; for a difference, each question is compared "
-        "with itself. Even if nothing had changed, about one line in twenty would be called better or worse.</p>"
+        "with itself, or, for pairs, for fewer than 20 questions and where no answer changed, Newcombe's, which takes "
+        "the two sides for different questions. Even if nothing had changed, about one line in twenty would be called "
+        "better or worse.</p>"
     )
 
 

@@ -566,9 +566,14 @@ def build(folder: Path, quiet: bool = False) -> Path:
     """Write data, policy and judge under `folder`, each once: a part that is there is whole, because it is written
     beside and renamed when it is finished."""
     parts = {"data": write_data, "judge": train_judge, "policy": train_policy}
-    for name, make in parts.items():
+    for number, (name, make) in enumerate(parts.items(), 1):
         if (folder / name).exists():
             continue
+        if not quiet:
+            print(
+                f"building the embedded world in {folder}, once, in about two minutes: {name}, {number} of 3",
+                flush=True,
+            )
         unfinished = folder / f".{name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)

@@ -116,13 +116,15 @@ FREE_TO_CHANGE = (
     "show_every",
     "save_every",
     "eval_batch",
+    "select_batch",
+    "prompts_per_pass",
     "gradient_checkpointing",
 )  # between a run and its resumption
 
 
 @dataclass
 class Config:
-    """Every value of a run, in one flat block. Defaults fit the embedded world."""
+    """Every value of a run, in one flat block. Defaults fit the embedded world. D-1 and the like: DEPARTURES.md."""
 
     method: str = option(
         "ours", "ours, grpo (plain: two stages, two rewards, D-43) or sft (cold start) [paper, Table 1]"
@@ -137,7 +139,7 @@ class Config:
     judge: str = option("", "causal LM, or OpenAI-compatible URL; empty: the embedded world's [choice]")
     judge_model: str = option("", "model at the judge's URL; its key comes from OPENAI_API_KEY [choice]")
     world: str = option("shapes-world", "where the embedded world is built, once [choice]")
-    output_dir: str = option("", "run folder; empty: runs/METHOD-seedSEED [choice]")
+    output_dir: str = option("", "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
     seed: int = option(0, "of data order, sampling and LoRA initialisation [choice]")
 
     on_bad_row: str = option("error", "error: stop before any work; skip: leave bad rows out [choice]")
@@ -226,15 +228,22 @@ class Config:
             raise ConfigError("caption_reward: there is no caption without four_stage; set --caption_reward false")
         if self.lora_rank and self.train_vision:
             raise ConfigError("train_vision: LoRA covers the language model only; set --lora_rank 0 to train vision")
-        if self.prompts_per_pass < 0 or self.nce_temperature <= 0 or self.max_frames < 1:
-            raise ConfigError("prompts_per_pass must be 0 or more, nce_temperature above 0, max_frames at least 1")
         if self.tracker and importlib.util.find_spec(self.tracker) is None:
             raise ConfigError(f"tracker: {self.tracker} is not installed; pip install {self.tracker}")
         if self.model and self.caption_reward and not self.judge:
             raise ConfigError("judge: your own model needs a judge of its own; give --judge, or --caption_reward false")
         if self.judge.startswith("http") and not self.judge_model:
             raise ConfigError("judge_model: name the model that the judge's URL serves")
-        self.output_dir = self.output_dir or f"runs/{self.method}-seed{self.seed}"
+        for name in "sft_steps rl_steps show_every prompts_per_pass lora_rank nce_weight beta eps_low eps_high".split():
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name}: must be 0 or more, got {getattr(self, name)}")
+        for name in "sft_lr rl_lr max_grad_norm nce_temperature fps max_frames".split():
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}: must be above 0, got {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"warmup: is a share of a stage's updates and must lie in [0, 1), got {self.warmup}")
+        given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
+        self.output_dir = self.output_dir or "runs/" + "-".join(filter(None, (self.method, *given)))
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -252,22 +261,27 @@ class ConfigError(ValueError):
 
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. `--config file.yaml` may come anywhere; options on the command line win over it."""
-    about = "Ground What You See: cold start, selection, GRPO with caption reward and InfoNCE, evaluation, report."
+    about = (
+        "Ground What You See: cold start, selection, GRPO with caption reward and InfoNCE, evaluation, report. "
+        "Options marked D-1 and the like are explained in DEPARTURES.md."
+    )
     parser = HfArgumentParser(Config, description=about, prog="train.py", allow_abbrev=False)
     parser.add_argument("--config", help="YAML file with any of these options; the command line wins over it")
     names = {f.name for f in dataclasses.fields(Config)}
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if argv.count("--config") > 1:
-        parser.error("--config: give one file")
+        raise ConfigError("--config: give one file")
     if "--config" in argv:
         at = argv.index("--config")
         path, argv = argv[at + 1 : at + 2], argv[:at] + argv[at + 2 :]
         try:
             values = yaml.safe_load(Path(*path).read_text()) or {}
         except (OSError, TypeError, yaml.YAMLError) as error:
-            parser.error(f"--config: cannot read {''.join(path) or 'a file (none given)'}: {error}")
-        if unknown := sorted(set(values) - names):
-            parser.error(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
+            raise ConfigError(f"--config: cannot read {''.join(path) or 'a file (none given)'}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config: {path[0]} must hold lines of the form option: value")
+        if unknown := sorted(set(map(str, values)) - names):
+            raise ConfigError(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
         argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
     values = vars(parser.parse_args(argv))
     return Config(**{name: values[name] for name in names})
@@ -346,6 +360,8 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
         run.write(chosen, {"kept": kept, "of": len(ids), "tied": sum(line["variance"] == 0 for line in scores)})
     kept = set(json.loads(chosen.read_text())["kept"])
     run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
+    if len(kept) < cfg.prompts_per_step:
+        run.say(f"warning: fewer than --prompts_per_step {cfg.prompts_per_step}: each update sees {len(kept)} prompts")
     return [s for s in samples if s.id in kept]
 
 
@@ -430,8 +446,9 @@ class Rollouts:
         unknown = sum(table.isnan().sum().item() for table in self.rewards.values())
         numbers["unknown"] = (unknown, mask.shape[0])
         if self.nce_stats:
-            numbers["nce"] = (nce.item(), 1)
-            numbers |= {f"nce/{name}": (value.item(), 1) for name, value in self.nce_stats.items()}
+            pairs = self.nce_stats.pop("pairs").item()
+            numbers |= {"nce": (nce.item(), 1), "nce/active": (self.nce_stats.pop("active").item(), 1)}
+            numbers |= {f"nce/{name}": (value.item() * pairs, pairs) for name, value in self.nce_stats.items()}
         self.numbers = numbers
 
 
@@ -724,7 +741,8 @@ class Run:
     def _claim_folder(self) -> None:
         """Start or go on in the run folder; refuse one that was made with another configuration."""
         file, now = self.folder / "config.yaml", dataclasses.asdict(self.cfg)
-        if file.exists():
+        begun = self.folder.exists() and any(path != file for path in self.folder.iterdir())
+        if file.exists() and begun:  # a run that was stopped before its first result binds no one
             then = yaml.safe_load(file.read_text())
             differ = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
             if differ:
@@ -733,7 +751,7 @@ class Run:
                     f"output_dir: {self.folder} belongs to a run with another configuration ({changes}). "
                     "Give another --output_dir, or the same options to go on, or delete the folder to start again"
                 )
-        elif self.folder.exists() and any(self.folder.iterdir()):
+        elif begun:
             raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder. Give another --output_dir")
         self.accelerator.wait_for_everyone()
         self.write(file, now)
@@ -742,7 +760,7 @@ class Run:
     def open_data(self) -> dict[str, list[data.Sample]]:
         """Check every row and every file before any model is loaded; then build the embedded world where needed."""
         cfg = self.cfg
-        given = data.load(cfg.data, cfg.on_bad_row) if cfg.data else None
+        given = data.load(cfg.data, cfg.on_bad_row, self.say) if cfg.data else None
         if not (cfg.data and cfg.model and (cfg.judge or not cfg.caption_reward)):
             if self.is_main:
                 shapes.build(Path(cfg.world), cfg.quiet)
@@ -904,7 +922,7 @@ def cli() -> None:
     except (ConfigError, data.DataError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted. The same command goes on from the last checkpoint")
+        sys.exit("\ninterrupted. The same command goes on from what is finished and the last checkpoint")
     except Exception as error:
         # torch and safetensors report a full disk in their own ways
         if "No space left" not in str(error) and (not folder.exists() or shutil.disk_usage(folder).free > 2**20):

@@ -107,6 +107,9 @@ BAD = {  # what is wrong: (the row, the field that the message names, words of t
     "options left out": (dict(options=...), "solution", "no options"),
     "words for a number": (dict(problem_type="numerical", solution="three"), "solution", "'three' is not a number"),
     "not a number at all": (dict(problem_type="regression", solution="nan"), "solution", "'nan' is not a number"),
+    "a process that is no text": (dict(process=5), "process", "must be a string"),
+    "a process without its stages": (dict(process="<caption>x</caption>"), "process", "lacks a stage"),
+    "a list for a pair": (dict(pair=["x"]), "pair", "must be a string"),
     "an unknown data_type": (dict(data_type="audio"), "data_type", "'audio' is neither 'image' nor 'video'"),
     "an unknown problem_type": (dict(problem_type="essay"), "problem_type", "is not one of multiple choice, numerical"),
     "options that are one string": (dict(options="A. a dog, B. a cat"), "options", ""),
@@ -272,7 +275,10 @@ def test_splits_are_named_by_file_and_paths_are_relative_to_it(media, tmp_path):
         rows = [choice(media, path="./images/chelsea.png"), number(media, path="images/coffee.png")]
         write(tmp_path / f"{split}.json", rows)
     (tmp_path / "notes.txt").write_text("not data")
-    splits = data.load(tmp_path)
+    (tmp_path / "info.json").write_text('{"author": "me"}')
+    said = []
+    splits = data.load(tmp_path, say=said.append)
+    assert said == ["data: not a split, left alone: info.json"]
     assert set(splits) == {"cold_start", "train", "test_hard", "test"}
     assert [p.resolve() for s in splits["test"] for p in s.media] == [images / "chelsea.png", images / "coffee.png"]
 

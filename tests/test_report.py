@@ -143,7 +143,7 @@ def test_table_states_numbers_and_difference(run):
     difference = f"+37.5 [{37.5 - half:+.1f}, {37.5 + half:+.1f}]"
     assert accuracy.split() == f"accuracy 25.0 [15.0, 35.0] -> 62.5 [52.5, 72.5] {difference} better".split()
     assert re.search(r"hallucinated objects +0\.0 \[0\.0, 10\.0\] +-> 20\.0 .* worse$", text, re.MULTILINE)
-    assert re.search(r"coverage +50\.0 .*\+0\.0 \[\+0\.0, \+0\.0\] +no clear change$", text, re.MULTILINE)
+    assert re.search(r"coverage +50\.0 .*\+0\.0 \[-14\.1, \+14\.1\] +no clear change$", text, re.MULTILINE)
     for name in ("- count", "- row", "paired accuracy", "answerable captions", "format", "F1 of yes"):
         assert f"  {name} " in text
     assert re.search(r"said yes \(true: 48%\) +60\.0 +-> 90\.0 +\+30\.0$", text, re.MULTILINE)

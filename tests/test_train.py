@@ -183,9 +183,45 @@ def test_yaml_gives_options_and_the_command_line_wins(tmp_path):
     file.write_text("beta: 0.1\nrl_steps: 7\nselection: false\n")
     cfg = train.parse_config(["--config", str(file), "--rl_steps", "9"])
     assert (cfg.beta, cfg.rl_steps, cfg.selection, cfg.caption_reward) == (0.1, 9, False, True)
-    file.write_text("betta: 0.1\n")
-    with pytest.raises(SystemExit):
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("betta: 0.1", "betta"), ("1: 2", "unknown options 1"), ("- a", "option: value"), ("seed: [", "cannot read")],
+)
+def test_a_yaml_file_that_gives_no_options_is_refused_in_one_line(tmp_path, text, says):
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(train.ConfigError, match=says):
         train.parse_config(["--config", str(file)])
+
+
+@pytest.mark.parametrize(
+    "option", ["sft_steps=-1", "rl_steps=-1", "warmup=3", "beta=-1", "eps_low=-0.1", "rl_lr=0", "max_grad_norm=0"]
+)
+def test_a_number_out_of_range_is_refused_by_name(option):
+    with pytest.raises(train.ConfigError, match=option.split("=")[0]):
+        train.parse_config([f"--{option}"])
+
+
+def test_each_data_set_and_model_has_a_run_folder_of_its_own():
+    assert train.Config().output_dir == "runs/ours-seed0"
+    mine = train.Config(data="a/cats", model="Qwen/Qwen2.5-VL-3B-Instruct", judge="j", method="grpo", seed=3)
+    assert mine.output_dir == "runs/grpo-cats-Qwen2.5-VL-3B-Instruct-seed3"
+
+
+def test_a_start_that_failed_before_any_result_does_not_bind_the_folder(world, tmp_path):
+    rows = json.loads((world / "data/train.json").read_text())
+    for row in rows:
+        row["path"] = str(world / "data" / row["path"])
+    del rows[1]["solution"]
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    command = [sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path / "train.json"), "--world", str(world)]
+    command += ["--sft_steps", "0", "--method", "sft", "--output_dir", str(tmp_path / "run")]
+    failed = subprocess.run(command, capture_output=True, text=True)
+    assert failed.returncode == 1 and "--on_bad_row skip" in failed.stderr and (tmp_path / "run/config.yaml").exists()
+    done = subprocess.run([*command, "--on_bad_row", "skip"], capture_output=True, text=True)
+    assert done.returncode == 0 and "skipped: train.json row 1" in done.stdout, done.stderr
 
 
 def test_help_explains_every_field_with_its_source(capsys):
