@@ -10,7 +10,8 @@ is a product of two small Gram matrices, exact, and differentiable by ordinary f
 
 What Eq. 4 does and does not do (each with a test): it only redistributes similarity within a row; where all pairs lie
 on one side of tau it is exactly 0, so tau is a border and no balanced range (D-73); and for y_i sampled on-policy
-E f_i = 0, which leaves it inert. Hence y_i is the reference answer, teacher-forced (D-51); see `FEATURES`.
+E f_i = 0, so the cosines scatter about 0 whatever the prompts are, and it is inert or follows chance. Hence y_i is the
+reference answer, teacher-forced (D-51); see `FEATURES`. `bench/claims.py` measures all of them on a policy.
 
 Shapes: n samples, N valid tokens of all samples laid flat, V vocabulary, d hidden size.
 

@@ -15,6 +15,21 @@ def test_every_departure_stands_in_the_code_and_the_reverse():
     assert listed - named - NOT_A_LINE == set(), "explained, but nowhere in the code"
 
 
+def test_what_the_departures_name_exists():
+    text = (ROOT / "DEPARTURES.md").read_text()
+    code = "\n".join(file.read_text() for file in ROOT.glob("*.py"))
+    tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))
+    named = set(re.findall(r"`(?:--)?([A-Za-z_][\w.]*(?: [\w.]+)?)`", text))
+    assert sum(name.startswith("test_") for name in named) > 10
+    for name in named:
+        if name.endswith(".py"):
+            assert (ROOT / name).exists(), name
+        elif name.startswith("test_"):
+            assert f"def {name}(" in tests, name
+        else:
+            assert re.search(rf"\b{name.split()[0]}\b", code), name
+
+
 def test_the_equation_map_of_the_readme_names_what_exists():
     rows = re.findall(r"^\|[^|]+\|[^|]+\| `(\w+\.py)` `(\w+)` \| `(\w+)` \|", (ROOT / "README.md").read_text(), re.M)
     tests = "\n".join(file.read_text() for file in (ROOT / "tests").glob("test_*.py"))

@@ -1,0 +1,135 @@
+"""The tests of the tests: each named fault, one line in a scratch copy, must be caught.
+
+pytest -m mutation        # about five minutes; not part of the plain `pytest`
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+class Fault(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str = ""  # -k expression, where the whole test file would take long
+
+
+FAULTS = [
+    # Eq. 1
+    Fault("sign of the KL", "grpo", "per_token + beta * kl", "per_token - beta * kl"),
+    Fault("sign of the surrogate, as printed", "grpo", "-clipped_surrogate(logp, old", "clipped_surrogate(logp, old"),
+    Fault(
+        "pi_ref in the ratio",
+        "grpo",
+        "-clipped_surrogate(logp, old_logp, adv",
+        "-clipped_surrogate(logp, old_logp if ref_logp is None else ref_logp, adv",
+    ),
+    Fault("max for min", "grpo", "torch.minimum(rho", "torch.maximum(rho"),
+    Fault("clip bounds exchanged", "grpo", "rho.clamp(1 - eps_low, 1 + eps_high)", "rho.clamp(1 - eps_high, 1 + eps_low)"),
+    Fault("ratio upside down", "grpo", "rho = (logp - old_logp).exp()\n    adv =", "rho = (old_logp - logp).exp()\n    adv ="),
+    Fault("x of the KL upside down", "grpo", "x = ref_logp - logp", "x = logp - ref_logp"),
+    Fault("rho carries no gradient", "grpo", "(logp - logp.detach()).exp() * k3", "(logp.detach() - logp.detach()).exp() * k3"),
+    Fault("population std", "grpo", "(known.sum(1, keepdim=True) - 1).clamp_min(1)", "known.sum(1, keepdim=True)"),
+    Fault("no eps", "grpo", "(variance.sqrt() + eps)", "variance.sqrt()"),
+    Fault("batch mean for group mean", "grpo", "rewards - rewards.nanmean(1, keepdim=True)", "rewards - rewards.nanmean()"),
+    Fault("unknown counts as 0", "grpo", "known = ~rewards.isnan()\n    centred", "known = rewards == rewards.nan_to_num_()\n    centred"),
+    Fault("an unknown component counts as 0", "grpo", "reward.nanmean(1, keepdim=True).nan_to_num(0.0)", "0.0"),
+    Fault("rank mean of means (token)", "grpo", "return mask / tokens", "return mask / mask.sum()"),
+    Fault("rank mean of means (sequence)", "grpo", "clamp_min(1) * sequences)", "clamp_min(1) * len(mask))"),
+    Fault("padding is scored", "grpo", "(torch.where(weights > 0, x, 0.0) for x in (logp, old_logp))", "(logp, old_logp)"),
+    # Eq. 2 and entropy
+    Fault("dead zone on both sides", "grpo", "((adv < 0) & (rho < 1 - eps_low))", "((adv < 0) & ((rho - 1).abs() > eps_low))"),
+    Fault("Eq. 2 as printed", "grpo", "-(logp - old_logp).exp() * adv, 0.0)", "-logp.exp() * adv, 0.0)"),
+    Fault("KL left out of Eq. 2", "grpo", "strength + beta * (1 - (ref_logp - logp).exp())", "strength"),
+    Fault("residual upside down", "grpo", "(F.one_hot(target, logits.shape[-1]) - log_pi.exp())", "(log_pi.exp() - F.one_hot(target, logits.shape[-1]))"),
+    Fault("the paper's sentence: C forgotten", "grpo", "(s_y - (probs * s).sum(-1))", "s_y"),
+    Fault("H forgotten in s", "grpo", "probs * (log + entropy[..., None])", "probs * log"),
+    Fault("p* is 1 / perplexity", "grpo", "return (w - entropy).exp()", "return (-entropy).exp()"),
+    Fault("Newton stops early", "grpo", "for _ in range(8)", "for _ in range(2)"),
+    # Eq. 3
+    Fault("transposed K", "ntk_infonce", '"mvp,lwp->mvlw", a, b', '"mvp,lwp->mvlw", b, a'),
+    Fault("softmax Jacobian left out", "ntk_infonce", "lr * (dz - (pi_o * dz).sum(-1, keepdim=True))", "lr * dz"),
+    Fault("softmax Jacobian transposed", "ntk_infonce", "(pi_o * dz).sum(-1, keepdim=True)", "pi_o * dz.sum(-1, keepdim=True)"),
+    Fault("advantage left out", "ntk_infonce", "torch.as_tensor(adv).to(pi_u)", "torch.ones(()).to(pi_u)"),
+    # Eq. 4
+    Fault("residual without - pi", "ntk_infonce", ".to(logits) - logits.softmax(-1)", ".to(logits)"),
+    Fault("hidden states forgotten", "ntk_infonce", "(residual_gram * (hidden @ hidden.T))", "residual_gram"),
+    Fault("not normalised", "ntk_infonce", "return inverse_norm[:, None] * gram * inverse_norm[None]", "return gram"),
+    Fault("positives and negatives exchanged", "ntk_infonce", "(cosine.detach() <= tau)", "(cosine.detach() > tau)"),
+    Fault("diagonal left in", "ntk_infonce", "others = ~torch.eye(n, dtype", "others = torch.ones(n, n, dtype"),
+    Fault("temperature forgotten", "ntk_infonce", "scores = cosine / temperature", "scores = cosine"),
+    Fault("inactive anchors in the mean", "ntk_infonce", "/ active.sum().clamp_min(1)", "/ n"),
+    Fault("official fall-back", "ntk_infonce", "    active = positive.any(1)", "    positive |= others & (cosine == cosine.masked_fill(~others, 9).amin(1, True)) & ~positive.any(1, True)\n    active = positive.any(1)"),
+    Fault("one hash for all seeds", "ntk_infonce", "manual_seed(seed)", "manual_seed(0)"),
+    Fault("sketch without signs", "ntk_infonce", "index_add(1, bucket, x * sign)", "index_add(1, bucket, x)"),
+    Fault("chunks hit their first tokens", "ntk_infonce", "(targets - first)[:, None]", "targets[:, None]"),
+    Fault("log-sum-exp per chunk", "ntk_infonce", "(h @ w.T + b - norm[:, None]).exp()", "(h @ w.T + b).softmax(-1)"),
+    Fault("worst for best", "ntk_infonce", "best = adv.argmax(1)", "best = adv.argmin(1)"),
+    # selection
+    Fault("population variance", "variance_select", "squares / (count - 1).clamp_min(1)", "squares / count.clamp_min(1)"),
+    Fault("unknown rewards count as 0", "variance_select", "rewards = rewards.sort(1)", "rewards = rewards.nan_to_num(0.0).sort(1)"),
+    Fault("lowest variance first", "variance_select", "sorted((-v, i)", "sorted((v, i)"),
+    Fault("tied prompts are kept", "variance_select", "strict=True) if v > 0)", "strict=True))"),
+    # sampling and scoring
+    Fault("end token dropped from the mask", "vlm", "(is_end.cumsum(1) - is_end.int()) == 0", "is_end.cumsum(1) == 0", "end_token"),
+    Fault("off-by-one shift", "vlm", "hidden[:, p - 1 : p, None]", "hidden[:, p - 2 : p - 1, None]", "equal_plain_rows"),
+    Fault("branches see each other", "vlm", "(branch[None] == 0) | (branch[None] == branch[:, None])", "(branch[None] >= 0) | (branch[None] == branch[:, None])", "equal_plain_rows"),
+    Fault("branch positions start one early", "vlm", "start = position[0, :, -1] + 1", "start = position[0, :, -1]", "equal_plain_rows"),
+    Fault("sampled at T = 0.7", "vlm", "temperature=1.0", "temperature=0.7", "sampled_from"),
+    Fault("sampled with top-p 0.9", "vlm", "top_p=1.0", "top_p=0.9", "sampled_from"),
+    Fault("banned tokens are scored", "vlm", "logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)", "logits", "banned or equal_plain_rows"),
+    # the judge
+    Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),
+    Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),
+]  # fmt: skip
+
+
+def test_every_fault_has_its_place_and_a_name_of_its_own():
+    assert len({fault.name for fault in FAULTS}) == len(FAULTS) >= 20
+    for fault in FAULTS:
+        assert (ROOT / f"{fault.file}.py").read_text().count(fault.old) == 1, fault.name
+
+
+def run(folder, file, expression=""):
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{file}.py"]
+    command += ["-k", expression] if expression else []
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scratch") / "copy"
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in [*ROOT.glob("*.py"), ROOT / "pyproject.toml", ROOT / "README.md", ROOT / "DEPARTURES.md"]:
+        shutil.copy(name, folder)
+    return folder
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("file", sorted({fault.file for fault in FAULTS}))
+def test_without_a_fault_the_copy_passes(copy, file):
+    expression = " or ".join({fault.tests for fault in FAULTS if fault.file == file and fault.tests})
+    done = run(copy, file, expression)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+@pytest.mark.mutation
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: re.sub(r"\W+", "-", fault.name))
+def test_the_fault_is_caught(copy, fault):
+    path = copy / f"{fault.file}.py"
+    whole = path.read_text()
+    path.write_text(whole.replace(fault.old, fault.new))
+    try:
+        done = run(copy, fault.file, fault.tests)
+    finally:
+        path.write_text(whole)
+    assert done.returncode == 1 and " failed" in done.stdout, f"{fault.name} was not caught\n{done.stdout[-2000:]}"
