@@ -1,6 +1,6 @@
 """The tests of the tests: each named fault, one line in a scratch copy, must be caught.
 
-pytest -m mutation        # about five minutes; not part of the plain `pytest`
+pytest -m mutation        # about ten minutes; not part of the plain `pytest`
 """
 
 import re
@@ -70,7 +70,7 @@ FAULTS = [
     Fault("inactive anchors in the mean", "ntk_infonce", "/ active.sum().clamp_min(1)", "/ n"),
     Fault("official fall-back", "ntk_infonce", "    active = positive.any(1)", "    positive |= others & (cosine == cosine.masked_fill(~others, 9).amin(1, True)) & ~positive.any(1, True)\n    active = positive.any(1)"),
     Fault("one hash for all seeds", "ntk_infonce", "manual_seed(seed)", "manual_seed(0)"),
-    Fault("sketch without signs", "ntk_infonce", "index_add(1, bucket, x * sign)", "index_add(1, bucket, x)"),
+    Fault("sketches added, not convolved", "ntk_infonce", ".to(wide)) * spectrum(", ".to(wide)) + spectrum("),
     Fault("chunks hit their first tokens", "ntk_infonce", "(targets - first)[:, None]", "targets[:, None]"),
     Fault("log-sum-exp per chunk", "ntk_infonce", "(h @ w.T + b - norm[:, None]).exp()", "(h @ w.T + b).softmax(-1)"),
     Fault("worst for best", "ntk_infonce", "best = adv.argmax(1)", "best = adv.argmin(1)"),
@@ -87,6 +87,7 @@ FAULTS = [
     Fault("sampled at T = 0.7", "vlm", "temperature=1.0", "temperature=0.7", "sampled_from"),
     Fault("sampled with top-p 0.9", "vlm", "top_p=1.0", "top_p=0.9", "sampled_from"),
     Fault("banned tokens are scored", "vlm", "logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)", "logits", "banned or equal_plain_rows"),
+    Fault("old log-probs follow the policy", "train", "logp.detach() if part.old_logp is None else part.old_logp", "logp.detach()", "baselines_and_lora"),
     # the judge
     Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),
     Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),
