@@ -33,9 +33,9 @@ def is_correct(prediction: str, solution: str, problem_type: str) -> bool:
     """The verdict on one answer. Both are bare strings (no tags).
 
     multiple choice   the same letter, nothing else, case kept
-    numerical         both written with or both without a decimal point or comma, and equal to two decimals
+    numerical         both written with or both without a decimal point or comma, and equal to two decimals (D-19)
     regression        within 5 % of the solution [choice: one threshold of the graded measure]
-    OCR, free-form    the same words, ignoring case and spacing [choice: the official code scores these 0]
+    OCR, free-form    the same words, ignoring case and spacing [choice: the official code scores these 0, D-18]
 
     Raises ValueError for any other problem type.
     """

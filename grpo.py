@@ -19,16 +19,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 KL_KINDS = ("k1", "k2", "k3", "rho_k3")
+OVERFLOW = 60.0  # largest log-ratio that is exponentiated, D-6: e^60 = 1e26 fits float32 and bfloat16
 
 
 def total_reward(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
-    """r = sum_c w_c r_c.   dict of [B, G] -> [B, G]
+    """r = sum_c w_c r_c, weights by name (D-13).   dict of [B, G] -> [B, G]
 
     NaN is "unknown": it takes that component's mean over the group, so that it neither rewards nor punishes. Where a
     component is unknown for a whole group it adds nothing.
     """
     total = 0.0
     for name, reward in components.items():
+        reward = _floating(reward)
         neutral = reward.nanmean(1, keepdim=True).nan_to_num(0.0)
         total = total + weights[name] * torch.where(reward.isnan(), neutral, reward)
     return total
@@ -42,21 +44,26 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [B, G] with G > 1, got shape {tuple(rewards.shape)}")
+    rewards = _floating(rewards)
     known = ~rewards.isnan()
-    centred = torch.where(known, rewards - rewards.nanmean(1, keepdim=True), 0.0)
-    variance = centred.square().sum(1, keepdim=True) / (known.sum(1, keepdim=True) - 1).clamp_min(1)
-    tied = torch.where(known, rewards, -torch.inf).amax(1) == torch.where(known, rewards, torch.inf).amin(1)
-    return (centred / (variance.sqrt() + eps)).masked_fill(tied[:, None], 0.0)
+    count = known.sum(1, keepdim=True)
+    mean = torch.where(known, rewards, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
+    centred = torch.where(known, rewards - mean, 0.0)
+    variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)
+    most, least = (torch.where(known, rewards, x).sort(1).values for x in (-torch.inf, torch.inf))
+    tied = (most[:, -1:] <= least[:, :1]) | (count < 2)
+    # set aside before the root, whose gradient at 0 is infinite
+    return torch.where(tied, 0.0, centred / (variance.masked_fill(tied, 1.0).sqrt() + eps))
 
 
-def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high=0.2) -> Tensor:
+def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor | float, eps_low=0.2, eps_high=0.2) -> Tensor:
     """min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi_theta / pi_old.   [N, T], [N, T], [N] -> [N, T]
 
     To be maximised. On the first update after sampling rho = 1: the value is A, its gradient is REINFORCE's.
     """
     _same_shape(logp=logp, old_logp=old_logp)
-    _one_each(len(logp), adv=adv)
-    rho = (logp - old_logp).exp()
+    [adv] = _one_each(logp, adv=adv)
+    rho = _exp(logp - old_logp)
     adv = adv[:, None]
     return torch.minimum(rho * adv, rho.clamp(1 - eps_low, 1 + eps_high) * adv)
 
@@ -67,7 +74,7 @@ def dead_zone(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high
     One-sided: A > 0 and rho > 1 + eps_high, or A < 0 and rho < 1 - eps_low. A bad token that became *likelier* is
     not among them: its gradient is unbounded.
     """
-    rho = (logp - old_logp).exp()
+    rho = _exp(logp - old_logp)
     return ((adv > 0) & (rho > 1 + eps_high)) | ((adv < 0) & (rho < 1 - eps_low))
 
 
@@ -85,7 +92,7 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     if kind == "k2":
         return x.square() / 2
     if kind in ("k3", "rho_k3"):
-        k3 = torch.expm1(x) - x
+        k3 = torch.expm1(x.clamp(max=OVERFLOW)) - x
         return k3 if kind == "k3" else (logp - logp.detach()).exp() * k3
     raise ValueError(f"kind must be one of {KL_KINDS}, got {kind!r}")
 
@@ -102,7 +109,7 @@ def sequence_weights(mask: Tensor, loss_norm: str, sequences: float, tokens: flo
     """
     if mask.ndim != 2:
         raise ValueError(f"mask must be [N, T], got shape {tuple(mask.shape)}")
-    mask = mask.to(torch.get_default_dtype())
+    mask, sequences, tokens = mask.to(torch.get_default_dtype()), max(sequences, 1), max(tokens, 1)
     if loss_norm == "sequence":
         return mask / (mask.sum(1, keepdim=True).clamp_min(1) * sequences)
     if loss_norm == "token":
@@ -116,37 +123,45 @@ def grpo_loss(
     logp: Tensor,
     old_logp: Tensor,
     adv: Tensor,
-    weights: Tensor,
+    mask: Tensor,
     ref_logp: Tensor | None = None,
     beta: float = 0.0,
     eps_low: float = 0.2,
     eps_high: float = 0.2,
     kl_kind: str = "k3",
+    loss_norm: str = "sequence",
+    sequences: float | None = None,
+    tokens: float | None = None,
+    max_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 1:  L = sum_it w_it [ -min(rho A, clip(rho) A) + beta KL_it ].   [N, T] x 2, [N], [N, T] -> scalar
 
-    weights: from `sequence_weights`, 0 on padding. At rho = 1 and beta = 0 the value is about 0, because advantages
-    sum to 0 in each group, while its gradient is not: a loss of 0 does not mean that nothing is learned.
+    mask: 1 on the tokens that count, 0 on padding, which may hold anything. w: `sequence_weights` of loss_norm and of
+    the global batch's counts, by default those of this mask. At rho = 1 and beta = 0 the value is about 0, because
+    advantages sum to 0 in each group, while its gradient is not: a loss of 0 does not mean that nothing is learned.
     Also returns per-token statistics [N, T]: kl (None at beta = 0) and clipped, 1 where the gradient was cut off.
     """
     if beta and ref_logp is None:
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
-    _same_shape(logp=logp, old_logp=old_logp, weights=weights)
+    _same_shape(logp=logp, old_logp=old_logp, mask=mask, **({"ref_logp": ref_logp} if beta else {}))
+    counts = (len(mask) if sequences is None else sequences, float(mask.sum()) if tokens is None else tokens)
+    weights = sequence_weights(mask, loss_norm, *counts, max_tokens or mask.shape[1])
     # padding may hold anything, even NaN: cleared before the arithmetic, or its gradient would be 0 * NaN
-    logp, old_logp = (torch.where(weights > 0, x, 0.0) for x in (logp, old_logp))
+    real = mask > 0
+    logp, old_logp = (torch.where(real, x, 0.0) for x in (logp, old_logp))
     per_token, kl = -clipped_surrogate(logp, old_logp, adv, eps_low, eps_high), None
     if beta:
-        kl = kl_penalty(logp, torch.where(weights > 0, ref_logp, 0.0), kl_kind)
+        kl = kl_penalty(logp, torch.where(real, ref_logp, 0.0), kl_kind)
         per_token = per_token + beta * kl
     loss = (per_token * weights).sum()
-    clipped = dead_zone(logp.detach(), old_logp, adv[:, None], eps_low, eps_high)
+    clipped = dead_zone(logp.detach(), old_logp, _one_each(logp, adv=adv)[0][:, None], eps_low, eps_high)
     return loss, {"kl": None if kl is None else kl.detach(), "clipped": clipped.float()}
 
 
 def logit_gradient(
     logits: Tensor,
     target: Tensor,
-    adv: Tensor,
+    adv: Tensor | float,
     old_logp: Tensor,
     ref_logp: Tensor | None = None,
     eps_low: float = 0.2,
@@ -164,18 +179,19 @@ def logit_gradient(
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
     if logits.ndim != 2:
         raise ValueError(f"logits must be [N, V], got shape {tuple(logits.shape)}")
-    _one_each(len(logits), target=target, adv=adv, old_logp=old_logp)
+    target, adv, old_logp = _one_each(logits, target=target, adv=adv, old_logp=old_logp)
+    target = target.long()
     log_pi = logits.log_softmax(-1)
     logp = log_pi.gather(-1, target[:, None])[:, 0]
     g = ~dead_zone(logp, old_logp, adv, eps_low, eps_high)
-    strength = torch.where(g, -(logp - old_logp).exp() * adv, 0.0)
+    strength = torch.where(g, -_exp(logp - old_logp) * adv, 0.0)
     if beta:
-        _one_each(len(logits), ref_logp=ref_logp)
-        strength = strength + beta * (1 - (ref_logp - logp).exp())
+        [ref_logp] = _one_each(logits, ref_logp=ref_logp)
+        strength = strength + beta * (1 - _exp(ref_logp - logp))
     return strength[:, None] * (F.one_hot(target, logits.shape[-1]) - log_pi.exp())
 
 
-def entropy_change(probs: Tensor, target: Tensor, step: Tensor) -> Tensor:
+def entropy_change(probs: Tensor, target: Tensor | int, step: Tensor | float) -> Tensor:
     """dH = -step (s_y - C) + O(step^2), for the logit step dz = step (e_y - pi).   [..., V], [...], [...] -> [...]
 
     s_v = pi_v (log pi_v + H) = -dH/dz_v,  C = E_pi[s] >= 0,  step = learning rate x A_eff. In nats. The paper's
@@ -183,14 +199,16 @@ def entropy_change(probs: Tensor, target: Tensor, step: Tensor) -> Tensor:
     A law for the logits of one position; a step of shared parameters moves other positions too (Eq. 3).
     """
     s = _minus_entropy_slope(probs)[0]
-    s_y = s.gather(-1, target[..., None])[..., 0]
+    target = torch.as_tensor(target, device=probs.device).long()
+    shape = torch.broadcast_shapes(probs.shape[:-1], target.shape)
+    s_y = s.expand(*shape, -1).gather(-1, target.expand(shape)[..., None])[..., 0]
     return -step * (s_y - (probs * s).sum(-1))
 
 
 def sharpening_threshold(probs: Tensor) -> Tensor:
     """p* = exp(W(C e^H) - H), the root of p (log p + H) = C: A > 0 sharpens iff pi_y > p*.   [..., V] -> [...]
 
-    A < 0 raises it iff pi_y > p*. Below p* both halves of the paper's sentence reverse. 1 / perplexity <= p* <= max pi:
+    A < 0 flattens iff pi_y > p*. Below p* both halves of the paper's sentence reverse. 1 / perplexity <= p* <= max pi:
     the paper is right on the likeliest token, and wrong on every token rarer than 1 / perplexity (D-71). W is Lambert's
     function, the root w of w e^w = x, here by Newton's method.
     """
@@ -209,16 +227,28 @@ def _minus_entropy_slope(probs: Tensor) -> tuple[Tensor, Tensor]:
     return probs * (log + entropy[..., None]), entropy
 
 
+def _floating(rewards: Tensor) -> Tensor:
+    return rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    """e^x, bounded where single precision would overflow to inf and its gradient to NaN (D-6)."""
+    return log_ratio.clamp(max=OVERFLOW).exp()
+
+
 def _same_shape(**tensors: Tensor) -> None:
     if len({tuple(t.shape) for t in tensors.values()}) > 1:
         shapes = ", ".join(f"{name} {tuple(t.shape)}" for name, t in tensors.items())
         raise ValueError(f"these must have one shape [N, T]: {shapes}")
 
 
-def _one_each(n: int, **tensors: Tensor) -> None:
+def _one_each(rows: Tensor, **given: Tensor | float) -> list[Tensor]:
+    """Each as [N], one number a row of `rows`; a single number stands for all of them."""
+    n, tensors = len(rows), {name: torch.as_tensor(x, device=rows.device) for name, x in given.items()}
     for name, t in tensors.items():
-        if t.shape != (n,):
+        if t.shape not in ((n,), ()):
             raise ValueError(f"{name} must hold one number for each of the {n} rows, got shape {tuple(t.shape)}")
+    return [t.expand(n) for t in tensors.values()]
 
 
 # --- a worked example ------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ def empirical_ntk(model: nn.Module, observed: Tensor, updated: Tensor) -> Tensor
     grad z^T grad z, which is this only if the gradient is stored parameters first (D-72).
     """
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    if not parameters:
+        raise ValueError("model has no parameter that is trained: its K is 0")
 
     def jacobian(x: Tensor) -> dict[str, Tensor]:
         return jacrev(lambda p: functional_call(model, p, (x,)))(parameters)
@@ -70,9 +72,11 @@ def learning_dynamics(
     """
     with torch.no_grad():
         pi_o, pi_u = model(observed).softmax(-1), model(updated).softmax(-1)
-    if targets.shape != pi_u.shape[:1]:
-        raise ValueError(f"targets must name one token for each of the {len(pi_u)} positions of updated")
-    force = torch.as_tensor(adv).to(pi_u).expand(len(pi_u))[:, None] * (F.one_hot(targets, pi_u.shape[1]) - pi_u)
+    adv = torch.as_tensor(adv).to(pi_u)
+    for name, x in {"targets": targets, "adv": adv}.items():
+        if x.shape != pi_u.shape[:1] and not (name == "adv" and x.ndim == 0):
+            raise ValueError(f"{name} must hold one number for each of the {len(pi_u)} positions, got {tuple(x.shape)}")
+    force = adv.expand(len(pi_u))[:, None] * (F.one_hot(targets.long(), pi_u.shape[1]) - pi_u)
     dz = torch.einsum("mvlw,lw->mv", empirical_ntk(model, observed, updated), force)
     return lr * (dz - (pi_o * dz).sum(-1, keepdim=True))
 
@@ -129,22 +133,30 @@ def gradient_cosine_chunked(
     again in backward. bias [V]: added to the logits, for instance -inf at tokens that cannot be sampled.
     Peak memory N (N + chunk) instead of N V; the head runs twice in forward (log-sum-exp first) and twice in backward.
     """
-    _check_tokens(hidden, None, targets, segment, n)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    bias = hidden.new_zeros(len(weight), dtype=wide) if bias is None else bias
+    _check_tokens(hidden, None, targets, segment, n, len(weight))
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
+    wide, targets = torch.promote_types(hidden.dtype, torch.float32), targets.long()
+    bias = hidden.new_zeros(len(weight), dtype=wide) if bias is None else bias.clamp_min(torch.finfo(wide).min)
     chunks = list(zip(weight.split(chunk), bias.split(chunk), range(0, len(weight), chunk)))
 
-    def log_sum(h: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return (h @ w.T + b).logsumexp(-1)
+    def logits(h: Tensor, w: Tensor, b: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        return h @ w.T + b, (targets - first)[:, None] == torch.arange(len(w), device=h.device)
 
-    def gram(h: Tensor, w: Tensor, b: Tensor, norm: Tensor, first: int) -> Tensor:
-        hit = (targets - first)[:, None] == torch.arange(len(w), device=h.device)
-        r = hit.to(wide) - (h @ w.T + b - norm[:, None]).exp()
+    def log_others(h: Tensor, w: Tensor, b: Tensor, first: int) -> Tensor:
+        z, hit = logits(h, w, b, first)
+        return z.masked_fill(hit, torch.finfo(wide).min).logsumexp(-1)
+
+    def gram(h: Tensor, w: Tensor, b: Tensor, norm: Tensor, rest: Tensor, first: int) -> Tensor:
+        z, hit = logits(h, w, b, first)
+        r = torch.where(hit, rest[:, None], -(z - norm[:, None]).exp())
         return r @ r.T
 
-    norm = torch.stack([checkpoint(log_sum, hidden, w, b, use_reentrant=False) for w, b, _ in chunks]).logsumexp(0)
-    residual_gram = sum(checkpoint(gram, hidden, w, b, norm, first, use_reentrant=False) for w, b, first in chunks)
-    return _normalised(residual_gram, hidden, segment, n)
+    others = torch.stack([checkpoint(log_others, hidden, *part, use_reentrant=False) for part in chunks]).logsumexp(0)
+    norm = torch.logaddexp(others, (hidden * weight[targets]).sum(-1) + bias[targets])
+    rest = (others - norm).exp()  # 1 - pi_y
+    grams = [checkpoint(gram, hidden, w, b, norm, rest, first, use_reentrant=False) for w, b, first in chunks]
+    return _normalised(sum(grams), hidden, segment, n)
 
 
 def tensor_sketch(
@@ -161,15 +173,14 @@ def tensor_sketch(
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
     generator = torch.Generator().manual_seed(seed)
-    wide = torch.promote_types(hidden.dtype, torch.float32)  # FFT knows no half precision
 
     def spectrum(x: Tensor) -> Tensor:
         bucket = torch.randint(m, x.shape[1:], generator=generator).to(x.device)
         sign = 2 * torch.randint(2, x.shape[1:], generator=generator).to(x) - 1
         return torch.fft.rfft(x.new_zeros(len(x), m).index_add(1, bucket, x * sign))
 
-    product = spectrum(_residual(logits, targets).to(wide)) * spectrum(hidden.to(wide))
-    return torch.fft.irfft(product.new_zeros(n, product.shape[1]).index_add(0, segment, product), n=m)
+    product = spectrum(_residual(logits, targets)) * spectrum(_wide(hidden))
+    return torch.fft.irfft(product.new_zeros(n, product.shape[1]).index_add(0, segment.long(), product), n=m)
 
 
 def hidden_mean(hidden: Tensor, segment: Tensor, n: int) -> Tensor:
@@ -178,28 +189,41 @@ def hidden_mean(hidden: Tensor, segment: Tensor, n: int) -> Tensor:
     No log-prob and no gradient is in it, and on measured models it does not follow the cosine of Eq. 4.
     """
     _check_tokens(hidden, None, segment, segment, n)
-    mean = F.normalize(
-        hidden.new_zeros(n, hidden.shape[1]).index_add(0, segment, hidden)
-    )  # a mean is parallel to a sum
-    return mean @ mean.T
+    hidden = _wide(hidden)
+    total = hidden.new_zeros(n, hidden.shape[1]).index_add(0, segment.long(), hidden)
+    unit = F.normalize(total)  # a mean is parallel to its sum
+    return unit @ unit.T
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least single precision: sums of many products, and FFT knows no half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _residual(logits: Tensor, targets: Tensor) -> Tensor:
-    """r_t = e_{y_t} - pi_t.   [N, V], [N] -> [N, V]"""
-    return F.one_hot(targets, logits.shape[-1]).to(logits) - logits.softmax(-1)
+    """r_t = e_{y_t} - pi_t.   [N, V], [N] -> [N, V]
+
+    1 - pi_y is summed from the other tokens: as a difference it would be round-off where the model is certain.
+    """
+    pi = _wide(logits).softmax(-1)
+    hit = F.one_hot(targets.long(), logits.shape[-1]).bool()
+    others = pi.masked_fill(hit, 0.0)
+    return torch.where(hit, others.sum(-1, keepdim=True), -others)
 
 
 def _normalised(residual_gram: Tensor, hidden: Tensor, segment: Tensor, n: int) -> Tensor:
     """K_ij / sqrt(K_ii K_jj),  K_ij = sum_{t in i, s in j} <r_t, r_s> <h_t, h_s>.   [N, N], [N, d] -> [n, n]"""
-    hidden, member = hidden.to(residual_gram), F.one_hot(segment, n).to(residual_gram)  # [N, d], [N, n]
+    hidden, member = hidden.to(residual_gram), F.one_hot(segment.long(), n).to(residual_gram)  # [N, d], [N, n]
     gram = member.T @ (residual_gram * (hidden @ hidden.T)) @ member
     square = gram.diagonal()
-    zero = square <= torch.finfo(square.dtype).eps ** 2  # no direction: round-off must not become one
+    zero = square <= torch.finfo(square.dtype).tiny ** 0.5  # about to underflow: no direction is left
     inverse_norm = torch.where(zero, 0.0, square.masked_fill(zero, 1.0).rsqrt())
     return inverse_norm[:, None] * gram * inverse_norm[None]
 
 
-def _check_tokens(hidden: Tensor, logits: Tensor | None, targets: Tensor, segment: Tensor, n: int) -> None:
+def _check_tokens(
+    hidden: Tensor, logits: Tensor | None, targets: Tensor, segment: Tensor, n: int, vocabulary: int | None = None
+) -> None:
     tables = {"hidden": hidden} | ({} if logits is None else {"logits": logits})
     flat = {"targets": targets, "segment": segment}
     for name, t in (tables | flat).items():
@@ -207,6 +231,9 @@ def _check_tokens(hidden: Tensor, logits: Tensor | None, targets: Tensor, segmen
             raise ValueError(f"{name} must have one row per token, {len(segment)} here, got shape {tuple(t.shape)}")
     if len(segment) and not 0 <= int(segment.min()) <= int(segment.max()) < n:
         raise ValueError(f"segment must hold sample numbers 0..{n - 1}, got {int(segment.min())}..{int(segment.max())}")
+    v = logits.shape[1] if logits is not None else vocabulary
+    if v and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < v:
+        raise ValueError(f"targets must be tokens 0..{v - 1}, got {int(targets.min())}..{int(targets.max())}")
 
 
 # --- Eq. 4 -----------------------------------------------------------------------------------------------------------
@@ -215,8 +242,9 @@ def _check_tokens(hidden: Tensor, logits: Tensor | None, targets: Tensor, segmen
 def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 4:  L = -mean_i log [ sum_{j in P(i)} exp(s_ij / T) / sum_{k != i} exp(s_ik / T) ].   [n, n] -> scalar
 
-    P(i) = {j != i : s_ij <= tau}, the dissimilar ones, are the positives; membership carries no gradient. Anchors
-    with no positive or no negative are left out of the mean and counted (D-57); with no anchor left, the loss is 0.
+    P(i) = {j != i : s_ij <= tau}, the dissimilar ones, are the positives; membership carries no gradient. Every sample
+    is an anchor (D-52); those with no positive or no negative are left out of the mean and counted (D-57); with no
+    anchor left, the loss is 0.
     Its gradient, dL_i/ds_ik = (q_k - p_k) / T with q the softmax over all k and p that over P(i), sums to 0 in a row:
     positives are pulled up and negatives pushed down, but only against each other. The paper's "balanced range" is not
     in it: pairs leave for one side of tau, where the loss is 0 (D-73).
@@ -231,7 +259,7 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     others = ~torch.eye(n, dtype=torch.bool, device=cosine.device)
-    positive = (cosine.detach() <= tau) & others
+    positive = (cosine.detach().clamp(-1, 1) <= tau) & others  # clamped: rounding takes duplicates beyond 1
     active = positive.any(1) & (others & ~positive).any(1)
     # rows that are left out get finite numbers before logsumexp, so that no NaN reaches the backward pass
     scores = cosine / temperature
@@ -252,7 +280,7 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
 def quantile_tau(cosine: Tensor, quantile: float) -> float:
     """A tau that splits this batch's pairs: the quantile of its off-diagonal cosines.   [n, n] -> number
 
-    With tau fixed, a feature whose cosines all lie on one side of it leaves Eq. 4 inert; this never does.
+    With tau fixed, a feature whose cosines all lie on one side of it leaves Eq. 4 inert; a quantile moves with them.
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile}")

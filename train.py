@@ -74,11 +74,11 @@ def main(cfg: "Config") -> None:
                 tokens_of_f = all_tokens_of_f(learner.policy, parts, cfg)
                 for i, part in enumerate(parts):
                     scores = learner.model(part.inputs, part.branches)  # G responses and the reference answer
-                    logp = scores.logp[:, :-1].flatten(0, 1)  # [B * G, T]
+                    logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
                     part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
-                    weights = grpo.sequence_weights(part.mask, cfg.loss_norm, sequences, tokens, cfg.max_new_tokens)
+                    counts = {"sequences": sequences, "tokens": tokens, "max_tokens": cfg.max_new_tokens}
                     loss, part.stats = grpo.grpo_loss(  # Eq. 1
-                        logp, part.old_logp, part.adv.flatten(), weights, part.ref_logp, **cfg.grpo_options
+                        logp, part.old_logp, part.adv.flatten(), part.mask, part.ref_logp, **cfg.grpo_options, **counts
                     )
                     nce = loss.new_zeros(())
                     if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head, y_i the reference answer
@@ -132,7 +132,7 @@ class Config:
     four_stage: bool | None = option(None, "planning and caption stages too; default by --method [paper, Table 2]")
     caption_reward: bool | None = option(None, "the Caption Reward; default by --method [paper, Table 2]")
     selection: bool | None = option(None, "top half of the prompts by variance; default by --method [paper, Table 3]")
-    nce_weight: float | None = option(None, "weight of Eq. 4, 0 = off; ours: 0.01 [official code, paper silent]")
+    nce_weight: float | None = option(None, "weight of Eq. 4, 0 = off; ours: 0.01, D-55 [official code, paper silent]")
 
     model: str = option("", "Qwen2.5-VL, folder or hub id; empty: the embedded world's tiny policy [choice]")
     data: str = option("", "dataset folder or file (see data.py); empty: the embedded world's [choice]")
@@ -182,7 +182,7 @@ class Config:
     format_weight: float = option(0.1, "of the format reward [official code]")
     caption_weight: float = option(1.0, "of the Caption Reward [official code]")
     nce_feature: str = option(
-        "reference", f"y_i of Eq. 4, D-51: {', '.join(ntk_infonce.FEATURES)} (D-50) [choice; official: hidden_mean]"
+        "reference", f"y_i of Eq. 4, D-51: {', '.join(ntk_infonce.FEATURES)} [choice; official code: hidden_mean]"
     )
     tau: float = option(0.54, "cosine threshold of Eq. 4, D-54 [paper, Figure 5a]")
     tau_quantile: float = option(0.0, "above 0: tau is this quantile of the batch's cosines instead [choice]")
@@ -222,8 +222,8 @@ class Config:
             raise ConfigError(f"keep: must lie in (0, 1], got {self.keep}")
         if not -1 <= self.tau <= 1:
             raise ConfigError(f"tau: is a cosine and must lie in [-1, 1], got {self.tau}")
-        if not 0 <= self.tau_quantile <= 1:
-            raise ConfigError(f"tau_quantile: must lie in [0, 1], got {self.tau_quantile}")
+        if not 0 <= self.tau_quantile < 1:
+            raise ConfigError(f"tau_quantile: must lie in [0, 1), got {self.tau_quantile}")
         if self.caption_reward and not self.four_stage:
             raise ConfigError("caption_reward: there is no caption without four_stage; set --caption_reward false")
         if self.lora_rank and self.train_vision:
@@ -252,7 +252,7 @@ class Config:
 
     @property
     def grpo_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("beta", "eps_low", "eps_high", "kl_kind")}
+        return {name: getattr(self, name) for name in ("beta", "eps_low", "eps_high", "kl_kind", "loss_norm")}
 
 
 class ConfigError(ValueError):
@@ -291,7 +291,7 @@ def parse_config(argv: list[str]) -> Config:
 
 
 def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> str:
-    """Supervised fine-tuning on reference responses, on the response's tokens only. Returns the model's folder.
+    """Supervised fine-tuning on reference responses, on the response's tokens only (D-74). Returns the model's folder.
 
     Without rows that have a reference response (`process`), or with --sft_steps 0, RL starts from --model as it is.
     """
@@ -391,8 +391,8 @@ class Rollouts:
     """B prompts of one pass with their G sampled responses, and what training adds to them.
 
     branches [B, G + 1, T]: the responses' ids and, as the last branch, what Eq. 4 needs beside them (the reference
-    answer), right-padded; mask [B * G, T] and beside_mask [B, T] of the tokens that count; old_logp, ref_logp
-    [B * G, T].
+    answer; no branch where it needs nothing), right-padded; mask [B * G, T] and beside_mask [B, T] of the tokens that
+    count; old_logp, ref_logp [B * G, T].
     """
 
     samples: list[data.Sample]
@@ -420,7 +420,8 @@ class Rollouts:
             return hidden, hidden[:, :0], segment, segment
         mask = self.mask.unflatten(0, (len(prompts), -1))
         scored = scores.logp.shape[1]  # all branches, or the last one only
-        weights = ntk_infonce.feature_weights(feature, mask, self.adv, self.beside_mask)[:, -scored:]
+        weights = ntk_infonce.feature_weights(feature, mask, self.adv, self.beside_mask)
+        weights = weights[:, : self.branches.shape[1]][:, -scored:]
         where = weights != 0
         segment = prompts[:, None, None].expand_as(where)[where]
         hidden = scores.hidden[where] * weights[where][:, None]
@@ -431,7 +432,7 @@ class Rollouts:
         mask, prompts = self.mask, len(self.samples)
         tokens = mask.sum().item()
         numbers = {
-            "entropy": ((scores.entropy[:, :-1].flatten(0, 1) * mask).sum().item(), tokens),
+            "entropy": ((scores.entropy[:, : len(mask) // prompts].flatten(0, 1) * mask).sum().item(), tokens),
             "clipped": ((self.stats["clipped"] * mask).sum().item(), tokens),
             "length": (tokens, mask.shape[0]),
             "truncated": ((~self.ended).sum().item(), mask.shape[0]),
@@ -456,12 +457,15 @@ def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | 
     """Sample n (default G) responses to each prompt, at T = 1, and lay beside them what Eq. 4 needs."""
     inputs = policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
     rolls = policy.generate(inputs, n or cfg.group_size, cfg.max_new_tokens)
-    if reference and cfg.nce_weight and cfg.nce_feature == "greedy":
+    feature = cfg.nce_feature if reference and cfg.nce_weight else None
+    if feature == "greedy":
         greedy = policy.generate(inputs, 1, cfg.max_new_tokens, sample=False)
         beside, beside_mask = greedy.ids, greedy.mask
-    else:
-        own = [row[0].split("<answer>")[0] for row in rolls.text] if cfg.nce_feature == "own_prefix" else None
+    elif feature in ("reference", "own_prefix"):
+        own = [row[0].split("<answer>")[0] for row in rolls.text] if feature == "own_prefix" else None
         beside, beside_mask = policy.encode_responses([f"<answer>{s.answer}</answer>" for s in batch], after=own)
+    else:
+        beside, beside_mask = rolls.ids[:, :0], rolls.mask[:, 0:1] & False
     length = max(rolls.ids.shape[-1], beside.shape[-1])
     ids, mask, beside, beside_mask = (
         torch.nn.functional.pad(x, (0, length - x.shape[-1])) for x in (rolls.ids, rolls.mask, beside, beside_mask)

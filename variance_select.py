@@ -34,6 +34,7 @@ def reward_statistics(rewards: Tensor) -> RewardStatistics:
     """
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [prompts, responses], got shape {tuple(rewards.shape)}")
+    rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
     rewards = rewards.sort(1).values  # so that the order of the responses cannot move a tie by round-off
     known = ~rewards.isnan()
     count = known.sum(1)

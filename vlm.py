@@ -205,7 +205,8 @@ class VLM(nn.Module):
         return self._scores(hidden[None, :, p - 1 : -1], ids, hidden[:1, :p])
 
     def _scores(self, hidden: Tensor, ids: Tensor, prompt: Tensor) -> TokenScores:
-        logits = self.core.lm_head(hidden).float()
+        logits = self.core.lm_head(hidden)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a log-softmax in half precision
         banned = torch.tensor(self.banned_ids, device=logits.device)
         logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)  # the distribution that is sampled
         log_pi = logits.log_softmax(-1)

@@ -20,7 +20,7 @@ import grpo
 import ntk_infonce
 import train
 import vlm
-from caption_reward import CaptionReward
+from caption_reward import CaptionReward, EndpointJudge
 
 NO_REFERENCE = SimpleNamespace(logp=lambda *_: None)  # the KL plays no part here
 
@@ -38,8 +38,15 @@ def main() -> None:
     cfg = train.Config(**{name: value for name, value in settings.items() if name in known})
     world = Path(cfg.world)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not (args.run / "sft" / "policy").exists():
+        raise SystemExit(f"error: {args.run} has no finished cold start (sft/policy)")
     policy = vlm.load(str(args.run / "sft" / "policy"), **train.load_options(cfg), trainable=False).to(device)
-    judge = CaptionReward(vlm.LocalJudge(cfg.judge or str(world / "judge"), device)) if cfg.caption_reward else None
+    judge = None
+    if cfg.caption_reward and cfg.judge.startswith("http"):
+        judge = CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model))
+    elif cfg.caption_reward:
+        judge = CaptionReward(vlm.LocalJudge(cfg.judge or str(world / "judge"), device))
+    cfg.nce_weight = 1.0  # whatever the run's own: every feature is to be there
     samples = data.load(cfg.data or world / "data")["train"]
 
     train.set_seed(args.seed)
@@ -58,10 +65,10 @@ def main() -> None:
                 scores = policy(part.inputs, part.branches)
             cosines[name].append(train.similarity([part.tokens_of_f(scores, name)], name))
             if name == "reference":
-                pi = scores.logits[:, :-1].flatten(0, 1)[part.mask].double().softmax(-1)
-                pi_y = scores.logp[:, :-1].flatten(0, 1)[part.mask].double().exp()
+                pi = scores.logits[:, : cfg.group_size].flatten(0, 1)[part.mask].double().softmax(-1)
+                pi_y = scores.logp[:, : cfg.group_size].flatten(0, 1)[part.mask].double().exp()
                 flattens.append(pi_y < grpo.sharpening_threshold(pi))
-                entropies.append(scores.entropy[:, :-1].flatten(0, 1)[part.mask])
+                entropies.append(scores.entropy[:, : cfg.group_size].flatten(0, 1)[part.mask])
 
     flat, entropy = torch.cat(flattens).float(), torch.cat(entropies)
     print(f"{len(order)} prompts of {args.run}, {len(flat)} sampled tokens, mean entropy {entropy.mean():.3f} nats\n")

@@ -85,6 +85,23 @@ def test_a_group_of_one_and_other_shapes_are_refused(shape):
         grpo.group_advantages(torch.zeros(shape))
 
 
+def test_advantages_have_finite_gradients_tied_and_unknown_groups_included():
+    rewards = tensor([[3, 3, 3], [1, 2, 3], [NAN] * 3, [NAN, 1, NAN], [NAN, 1, 2]]).requires_grad_()
+    for eps in (1e-4, 0.0):
+        adv = grpo.group_advantages(rewards, eps)
+        assert adv.isfinite().all() and torch.equal(adv[[0, 2, 3]], torch.zeros(3, 3))
+        [gradient] = torch.autograd.grad((adv * torch.randn(5, 3)).sum(), rewards)
+        assert gradient.isfinite().all() and gradient[1].norm() > 0.1
+        assert torch.equal(gradient[[0, 2, 3]], torch.zeros(3, 3))
+
+
+def test_whole_and_yes_no_rewards_are_taken():
+    whole = grpo.group_advantages(torch.tensor([[1, 0, 0, 1]]))
+    close(whole, grpo.group_advantages(tensor([[1, 0, 0, 1]])))
+    assert torch.equal(grpo.group_advantages(torch.tensor([[True, False, False, True]])), whole)
+    assert torch.equal(grpo.total_reward({"a": torch.tensor([[1, 0]])}, {"a": 2.0}), tensor([[2, 0]]))
+
+
 def test_advantages_ignore_a_shift_of_the_rewards_and_follow_a_permutation():
     rewards, order = torch.randn(3, 6), torch.randperm(6)
     adv = grpo.group_advantages(rewards)
@@ -273,6 +290,37 @@ def test_a_response_without_tokens_weighs_nothing_and_a_boolean_mask_will_do(nor
     assert torch.equal(grpo.sequence_weights(mask.long(), norm, 2, 3, 4), weights)
 
 
+def test_lengths_are_weighted_in_the_gradient_as_the_norm_says():
+    mask, logp = ragged_mask([2, 5], 5), torch.zeros(2, 5, requires_grad=True)
+    for norm, short, long in (("sequence", 1 / 4, 1 / 10), ("token", 1 / 7, 1 / 7), ("constant", 1 / 20, 1 / 20)):
+        loss, stats = grpo.grpo_loss(logp, logp.detach(), -1.0, mask, loss_norm=norm, max_tokens=10)
+        [gradient] = torch.autograd.grad(loss, logp)
+        close(gradient, mask * tensor([[short], [long]]))
+    far = grpo.grpo_loss(torch.full((2, 5), 3.0), torch.zeros(2, 5), 1.0, mask)[1]["clipped"]
+    assert torch.equal(far, mask)  # what is padding is not clipped
+
+
+@pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
+def test_no_tokens_at_all_give_zero_and_no_nan(norm):
+    logp = torch.zeros(2, 3, requires_grad=True)
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), 1.0, torch.zeros(2, 3), loss_norm=norm)
+    loss.backward()
+    assert loss.item() == 0.0 and torch.equal(logp.grad, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("distance", [100.0, 500.0, -500.0])
+@pytest.mark.parametrize("kind", grpo.KL_KINDS)
+def test_log_ratios_beyond_single_precision_give_no_nan(kind, distance):
+    for adv in (1.0, 0.0, -1.0):
+        logp = torch.zeros(1, 2, dtype=torch.float32, requires_grad=True)
+        far = torch.full((1, 2), -distance, dtype=torch.float32)
+        loss, _ = grpo.grpo_loss(logp, far, adv, torch.ones(1, 2), -far, 0.04, kl_kind=kind)
+        loss.backward()
+        assert loss.isfinite() and logp.grad.isfinite().all()
+        z = torch.randn(1, 4, dtype=torch.float32)
+        assert grpo.logit_gradient(z, torch.tensor([1]), adv, far[:, 0], -far[:, 0], beta=0.04).isfinite().all()
+
+
 def test_an_unknown_norm_is_refused():
     with pytest.raises(ValueError, match="mean"):
         grpo.sequence_weights(torch.ones(1, 1), "mean", 1, 1, 1)
@@ -308,26 +356,23 @@ def loss_loop(logp, old, ref, adv, mask, norm, beta, kind, max_tokens, low=0.2, 
 @pytest.mark.parametrize("norm", ["sequence", "token", "constant"])
 def test_the_loss_equals_eq_1_written_as_a_loop(norm, kind):
     _, logp, old, ref, adv, mask = batch()
-    weights = grpo.sequence_weights(mask, norm, 8, mask.sum().item(), 10)
-    loss, _ = grpo.grpo_loss(logp, old, adv, weights, ref, 0.3, 0.1, 0.4, kind)
+    loss, _ = grpo.grpo_loss(logp, old, adv, mask, ref, 0.3, 0.1, 0.4, kind, norm, max_tokens=10)
     close(loss.item(), loss_loop(logp, old, ref, adv, mask, norm, 0.3, kind, 10, 0.1, 0.4))
     assert loss.ndim == 0
 
 
 def test_without_beta_there_is_no_kl_and_the_reference_does_not_matter():
     _, logp, old, ref, adv, mask = batch()
-    weights = grpo.sequence_weights(mask, "sequence", 8, mask.sum().item(), 6)
-    plain, stats = grpo.grpo_loss(logp, old, adv, weights)
+    plain, stats = grpo.grpo_loss(logp, old, adv, mask)
     assert stats["kl"] is None
-    with_reference, stats = grpo.grpo_loss(logp, old, adv, weights, ref, 0.0)
+    with_reference, stats = grpo.grpo_loss(logp, old, adv, mask, ref, 0.0)
     assert torch.equal(plain, with_reference) and stats["kl"] is None
     close(plain.item(), loss_loop(logp, old, ref, adv, mask, "sequence", 0.0, "k3", 6))
 
 
 def test_the_defaults_are_k3_and_a_symmetric_clip_of_0_2():
     _, logp, old, ref, adv, mask = batch()
-    weights = grpo.sequence_weights(mask, "sequence", 8, mask.sum().item(), 6)
-    loss, _ = grpo.grpo_loss(logp, old, adv, weights, ref, 0.3)
+    loss, _ = grpo.grpo_loss(logp, old, adv, mask, ref, 0.3)
     close(loss.item(), loss_loop(logp, old, ref, adv, mask, "sequence", 0.3, "k3", 6))
 
 
@@ -340,8 +385,7 @@ def test_the_ratio_is_taken_against_the_sampler_and_not_the_reference():
 
 def test_the_statistics_are_the_kl_per_token_without_gradient_and_the_dead_zones():
     _, logp, old, ref, adv, mask = batch()
-    weights = grpo.sequence_weights(mask, "token", 8, mask.sum().item(), 6)
-    _, stats = grpo.grpo_loss(logp, old, adv, weights, ref, 0.1, kl_kind="k2")
+    _, stats = grpo.grpo_loss(logp, old, adv, mask, ref, 0.1, kl_kind="k2")
     close(stats["kl"][mask > 0], (ref - logp.detach()).square()[mask > 0] / 2, 1e-15)
     assert not stats["kl"].requires_grad and not stats["clipped"].requires_grad
     free = logp.detach().requires_grad_()
@@ -355,7 +399,7 @@ def test_at_ratio_one_the_loss_is_about_zero_but_its_gradient_is_reinforce_s():
     logits, logp, _, _, _, mask = batch()
     adv = grpo.group_advantages(torch.randn(2, 4)).flatten()
     weights = grpo.sequence_weights(mask, "sequence", 8, mask.sum().item(), 6)
-    loss, _ = grpo.grpo_loss(logp, logp.detach(), adv, weights)
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), adv, mask)
     assert abs(loss.item()) < 1e-14
     [ours] = torch.autograd.grad(loss, logits, retain_graph=True)
     [reinforce] = torch.autograd.grad(-(weights * adv[:, None] * logp).sum(), logits)
@@ -366,8 +410,7 @@ def test_at_ratio_one_the_loss_is_about_zero_but_its_gradient_is_reinforce_s():
 def test_equal_rewards_give_exactly_no_gradient():
     logits, logp, _, _, _, mask = batch()
     adv = grpo.group_advantages(torch.full((2, 4), 1.1)).flatten()
-    weights = grpo.sequence_weights(mask, "sequence", 8, mask.sum().item(), 6)
-    grpo.grpo_loss(logp, logp.detach(), adv, weights)[0].backward()
+    grpo.grpo_loss(logp, logp.detach(), adv, mask)[0].backward()
     assert torch.equal(logits.grad, torch.zeros_like(logits))
 
 
@@ -379,8 +422,8 @@ def test_micro_batches_of_any_size_give_the_same_loss_and_gradient_with_global_c
         grad, total = torch.zeros_like(logits), 0.0
         for rows in torch.arange(8).split(size):
             sequences, tokens = (len(rows), mask[rows].sum().item()) if local else (8, mask.sum().item())
-            weights = grpo.sequence_weights(mask[rows], norm, sequences, tokens, 6)
-            loss, _ = grpo.grpo_loss(logp[rows], old[rows], adv[rows], weights, ref[rows], 0.2)
+            counts = {"loss_norm": norm, "sequences": sequences, "tokens": tokens, "max_tokens": 6}
+            loss, _ = grpo.grpo_loss(logp[rows], old[rows], adv[rows], mask[rows], ref[rows], 0.2, **counts)
             share = len(rows) / 8 if local else 1.0
             grad += torch.autograd.grad(loss * share, logits, retain_graph=True)[0]
             total += loss.item() * share
@@ -399,13 +442,12 @@ def test_micro_batches_of_any_size_give_the_same_loss_and_gradient_with_global_c
 @pytest.mark.parametrize("where", ["logp", "old", "ref"])
 def test_padding_may_hold_anything_and_changes_neither_loss_nor_gradient(where, garbage):
     _, logp, old, ref, adv, mask = batch()
-    weights = grpo.sequence_weights(mask, "sequence", 8, mask.sum().item(), 6)
     clean = {"logp": logp.detach(), "old": old, "ref": ref}
     dirty = {**clean, where: torch.where(mask > 0, clean[where], garbage)}
 
     def run(values, beta, kind):
         leaf = values["logp"].clone().requires_grad_()
-        loss, _ = grpo.grpo_loss(leaf, values["old"], adv, weights, values["ref"], beta, kl_kind=kind)
+        loss, _ = grpo.grpo_loss(leaf, values["old"], adv, mask, values["ref"], beta, kl_kind=kind)
         loss.backward()
         return loss.detach(), leaf.grad
 
@@ -425,8 +467,8 @@ def test_one_step_down_the_loss_favours_good_tokens_and_pulls_towards_the_refere
     assert after[0] > 0.2 > after[1]
 
     z, logp, ref = policies()
-    weights = logp.detach().exp()[:, None]  # every token once, weighted with its probability
-    loss, _ = grpo.grpo_loss(logp[:, None], logp.detach()[:, None], torch.zeros(12), weights, ref[:, None], beta=1.0)
+    every = {"mask": logp.detach().exp()[:, None], "loss_norm": "constant", "sequences": 1}  # by its probability
+    loss, _ = grpo.grpo_loss(logp[:, None], logp.detach()[:, None], 0.0, ref_logp=ref[:, None], beta=1.0, **every)
     loss.backward()
     closer = (z - 0.1 * z.grad).log_softmax(-1)
     assert forward_kl(closer, ref) < forward_kl(logp, ref) and reverse_kl(closer, ref) < reverse_kl(logp, ref)
@@ -441,7 +483,7 @@ def autograd_gradient(z, y, adv, old=None, ref=None, beta=0.0, low=0.2, high=0.2
     logp = z.log_softmax(-1).gather(-1, y[:, None])
     old = logp.detach() if old is None else old[:, None]
     ref = None if ref is None else ref[:, None]
-    loss, _ = grpo.grpo_loss(logp, old, adv, torch.ones(len(z), 1), ref, beta, low, high)
+    loss, _ = grpo.grpo_loss(logp, old, adv, torch.ones(len(z), 1), ref, beta, low, high, sequences=1)
     return torch.autograd.grad(loss, z)[0]
 
 
@@ -499,6 +541,17 @@ def test_how_far_a_token_is_pushed_on_policy_by_hand(p, true, printed):
     gradient = grpo.logit_gradient(z, torch.tensor([0]), tensor([1.0]), z[:, 0])
     close(-gradient[0, 0].item(), true)
     close(p * -gradient[0, 0].item(), printed)
+
+
+def test_plain_numbers_and_other_whole_number_types_are_taken():
+    z, y, _, old, _ = tokens(5)
+    want = grpo.logit_gradient(z, y, torch.full((5,), 0.5), old)
+    assert torch.equal(grpo.logit_gradient(z, y.int(), 0.5, old), want)
+    pi = z.softmax(-1)
+    many = grpo.entropy_change(pi[0], torch.arange(7), 0.1)  # every token of one distribution
+    close(many[3], grpo.entropy_change(pi[0], 3, tensor(0.1)), 1e-15)
+    close(grpo.entropy_change(pi, 3, 0.1)[0], many[3], 1e-15)
+    assert torch.equal(grpo.clipped_surrogate(old[None], old[None], 2.0), torch.full((1, 5), 2.0))
 
 
 def test_every_logit_gradient_sums_to_zero_and_a_second_derivative_exists():
@@ -715,8 +768,9 @@ def test_the_expected_on_policy_entropy_change_is_minus_the_covariance_of_advant
         (lambda: grpo.clipped_surrogate(torch.zeros(3, 4), torch.zeros(4, 3), torch.zeros(3)), "old_logp"),
         (lambda: grpo.clipped_surrogate(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(4)), "adv"),
         (lambda: grpo.clipped_surrogate(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3, 4)), "adv"),
+        (lambda: grpo.grpo_loss(*[torch.zeros(3, 4)] * 2, 1.0, torch.ones(3, 4), torch.zeros(3, 1), 0.1), "ref_logp"),
         (lambda: grpo.kl_penalty(torch.zeros(3, 4), torch.zeros(3, 1)), "ref_logp"),
-        (lambda: grpo.grpo_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3), torch.ones(3)), "weights"),
+        (lambda: grpo.grpo_loss(torch.zeros(3, 4), torch.zeros(3, 4), torch.zeros(3), torch.ones(3)), "mask"),
         (lambda: grpo.grpo_loss(*[torch.zeros(3, 4)] * 2, torch.zeros(3), torch.ones(3, 4), beta=0.1), "ref_logp"),
         (lambda: grpo.logit_gradient(torch.zeros(4), torch.tensor(1), *[torch.zeros(())] * 2), "logits"),
         (lambda: grpo.logit_gradient(torch.zeros(2, 4), torch.tensor([1]), *[torch.zeros(2)] * 2), "target"),

@@ -125,6 +125,123 @@ def test_the_baselines_and_lora_run(finished, world, tmp_path):
     assert not (tmp_path / "sft/rl").exists() and (tmp_path / "sft/eval/before.json").exists()
 
 
+def plain_logp(policy, sample, cfg, ids):
+    """log pi of each token of one response, one row by itself.   [T] -> [T], and the scores' hidden states"""
+    inputs = policy.encode(data.prompts([sample], cfg.four_stage, cfg.fps, cfg.max_frames))
+    scores = policy.score_plain(inputs, ids[None, None])
+    return scores.logp[0, 0]
+
+
+def answer_ids(policy, sample):
+    tokenizer = policy.processor.tokenizer
+    return torch.tensor([*tokenizer(f"<answer>{sample.answer}</answer>").input_ids, tokenizer.eos_token_id])
+
+
+@pytest.mark.parametrize("feature", ["reference", "own_prefix", "best", "advantage", "greedy"])
+def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world, feature):
+    """Row by row, with ids laid by hand, against the head's gradient from torch.autograd."""
+    policy = vlm.load(str(world / "policy"), dtype="float64")
+    cfg = train.Config(nce_feature=feature, group_size=3, max_new_tokens=6)
+    batch, n = data.load(world / "data")["train"][:3], 3
+    torch.manual_seed(0)
+    part = train.roll_out(batch, policy, SimpleNamespace(logp=lambda *_: None), cfg)
+    part.adv = torch.tensor([[1.0, -1.2, 0.2], [-0.5, 0.7, -0.2], [0.1, 0.4, -0.5]])
+    with torch.no_grad():
+        got = train.similarity([part.tokens_of_f(policy(part.inputs, part.branches), feature)], feature)
+    mask, rows = part.mask.unflatten(0, (n, 3)), []
+    for i, sample in enumerate(batch):
+        responses = [part.branches[i, g][mask[i, g]] for g in range(3)]
+        mean = [plain_logp(policy, sample, cfg, ids).mean() for ids in responses]
+        answer = answer_ids(policy, sample)
+        if feature == "reference":
+            objective = plain_logp(policy, sample, cfg, answer).mean()
+        elif feature == "own_prefix":
+            own = policy.processor.tokenizer(part.text[i][0].split("<answer>")[0]).input_ids
+            ids = torch.cat([torch.tensor(own, dtype=torch.long), answer])
+            objective = plain_logp(policy, sample, cfg, ids)[len(own) :].mean()
+        elif feature == "greedy":
+            inputs = policy.encode(data.prompts([sample], cfg.four_stage, cfg.fps, cfg.max_frames))
+            greedy = policy.generate(inputs, 1, 6, sample=False)
+            objective = plain_logp(policy, sample, cfg, greedy.ids[0, 0][greedy.mask[0, 0]]).mean()
+        else:
+            objective = mean[int(part.adv[i].argmax())]
+            if feature == "advantage":
+                objective = sum(a * m for a, m in zip(part.adv[i], mean))
+        rows.append(torch.autograd.grad(objective, policy.core.lm_head.weight)[0].flatten())
+    rows = torch.stack(rows)
+    want = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    assert got.triu(1).abs().max() > 1e-3
+
+
+def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, tmp_path, monkeypatch):
+    """`main` up to its first optimiser step, in passes of two and one prompts, against plain rows and autograd."""
+    parts, options = (
+        [],
+        "--sft_steps 0 --selection false --rl_steps 1 --prompts_per_step 3 --prompts_per_pass 2",
+    )
+    cfg = train.parse_config(
+        f"{options} --group_size 3 --max_new_tokens 6 --nce_weight 2 --tau 0.3 --nce_temperature 0.4 --beta 0.2 "
+        f"--quiet true --model {world}/policy --judge {world}/judge --data {world}/data --output_dir {tmp_path}".split()
+    )
+
+    def roll_out(batch, policy, reference, cfg, n=0):
+        part = original(batch, policy, reference, cfg, n)
+        part.mask[0, 4:] = False  # responses of different lengths
+        part.mask[-1, 2:] = False
+        part.ref_logp = part.ref_logp + 0.3 * torch.randn_like(part.ref_logp)  # a reference that is not the policy
+        parts.append(part)
+        return part
+
+    def reward(part, judge, cfg):
+        return {"accuracy": torch.randn(part.adv_shape), "format": torch.zeros(part.adv_shape)}, [[None] * 3] * 3
+
+    class Stop(Exception):
+        pass
+
+    def update(learner):
+        gradients.update({n: p.grad.clone() for n, p in learner.policy.named_parameters() if p.grad is not None})
+        raise Stop
+
+    original, gradients = train.roll_out, {}
+    train.Rollouts.adv_shape = property(lambda part: (len(part.samples), 3))
+    monkeypatch.setattr(train, "roll_out", roll_out)
+    monkeypatch.setattr(train, "reward", reward)
+    monkeypatch.setattr(train, "evaluate", lambda *_: None)
+    monkeypatch.setattr(train.Learner, "update", update)
+    with pytest.raises(Stop):
+        train.main(cfg)
+    del train.Rollouts.adv_shape
+    assert [len(part.samples) for part in parts] == [2, 1]
+
+    policy, loss, features = vlm.load(f"{world}/policy", dtype="float64"), 0.0, []
+    for part in parts:
+        for i, sample in enumerate(part.samples):
+            r = part.rewards["accuracy"][i].double()
+            adv = (r - r.mean()) / (r.std() + 1e-4)
+            for g in range(3):
+                mask = part.mask[3 * i + g]
+                logp = plain_logp(policy, sample, cfg, part.branches[i, g][mask])
+                x = part.ref_logp[3 * i + g][mask].double() - logp
+                loss = loss + (-adv[g] * (logp - logp.detach()).exp() + 0.2 * (x.exp() - x - 1)).mean() / 9
+            objective = plain_logp(policy, sample, cfg, answer_ids(policy, sample)).mean()
+            head = policy.core.lm_head.weight
+            features.append(torch.autograd.grad(objective, head, create_graph=True)[0].flatten())
+    s = torch.stack([torch.stack([torch.cosine_similarity(a, b, 0) for b in features]) for a in features])
+    terms = []
+    for i in range(3):
+        others = [k for k in range(3) if k != i]
+        positives = [k for k in others if s[i, k] <= 0.3]
+        if 0 < len(positives) < 2:
+            terms.append(-((s[i, positives] / 0.4).exp().sum() / (s[i, others] / 0.4).exp().sum()).log())
+    assert terms, "tau splits no anchor's pairs: choose another"
+    (loss + 2 * sum(terms) / len(terms)).backward()
+    largest = max(p.grad.abs().max() for p in policy.parameters() if p.grad is not None).item()
+    for name, p in policy.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(gradients[name].double(), p.grad, atol=1e-4 * largest, rtol=1e-3)
+
+
 @pytest.mark.parametrize("feature", ntk_infonce.FEATURES)
 def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(world, feature):
     policy = vlm.load(str(world / "policy"), dtype="float64")

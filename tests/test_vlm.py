@@ -211,6 +211,14 @@ def test_heavy_padding_gives_finite_scores_and_gradients_in_every_type(world, dt
     assert torch.isfinite(scores.logp).all() and all(torch.isfinite(g).all() for g in grads) and len(grads) > 40
 
 
+def test_scores_in_training_mode_are_those_in_evaluation_mode(fresh):
+    """No dropout anywhere, or the first update of a batch would not be at ratio 1."""
+    inputs, ids = fresh.encode([prompts()["a picture"]]), ragged(4, 2)
+    with torch.no_grad():
+        training, evaluation = fresh.train()(inputs, ids), fresh.eval()(inputs, ids)
+    assert torch.equal(training.logp, evaluation.logp)
+
+
 def test_changing_a_token_changes_nothing_before_it_and_nothing_in_other_completions(policy):
     inputs, ids = policy.encode([prompts()["a picture"]]), ragged(6, 6, 6)
     changed = ids.clone()
