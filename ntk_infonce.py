@@ -88,9 +88,9 @@ def feature_weights(choice: str, mask: Tensor, adv: Tensor, extra: Tensor) -> Te
     """w [B, G + 1, T] of f_i = sum_gt w_igt grad_W log pi(y_igt | x_i), for a choice of y_i in FEATURES.
 
     mask [B, G, T] of the G responses' tokens, adv [B, G], extra [B, T]: the tokens that count in the branch laid
-    beside them, which holds the reference answer or the greedy response. Scaling hidden states with w before
-    `gradient_cosine` gives the weighted gradient, because f is linear in h. Of equally good responses the first is
-    `best`; a tied group has no `advantage` feature (all weights 0).
+    beside them, which holds the reference answer or the greedy response. `gradient_cosine` of w h in place of h
+    gives the weighted gradient, because f is linear in h; its chunked form takes w as `scale`. Of equally good
+    responses the first is `best`; a tied group has no `advantage` feature (all weights 0).
     """
     if choice not in FEATURES or choice == "hidden_mean":
         raise ValueError(f"choice must be one of {', '.join(set(FEATURES) - {'hidden_mean'})}, got {choice!r}")
@@ -125,19 +125,27 @@ def gradient_cosine(hidden: Tensor, logits: Tensor, targets: Tensor, segment: Te
 
 
 def gradient_cosine_chunked(
-    hidden: Tensor, weight: Tensor, targets: Tensor, segment: Tensor, n: int, bias: Tensor | None = None, chunk=8192
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    segment: Tensor,
+    n: int,
+    bias: Tensor | None = None,
+    chunk: int = 8192,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """`gradient_cosine` from the head itself, weight [V, d], without ever holding [N, V].   -> [n, n]
 
     <r_t, r_s> is a sum over the vocabulary: it is taken `chunk` tokens at a time, and each chunk's logits are computed
-    again in backward. bias [V]: added to the logits, for instance -inf at tokens that cannot be sampled.
+    again in backward. bias [V]: added to the logits, for instance -inf at tokens that cannot be sampled. scale [N]: the
+    weights of the tokens in f_i (`feature_weights`), by default 1.
     Peak memory N (N + chunk) instead of N V; the head runs twice in forward (log-sum-exp first) and twice in backward.
     """
     _check_tokens(hidden, None, targets, segment, n, len(weight))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     wide, targets = torch.promote_types(hidden.dtype, torch.float32), targets.long()
-    bias = hidden.new_zeros(len(weight), dtype=wide) if bias is None else bias.clamp_min(torch.finfo(wide).min)
+    bias = hidden.new_zeros(len(weight), dtype=wide) if bias is None else bias.to(wide).clamp_min(torch.finfo(wide).min)
     chunks = list(zip(weight.split(chunk), bias.split(chunk), range(0, len(weight), chunk)))
 
     def logits(h: Tensor, w: Tensor, b: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -156,7 +164,7 @@ def gradient_cosine_chunked(
     norm = torch.logaddexp(others, (hidden * weight[targets]).sum(-1) + bias[targets])
     rest = (others - norm).exp()  # 1 - pi_y
     grams = [checkpoint(gram, hidden, w, b, norm, rest, first, use_reentrant=False) for w, b, first in chunks]
-    return _normalised(sum(grams), hidden, segment, n)
+    return _normalised(sum(grams), hidden if scale is None else hidden * scale[:, None], segment, n)
 
 
 def tensor_sketch(

@@ -73,7 +73,7 @@ def main(cfg: "Config") -> None:
             for _ in range(cfg.iterations):
                 tokens_of_f = all_tokens_of_f(learner.policy, parts, cfg)
                 for i, part in enumerate(parts):
-                    scores = learner.model(part.inputs, part.branches)  # G responses and the reference answer
+                    scores = learner.model(part.inputs, part.branches, part.fed)  # G responses and the answer
                     logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
                     part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
                     counts = {"sequences": sequences, "tokens": tokens, "max_tokens": cfg.max_new_tokens}
@@ -83,7 +83,7 @@ def main(cfg: "Config") -> None:
                     nce = loss.new_zeros(())
                     if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head, y_i the reference answer
                         everyone = [*tokens_of_f[:i], part.tokens_of_f(scores, cfg.nce_feature), *tokens_of_f[i + 1 :]]
-                        cosine = similarity(everyone, cfg.nce_feature)
+                        cosine = similarity(everyone, cfg.nce_feature, learner.policy.head(trained=part is parts[-1]))
                         tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile) if cfg.tau_quantile else cfg.tau
                         nce, part.nce_stats = ntk_infonce.info_nce(cosine, tau, cfg.nce_temperature)
                     learner.backward(loss * run.processes + cfg.nce_weight * nce, last=part is parts[-1])
@@ -306,7 +306,7 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
         inputs = learner.policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
         ids, mask = learner.policy.encode_responses([reference_response(s, cfg.four_stage) for s in batch])
         tokens = run.total(mask.sum())
-        loss = -(learner.model(inputs, ids).logp * mask).sum() / tokens
+        loss = -learner.model(inputs, ids, mask).logp.sum() / tokens
         learner.backward(loss * run.processes)
         learner.update()
         learner.log(step, {"loss": (loss.item(), 0)}, show=step % 10 == 0)
@@ -411,21 +411,26 @@ class Rollouts:
     nce_stats: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     numbers: dict[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
 
+    @property
+    def fed(self) -> Tensor:
+        """The tokens of `branches` that count [B, G + 1, T]."""
+        beside = self.beside_mask[:, None][:, : self.branches.shape[1] - self.adv.shape[1]]
+        return torch.cat([self.mask.unflatten(0, self.adv.shape), beside], 1)
+
     def tokens_of_f(self, scores: vlm.TokenScores, feature: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """hidden, logits, targets and prompt index of the tokens that make up f_i, flat, for Eq. 4."""
+        """hidden, weight, target and prompt index of the tokens that make up f_i, flat, for Eq. 4."""
         prompts = torch.arange(len(self.samples), device=self.mask.device)
         if feature == "hidden_mean":
             where = self.inputs["attention_mask"].bool()
             hidden, segment = scores.prompt[where], prompts[:, None].expand_as(where)[where]
-            return hidden, hidden[:, :0], segment, segment
+            return hidden, torch.ones_like(segment), segment, segment
         mask = self.mask.unflatten(0, (len(prompts), -1))
         scored = scores.logp.shape[1]  # all branches, or the last one only
         weights = ntk_infonce.feature_weights(feature, mask, self.adv, self.beside_mask)
         weights = weights[:, : self.branches.shape[1]][:, -scored:]
         where = weights != 0
         segment = prompts[:, None, None].expand_as(where)[where]
-        hidden = scores.hidden[where] * weights[where][:, None]
-        return hidden, scores.logits[where], self.branches[:, -scored:][where], segment
+        return scores.hidden[where], weights[where], self.branches[:, -scored:][where], segment
 
     def record(self, scores: vlm.TokenScores, loss: Tensor, nce: Tensor) -> None:
         """Sums and counts of this pass for the metrics; plain numbers, so that no graph is kept."""
@@ -479,7 +484,7 @@ def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | 
         mask=mask.flatten(0, 1),
         beside_mask=beside_mask[:, 0],
     )
-    part.ref_logp = reference.logp(inputs, ids) if reference else None
+    part.ref_logp = reference.logp(inputs, ids, mask) if reference else None
     return part
 
 
@@ -512,20 +517,27 @@ def all_tokens_of_f(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list
         return [None] * len(parts)
     first = 0 if cfg.nce_feature in ("best", "advantage") else -1  # the others need the last branch only
     with torch.no_grad():
-        return [part.tokens_of_f(policy(part.inputs, part.branches[:, first:]), cfg.nce_feature) for part in parts]
+        scores = (policy(part.inputs, part.branches[:, first:], part.fed[:, first:]) for part in parts)
+        return [part.tokens_of_f(s, cfg.nce_feature) for part, s in zip(parts, scores, strict=True)]
 
 
-def similarity(passes: list[tuple[Tensor, Tensor, Tensor, Tensor]], feature: str) -> Tensor:
-    """The cosines of Eq. 4 among the prompts of all passes; a prompt without any token in f_i is not among them."""
+def similarity(
+    passes: list[tuple[Tensor, Tensor, Tensor, Tensor]], feature: str, head: tuple[Tensor, Tensor]
+) -> Tensor:
+    """The cosines of Eq. 4 among the prompts of all passes; a prompt without any token in f_i is not among them.
+
+    The head is common to all passes: `main` lets its gradient through in the last one, for all of them at once.
+    """
     offset, segments = 0, []
     for *_, segment in passes:
         segments.append(segment + offset)
         offset = offset + int(segment.max()) + 1 if len(segment) else offset
     found, segment = torch.cat(segments).unique(return_inverse=True)
-    hidden, logits, targets = (torch.cat([tokens[k] for tokens in passes]) for k in range(3))
+    hidden, scale, targets = (torch.cat([tokens[k] for tokens in passes]) for k in range(3))
     if feature == "hidden_mean":
         return ntk_infonce.hidden_mean(hidden, segment, len(found))
-    return ntk_infonce.gradient_cosine(hidden, logits, targets, segment, max(1, len(found)))
+    weight, bias = head
+    return ntk_infonce.gradient_cosine_chunked(hidden, weight, targets, segment, max(1, len(found)), bias, scale=scale)
 
 
 def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg: Config, run: "Run") -> None:
@@ -572,7 +584,7 @@ class Learner:
         run.reseed(stage, "initialisation")
         self.policy = run.load(model, trainable=True)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay)
+        optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay, fused=True)
         updates = steps * (cfg.iterations if stage == "rl" else 1)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * updates), updates)
         self.model, self.optimizer, self.schedule = run.accelerator.prepare(self.policy, optimizer, schedule)
@@ -677,15 +689,15 @@ class Reference:
             self.frozen = learner.run.load(start, trainable=False)
 
     @torch.no_grad()
-    def logp(self, inputs: BatchFeature, ids: Tensor) -> Tensor | None:
-        """[B, P], [B, G, T] -> [B * G, T]"""
+    def logp(self, inputs: BatchFeature, ids: Tensor, mask: Tensor) -> Tensor | None:
+        """[B, P], [B, G, T], [B, G, T] -> [B * G, T]"""
         if not self.needed:
             return None
         if self.frozen is not None:
-            return self.frozen(inputs, ids).logp.flatten(0, 1)
+            return self.frozen(inputs, ids, mask).logp.flatten(0, 1)
         policy = self.learner.policy
         with policy.base():
-            return policy(inputs, ids).logp.flatten(0, 1)
+            return policy(inputs, ids, mask).logp.flatten(0, 1)
 
 
 def load_options(cfg: Config) -> dict[str, Any]:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -23,7 +25,9 @@ from transformers import (
     AutoTokenizer,
     BatchFeature,
     GenerationConfig,
+    LogitsProcessor,
 )
+from transformers.cache_utils import DynamicLayer
 
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's linears, never the vision's
 
@@ -39,13 +43,12 @@ class Completions:
 
 
 class TokenScores(NamedTuple):
-    """At every completion token: its log-prob [B, K, T], the entropy of its distribution [B, K, T], and what led to
-    them, the head's input [B, K, T, d] and its output [B, K, T, V]. prompt [B, P, d]: the prompt's hidden states."""
+    """At every completion token: its log-prob [B, K, T], the entropy of its distribution [B, K, T] and the head's input
+    there, hidden [B, K, T, d]; prompt [B, P, d]: the prompt's hidden states."""
 
     logp: Tensor
     entropy: Tensor
     hidden: Tensor
-    logits: Tensor
     prompt: Tensor
 
 
@@ -100,7 +103,34 @@ class VLM(nn.Module):
         inputs = self.processor(
             text=text, **media, do_resize=False, padding=True, padding_side="left", return_tensors="pt"
         )
-        return inputs.to(self.device)
+        inputs = inputs.to(self.device)
+        if not any(p.requires_grad for p in self.core.model.visual.parameters()):
+            with (
+                torch.no_grad()
+            ):  # once for generation, policy and reference: a frozen tower sees the same in all three
+                inputs.update(self._see(inputs))
+        return inputs
+
+    def _see(self, inputs: BatchFeature) -> dict[str, Tensor]:
+        """The vision tower's output, one row for every image (video) token of the batch in reading order."""
+        body, seen = self.core.model, {}
+        if "pixel_values" in inputs:
+            out = body.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+            seen["image_features"] = torch.cat(list(out.pooler_output))
+        if "pixel_values_videos" in inputs:
+            out = body.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            seen["video_features"] = torch.cat(list(out.pooler_output))
+        return seen
+
+    def _embed(self, inputs: BatchFeature) -> Tensor:
+        """The prompts' tokens as the language model takes them [B, P, d], pictures and clips in their places."""
+        ids, config = inputs["input_ids"], self.core.config
+        seen = {name: inputs[name] for name in ("image_features", "video_features") if name in inputs}
+        embeds, places = self.core.get_input_embeddings()(ids), (config.image_token_id, config.video_token_id)
+        for name, features in (seen or self._see(inputs)).items():
+            place = ids == places[name == "video_features"]
+            embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
+        return embeds
 
     @torch.no_grad()
     def generate(self, inputs: BatchFeature, n: int, max_new_tokens: int, sample: bool = True) -> Completions:
@@ -110,23 +140,30 @@ class VLM(nn.Module):
         """
         core, prompts = self.core, inputs["input_ids"]
         was_training, _ = self.training, self.eval()
-        cache = core.model(**inputs, use_cache=True).past_key_values
+        position = _positions(core.model, inputs)
+        cache = core.model(
+            inputs_embeds=self._embed(inputs),
+            attention_mask=inputs["attention_mask"],
+            position_ids=position,
+            use_cache=True,
+        ).past_key_values
         cache.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
         cache.batch_repeat_interleave(n)
+        for layer in cache.layers:
+            layer.__class__ = _RoomyLayer
+            layer.make_room(max_new_tokens)
         # the positions that scoring uses; transformers' own deltas count from the largest, a long clip's time
-        start = _positions(core.model, inputs)[0, :, -1] + 1
+        start = position[0, :, -1] + 1
         core.model.rope_deltas = (start - inputs["attention_mask"].sum(1)).repeat_interleave(n)[:, None]
         sequences = core.generate(
             input_ids=prompts.repeat_interleave(n, 0),
             attention_mask=inputs["attention_mask"].repeat_interleave(n, 0),
             past_key_values=cache,
+            logits_processor=[_Sampler()] if sample else [],
             # spelled out: released checkpoints ship a repetition penalty and T = 1e-6 in their generation_config,
             # and log-probs are those of the plain distribution
             generation_config=GenerationConfig(
-                do_sample=sample,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
+                do_sample=False,  # _Sampler has drawn, at T = 1, from the whole distribution
                 repetition_penalty=1.0,
                 max_new_tokens=max_new_tokens,
                 suppress_tokens=self.banned_ids,
@@ -163,29 +200,34 @@ class VLM(nn.Module):
             mask[i, 0, len(a) : len(a) + len(b)] = True
         return ids, mask
 
-    def forward(self, inputs: BatchFeature, ids: Tensor) -> TokenScores:
-        """log pi(ids | prompt) with K branches behind one prompt.   [B, P], [B, K, T] -> TokenScores
+    def forward(self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None) -> TokenScores:
+        """log pi(ids | prompt) with K branches behind one prompt.   [B, P], [B, K, T], [B, K, T] -> TokenScores
 
         Row b is [prompt_b | y_1 | ... | y_K]; in the 4-D mask a branch sees its prompt and its own past, and its
-        positions go on from the prompt's last (mRoPE) position. Equal to K separate rows up to rounding.
+        positions go on from the prompt's last (mRoPE) position. Equal to K separate rows up to rounding. mask: the
+        tokens to be scored, by default all; what follows a branch's last one is not fed, and the head runs on these
+        tokens only. Elsewhere log-prob and entropy are 0.
         """
         body, prompts = self.core.model, inputs["input_ids"]
-        (b, p), (_, k, t) = prompts.shape, ids.shape
-        fed = ids[..., :-1]  # a branch's last token predicts nothing
+        p, t = prompts.shape[1], ids.shape[2]
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        # branch by branch, as many tokens as its longest row in the batch; the last token predicts nothing
+        ends = (mask.any(0) * torch.arange(1, t + 1, device=ids.device)).amax(-1).clamp_min(1).tolist()
+        fed = [end - 1 for end in ends]
+        branches = torch.cat([ids[:, i, :n] for i, n in enumerate(fed)], 1)
         position = _positions(body, inputs)  # [3, B, P]
         start = position[0, :, -1] + 1  # [B]: after the prompt's text, although a long clip's time may run past it
-        steps = torch.arange(t - 1, device=ids.device).repeat(k)
-        branch_position = (start[:, None] + steps).expand(3, -1, -1)
+        steps = torch.cat([torch.arange(n, device=ids.device) for n in fed])
         hidden = body(
-            input_ids=torch.cat([prompts, fed.reshape(b, -1)], 1),
-            attention_mask=_branch_mask(inputs["attention_mask"], k, t - 1, self.core.dtype),
-            position_ids=torch.cat([position, branch_position], 2),
+            inputs_embeds=torch.cat([self._embed(inputs), self.core.get_input_embeddings()(branches)], 1),
+            attention_mask=_branch_mask(inputs["attention_mask"], fed, self.core.dtype),
+            position_ids=torch.cat([position, (start[:, None] + steps).expand(3, -1, -1)], 2),
             use_cache=False,
-            **{name: inputs[name] for name in _PIXELS if name in inputs},
         ).last_hidden_state
-        first = hidden[:, p - 1 : p, None].transpose(1, 2).expand(-1, k, -1, -1)  # the prompt's end predicts y_1
-        states = torch.cat([first, hidden[:, p:].unflatten(1, (k, t - 1))], 2)  # [B, K, T, d]
-        return self._scores(states, ids, hidden[:, :p])
+        # the prompt's end predicts y_1
+        parts = [torch.cat([hidden[:, p - 1 : p], part], 1) for part in hidden[:, p:].split(fed, 1)]
+        states = torch.stack([F.pad(part, (0, 0, 0, t - end)) for part, end in zip(parts, ends)], 1)  # [B, K, T, d]
+        return self._scores(states, ids, mask, hidden[:, :p])
 
     def score_plain(self, inputs: BatchFeature, ids: Tensor) -> TokenScores:
         """The same numbers with one row per completion and no sharing: the reference for tests. Takes B = 1."""
@@ -202,17 +244,21 @@ class VLM(nn.Module):
             use_cache=False,
             **media,
         ).last_hidden_state
-        return self._scores(hidden[None, :, p - 1 : -1], ids, hidden[:1, :p])
+        return self._scores(hidden[None, :, p - 1 : -1], ids, torch.ones_like(ids, dtype=torch.bool), hidden[:1, :p])
 
-    def _scores(self, hidden: Tensor, ids: Tensor, prompt: Tensor) -> TokenScores:
-        logits = self.core.lm_head(hidden)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # never a log-softmax in half precision
-        banned = torch.tensor(self.banned_ids, device=logits.device)
-        logits = logits.index_fill(-1, banned, torch.finfo(logits.dtype).min)  # the distribution that is sampled
-        log_pi = logits.log_softmax(-1)
-        logp = log_pi.gather(-1, ids[..., None]).squeeze(-1)
-        entropy = -(log_pi.detach().exp() * log_pi.detach()).sum(-1)
-        return TokenScores(logp, entropy, hidden, logits, prompt)
+    def _scores(self, hidden: Tensor, ids: Tensor, mask: Tensor, prompt: Tensor) -> TokenScores:
+        found = log_prob(hidden[mask], self.core.lm_head.weight, ids[mask], self.banned_ids)
+        logp, entropy = (torch.zeros(ids.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x) for x in found)
+        return TokenScores(logp, entropy, hidden, prompt)
+
+    def head(self, trained: bool = True) -> tuple[Tensor, Tensor]:
+        """W [V, d] and b [V]: softmax(W h + b) is the distribution that is sampled; b is -inf at banned tokens.
+
+        trained = False: without gradient.
+        """
+        weight = self.core.lm_head.weight if trained else self.core.lm_head.weight.detach()
+        banned = torch.tensor(self.banned_ids, device=weight.device)
+        return weight, torch.zeros(len(weight), device=weight.device).index_fill(0, banned, -torch.inf)
 
     def save(self, folder: str | Path) -> None:
         """Write weights (LoRA merged in) and processor, so that plain `from_pretrained` loads them."""
@@ -226,6 +272,96 @@ class VLM(nn.Module):
         self.processor.save_pretrained(folder)
 
 
+def log_prob(hidden: Tensor, weight: Tensor, ids: Tensor, banned: list[int], chunk: int = 2**22):
+    """log pi(y_t) and the entropy H_t of pi_t = softmax(W h_t).   [N, d], [V, d], [N] -> [N], [N]
+
+    The logits [N, V] are by far the largest tensor of a step, so they never exist: the head runs on chunk / V tokens at
+    a time, and again in backward, where d log pi(y) / dz = e_y - pi. banned tokens have no probability. The entropy
+    carries no gradient. Half precision is widened before the softmax.
+    """
+    return _LogProb.apply(hidden, weight, ids, banned, max(1, chunk // len(weight)))
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, banned, rows):
+        logp, entropy, norm = [], [], []
+        for h, y in zip(hidden.split(rows), ids.split(rows)):
+            z = _wide(h @ weight.T)
+            z[:, banned] = torch.finfo(z.dtype).min
+            norm.append(z.logsumexp(-1))
+            log_pi = z.sub_(norm[-1][:, None])
+            logp.append(log_pi.gather(-1, y[:, None])[:, 0])
+            entropy.append(-torch.linalg.vecdot(log_pi.exp(), log_pi))
+        norm = torch.cat(norm)
+        ctx.save_for_backward(hidden, weight, ids, norm)
+        ctx.banned, ctx.rows = banned, rows
+        entropy = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logp), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        hidden, weight, ids, norm = ctx.saved_tensors
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if to_hidden else None
+        d_weight = torch.zeros_like(weight) if to_weight else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            h, g = hidden[part], grad[part, None]
+            z = _wide(h @ weight.T)
+            z[:, ctx.banned] = torch.finfo(z.dtype).min
+            residual = z.sub_(norm[part, None]).exp_().mul_(-g).scatter_add_(-1, ids[part, None], g).to(hidden.dtype)
+            if to_hidden:
+                d_hidden[part] = residual @ weight
+            if to_weight:
+                d_weight.addmm_(residual.T, h)
+        return d_hidden, d_weight, None, None, None
+
+
+def _wide(x: Tensor) -> Tensor:
+    """At least single precision: no log-softmax is taken in half."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+class _Sampler(LogitsProcessor):
+    """Draws the next token itself, at T = 1 from all of softmax(scores), and leaves `generate` no other choice.
+
+    By inversion of the cumulative distribution, one uniform number a row: `torch.multinomial` draws one for each token
+    of the vocabulary, which on a CPU took longer than the model (36 % of generation with 32,768 tokens).
+    """
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        cumulative = _wide(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
+        u = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
+        token = torch.searchsorted(cumulative, u, right=True)  # right: never a token without probability
+        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+
+class _RoomyLayer(DynamicLayer):
+    """A cache layer with room for what comes: new keys and values are written in place, where the plain layer copies
+    all there is at every token."""
+
+    def make_room(self, tokens: int) -> None:
+        self.filled = self.keys.shape[-2]
+        shape = (*self.keys.shape[:-2], self.filled + tokens, self.keys.shape[-1])
+        self.room = []
+        for name in ("keys", "values"):
+            room = self.keys.new_empty(shape)
+            room[..., : self.filled, :] = getattr(self, name)
+            self.room.append(room)
+            setattr(self, name, room[..., : self.filled, :])
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        end = self.filled + key_states.shape[-2]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[..., self.filled : end, :] = new
+        self.filled = end
+        self.keys, self.values = (room[..., :end, :] for room in self.room)
+        return self.keys, self.values
+
+
 _PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
 
 
@@ -235,14 +371,14 @@ def _positions(body: nn.Module, inputs: BatchFeature) -> Tensor:
     return body.get_rope_index(inputs["input_ids"], **{name: inputs[name] for name in names if name in inputs})[0]
 
 
-def _branch_mask(prompt_mask: Tensor, k: int, t: int, dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [B, 1, L, L], L = P + k t: 0 where a row may look, the most negative number elsewhere."""
+def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype) -> Tensor:
+    """Additive attention mask [B, 1, L, L], L = P + sum(fed): 0 where a row may look, the lowest number elsewhere."""
     b, p = prompt_mask.shape
-    length, device = p + k * t, prompt_mask.device
-    branch = torch.cat([torch.zeros(p, device=device), torch.arange(k, device=device).repeat_interleave(t) + 1])
+    length, device = p + sum(fed), prompt_mask.device
+    branch = torch.arange(len(fed) + 1, device=device).repeat_interleave(torch.tensor([p, *fed], device=device))
     see = (branch[None] == 0) | (branch[None] == branch[:, None])  # the prompt, or the same branch
     see = see & torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, k * t).bool()], 1)
+    valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, sum(fed)).bool()], 1)
     see = see[None] & valid[:, None] | torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself: no NaN
     return torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)[:, None]
 

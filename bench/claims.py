@@ -63,9 +63,11 @@ def main() -> None:
             part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
             with torch.no_grad():
                 scores = policy(part.inputs, part.branches)
-            cosines[name].append(train.similarity([part.tokens_of_f(scores, name)], name))
+            cosines[name].append(train.similarity([part.tokens_of_f(scores, name)], name, policy.head()))
             if name == "reference":
-                pi = scores.logits[:, : cfg.group_size].flatten(0, 1)[part.mask].double().softmax(-1)
+                weight, bias = policy.head()
+                hidden = scores.hidden[:, : cfg.group_size].flatten(0, 1)[part.mask]
+                pi = (hidden @ weight.T + bias).double().softmax(-1)
                 pi_y = scores.logp[:, : cfg.group_size].flatten(0, 1)[part.mask].double().exp()
                 flattens.append(pi_y < grpo.sharpening_threshold(pi))
                 entropies.append(scores.entropy[:, : cfg.group_size].flatten(0, 1)[part.mask])

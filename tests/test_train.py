@@ -126,10 +126,10 @@ def test_the_baselines_and_lora_run(finished, world, tmp_path):
 
 
 def plain_logp(policy, sample, cfg, ids):
-    """log pi of each token of one response, one row by itself.   [T] -> [T], and the scores' hidden states"""
+    """log pi of each token of one response, one row by itself, all logits at once.   [T] -> [T]"""
     inputs = policy.encode(data.prompts([sample], cfg.four_stage, cfg.fps, cfg.max_frames))
-    scores = policy.score_plain(inputs, ids[None, None])
-    return scores.logp[0, 0]
+    hidden, (weight, bias) = policy.score_plain(inputs, ids[None, None]).hidden[0, 0], policy.head()
+    return (hidden @ weight.T + bias).log_softmax(-1).gather(-1, ids[:, None])[:, 0]
 
 
 def answer_ids(policy, sample):
@@ -147,7 +147,7 @@ def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world,
     part = train.roll_out(batch, policy, SimpleNamespace(logp=lambda *_: None), cfg)
     part.adv = torch.tensor([[1.0, -1.2, 0.2], [-0.5, 0.7, -0.2], [0.1, 0.4, -0.5]])
     with torch.no_grad():
-        got = train.similarity([part.tokens_of_f(policy(part.inputs, part.branches), feature)], feature)
+        got = train.similarity([part.tokens_of_f(policy(part.inputs, part.branches), feature)], feature, policy.head())
     mask, rows = part.mask.unflatten(0, (n, 3)), []
     for i, sample in enumerate(batch):
         responses = [part.branches[i, g][mask[i, g]] for g in range(3)]
@@ -265,7 +265,7 @@ def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(wor
         fixed = train.all_tokens_of_f(policy, parts, cfg)
         for i, part in enumerate(parts):
             live = part.tokens_of_f(policy(part.inputs, part.branches), feature)
-            cosine = train.similarity([*fixed[:i], live, *fixed[i + 1 :]], feature)
+            cosine = train.similarity([*fixed[:i], live, *fixed[i + 1 :]], feature, policy.head(part is parts[-1]))
             assert len(cosine) == (4 if feature == "advantage" else 5)  # the tied prompt has no direction
             loss, stats = ntk_infonce.info_nce(cosine, ntk_infonce.quantile_tau(cosine, 0.5))
             assert stats["active"] > 0
