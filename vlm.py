@@ -159,14 +159,14 @@ class VLM(nn.Module):
             input_ids=prompts.repeat_interleave(n, 0),
             attention_mask=inputs["attention_mask"].repeat_interleave(n, 0),
             past_key_values=cache,
-            logits_processor=[_Sampler()] if sample else [],
+            logits_processor=[_Sampler(self.banned_ids)] if sample else [],
             # spelled out: released checkpoints ship a repetition penalty and T = 1e-6 in their generation_config,
             # and log-probs are those of the plain distribution
             generation_config=GenerationConfig(
                 do_sample=False,  # _Sampler has drawn, at T = 1, from the whole distribution
                 repetition_penalty=1.0,
                 max_new_tokens=max_new_tokens,
-                suppress_tokens=self.banned_ids,
+                suppress_tokens=None if sample else self.banned_ids,
                 eos_token_id=self.end_ids,
                 pad_token_id=self.processor.tokenizer.pad_token_id,
             ),
@@ -288,11 +288,13 @@ class _LogProb(torch.autograd.Function):
         logp, entropy, norm = [], [], []
         for h, y in zip(hidden.split(rows), ids.split(rows)):
             z = _wide(h @ weight.T)
-            z[:, banned] = torch.finfo(z.dtype).min
-            norm.append(z.logsumexp(-1))
-            log_pi = z.sub_(norm[-1][:, None])
-            logp.append(log_pi.gather(-1, y[:, None])[:, 0])
-            entropy.append(-torch.linalg.vecdot(log_pi.exp(), log_pi))
+            z[:, banned] = torch.finfo(z.dtype).min / 2
+            most = z.amax(-1, keepdim=True)
+            weights = z.sub_(most).exp()  # log-sum-exp by hand: its parts give the entropy as well
+            total = weights.sum(-1)
+            norm.append(most[:, 0] + total.log())
+            logp.append(z.gather(-1, y[:, None])[:, 0] - total.log())
+            entropy.append(total.log() - torch.linalg.vecdot(weights, z) / total)
         norm = torch.cat(norm)
         ctx.save_for_backward(hidden, weight, ids, norm)
         ctx.banned, ctx.rows = banned, rows
@@ -311,7 +313,7 @@ class _LogProb(torch.autograd.Function):
             part = slice(start, start + ctx.rows)
             h, g = hidden[part], grad[part, None]
             z = _wide(h @ weight.T)
-            z[:, ctx.banned] = torch.finfo(z.dtype).min
+            z[:, ctx.banned] = torch.finfo(z.dtype).min / 2
             residual = z.sub_(norm[part, None]).exp_().mul_(-g).scatter_add_(-1, ids[part, None], g).to(hidden.dtype)
             if to_hidden:
                 d_hidden[part] = residual @ weight
@@ -332,11 +334,15 @@ class _Sampler(LogitsProcessor):
     of the vocabulary, which on a CPU took longer than the model (36 % of generation with 32,768 tokens).
     """
 
+    def __init__(self, banned: list[int]):
+        self.banned = banned
+
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.banned] = -torch.inf
         cumulative = _wide(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
         u = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
         token = torch.searchsorted(cumulative, u, right=True)  # right: never a token without probability
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+        return scores.fill_(-torch.inf).scatter_(-1, token, 0.0)
 
 
 class _RoomyLayer(DynamicLayer):

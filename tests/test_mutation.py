@@ -87,8 +87,8 @@ FAULTS = [
     Fault("branch positions start one early", "vlm", "start = position[0, :, -1] + 1  # [B]", "start = position[0, :, -1]  # [B]", "equal_plain_rows"),
     Fault("sampled at T = 0.7", "vlm", "_wide(scores).softmax(-1)", "(_wide(scores) / 0.7).softmax(-1)", "sampled_from"),
     Fault("the tail of the vocabulary is never sampled", "vlm", "* cumulative[:, -1:]", "* 0.9 * cumulative[:, -1:]", "sampled_from"),
-    Fault("banned tokens are scored", "vlm", "            z[:, banned] = torch.finfo(z.dtype).min\n", "", "banned or equal_plain_rows"),
-    Fault("banned tokens have a gradient", "vlm", "            z[:, ctx.banned] = torch.finfo(z.dtype).min\n", "", "equal_plain_rows"),
+    Fault("banned tokens are scored", "vlm", "            z[:, banned] = torch.finfo(z.dtype).min / 2\n", "", "banned or equal_plain_rows"),
+    Fault("banned tokens have a gradient", "vlm", "            z[:, ctx.banned] = torch.finfo(z.dtype).min / 2\n", "", "equal_plain_rows"),
     Fault("gradient of log pi without - pi", "vlm", ".exp_().mul_(-g)", ".exp_().mul_(0)", "equal_plain_rows"),
     Fault("cache rows overwritten", "vlm", "room[..., self.filled : end, :] = new", "room[..., -1:, :] = new", "greedy"),
     # how train.py puts them together

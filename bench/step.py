@@ -1,0 +1,358 @@
+"""One training step, ours and TRL's, side by side: the same weights, prompts, pictures, completion length and loss.
+
+    pip install -e '.[bench]' && python bench/step.py --out bench-step    # two CPU cores, about half an hour
+    python bench/step.py --visual 144 --micro 8 --repeats 1               # one workload, one micro-batch of TRL
+
+Both use Hugging Face generation, fp32, AdamW, beta 0.04, no clip in effect (one update a batch), sequence-mean loss,
+4 prompts x 8 completions of 48 tokens, an 18.5 M-parameter Qwen2.5-VL (hidden 256, 6 layers, vision depth 4,
+vocabulary 32,768) with frozen vision tower. TRL's micro-batch is swept, and each figure is compared with the one that
+suits TRL best for it; ours is swept over prompts per pass in the same way. Every measurement is a process of its own,
+ours and TRL's in turn, so that peak memory (the highest resident set) is its own and noise hits both. The first step of
+a process is warm-up. Times are medians over processes, with the smallest and the largest.
+
+The floor is the arithmetic that cannot be avoided, over the rate at which this machine multiplies 1024 x 1024 fp32
+matrices, measured in our processes: the body on prompts and completions forward once and backward twice, the head on
+completion tokens forward, backward twice. For decoding it is bytes: the weights and the cache, read once a token.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+PROMPTS, GROUP, LENGTH, BETA, RATE = 4, 8, 48, 0.04, 1e-5
+PIXELS, NEVER = 28 * 28 * 4096, 32767  # a limit above every picture here; an end token that is never sampled
+ROOT = Path(__file__).parent.parent
+WORD = "find the red square and say where it is in the picture "
+
+
+def write_model(folder: Path) -> None:
+    """The policy of the benchmark, random but for its shape, with the embedded world's tokenizer and template."""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    import shapes
+
+    torch.manual_seed(0)
+    small, processor = shapes.make_policy(shapes.make_tokenizer())
+    text, vision = small.config.text_config.to_dict(), small.config.vision_config.to_dict()
+    text |= dict(vocab_size=32768, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, layer_types=None)
+    text |= dict(max_window_layers=6, num_attention_heads=4, num_key_value_heads=2)
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]}
+    vision |= dict(depth=4, hidden_size=256, intermediate_size=512, out_hidden_size=256, fullatt_block_indexes=[3])
+    tokens = {name: value for name, value in small.config.to_dict().items() if name.endswith("_token_id")}
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
+    )
+    model.generation_config = small.generation_config
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def prompts(visual: int):
+    """(picture, question) with `visual` tokens of picture each."""
+    import torch
+    from PIL import Image
+
+    side = round(visual**0.5) * 28
+    torch.manual_seed(1)
+    pixels = torch.randint(256, (PROMPTS, side, side, 3), dtype=torch.uint8).numpy()
+    return [(Image.fromarray(pixels[i]), WORD + f"number {i}") for i in range(PROMPTS)]
+
+
+# --- the two sides ---------------------------------------------------------------------------------------------------
+
+
+def ours(folder: Path, visual: int, steps: int, size: int) -> dict:
+    """`size` prompts per pass. Every second step has Eq. 4, so that what it adds is measured side by side."""
+    import torch
+    import torch.nn.functional as F
+
+    import grpo
+    import ntk_infonce
+    import vlm
+
+    policy = vlm.load(str(folder), max_pixels=PIXELS)
+    reference = vlm.load(str(folder), max_pixels=PIXELS, trainable=False)
+    policy.end_ids = [NEVER]
+    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=RATE, fused=True)
+    chat = [
+        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        for image, text in prompts(visual)
+    ]
+    parts = [chat[i : i + size] for i in range(0, PROMPTS, size)]
+    loaded, out = peak(), {False: [], True: []}
+    for step in range(2 * steps):
+        nce, clock = step % 2 == 1, [time.perf_counter()]
+        inputs = [policy.encode(part) for part in parts]
+        rolls = [policy.generate(x, GROUP, LENGTH) for x in inputs]
+        clock.append(time.perf_counter())
+        with torch.no_grad():
+            ref_logp = [reference(x, r.ids).logp.flatten(0, 1) for x, r in zip(inputs, rolls)]
+        clock.append(time.perf_counter())
+        count = {"sequences": PROMPTS * GROUP, "tokens": PROMPTS * GROUP * LENGTH}
+        answer, answer_mask = policy.encode_responses(["<answer>A</answer>"] * size)
+        pad = (0, LENGTH - answer.shape[-1])
+        for x, roll, ref in zip(inputs, rolls, ref_logp):
+            if nce:
+                branches = torch.cat([roll.ids, F.pad(answer, pad)], 1)
+                scores = policy(x, branches, torch.cat([roll.mask, F.pad(answer_mask, pad)], 1))
+            else:
+                scores = policy(x, roll.ids, roll.mask)
+            logp, mask = scores.logp[:, :GROUP].flatten(0, 1), roll.mask.flatten(0, 1)
+            adv = grpo.group_advantages(torch.rand(size, GROUP)).flatten()
+            loss, _ = grpo.grpo_loss(logp, logp.detach(), adv, mask, ref, BETA, **count)
+            if nce:
+                where = F.pad(answer_mask[:, 0], pad)
+                segment = torch.arange(size)[:, None].expand_as(where)[where]
+                tokens = scores.hidden[:, -1][where], policy.head()[0], F.pad(answer, pad)[:, 0][where], segment, size
+                loss = loss + 0.01 * ntk_infonce.info_nce(ntk_infonce.gradient_cosine_chunked(*tokens))[0]
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.append(time.perf_counter())
+        parts_of_step = zip(("generate", "reference", "update"), (b - a for a, b in zip(clock, clock[1:])))
+        out[nce].append(dict(parts_of_step) | {"step": clock[-1] - clock[0]})
+    assert sum(r.mask.sum() for r in rolls) == PROMPTS * GROUP * LENGTH
+    return {
+        "steps": out[False][1:],
+        "with Eq. 4": out[True][1:],
+        "peak": peak(),
+        "loaded": loaded,
+        "floor": floor(policy, inputs[0]["input_ids"].shape[1]),
+    }
+
+
+def floor(policy, prompt: int) -> dict:
+    """Seconds that arithmetic alone takes, by part, at the machine's measured rates."""
+    core, rates = policy.core, machine()
+    body = sum(p.numel() for p in core.model.language_model.layers.parameters())
+    head, completions = core.lm_head.weight.numel(), PROMPTS * GROUP * LENGTH
+    forward = 2 * (body * (PROMPTS * prompt + completions) + head * completions)
+    config = core.config.text_config
+    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 64 * PROMPTS * GROUP * (prompt + LENGTH / 2)
+    return {
+        "reference": forward / rates["flops"],
+        "update": 3 * forward / rates["flops"],
+        "decode, arithmetic": 2 * (body + head) * completions / rates["flops"],
+        "decode, bytes": LENGTH * (4 * (body + head) + cache) / rates["bytes"],
+        "GFLOP/s": rates["flops"] / 1e9,
+        "GB/s": rates["bytes"] / 1e9,
+    }
+
+
+def trl(folder: Path, visual: int, steps: int, micro: int) -> dict:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model.model.visual.requires_grad_(False)
+    model.generation_config.eos_token_id = NEVER
+    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": PIXELS}
+    rows = [{"prompt": [{"role": "user", "content": text}], "image": image} for image, text in prompts(visual)]
+    out, clock = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            clock[:] = [time.perf_counter()]
+
+        def on_step_end(self, *_, **__):
+            out.append({"step": time.perf_counter() - clock[0]})
+
+    def random_reward(completions, **_):
+        return torch.rand(len(completions)).tolist()
+
+    with tempfile.TemporaryDirectory() as scratch:
+        config = GRPOConfig(
+            output_dir=scratch,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=PROMPTS * GROUP // micro,
+            num_generations=GROUP,
+            max_completion_length=LENGTH,
+            beta=BETA,
+            loss_type="grpo",
+            learning_rate=RATE,
+            max_steps=steps,
+            use_cpu=True,
+            bf16=False,
+            gradient_checkpointing=False,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            disable_tqdm=True,
+        )
+        trainer = GRPOTrainer(
+            model=model,
+            reward_funcs=random_reward,
+            args=config,
+            train_dataset=Dataset.from_list(rows * steps),
+            processing_class=processor,
+            callbacks=[Clock()],
+        )
+        loaded = peak()
+        trainer.train()
+    return {"steps": out[1:], "peak": peak(), "loaded": loaded}
+
+
+def peak() -> float:
+    """The highest resident set of this process so far, in MB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def machine() -> dict:
+    """The best of several: fp32 multiplications and additions a second, and bytes read a second."""
+    import torch
+
+    def best(work, repeats=7):
+        times = []
+        for _ in range(repeats):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    big = torch.randn(32 * 2**20)
+    return {"flops": 2 * 1024**3 / best(lambda: a @ b), "bytes": big.nbytes / best(lambda: big.sum())}
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def measure(side: str, folder: Path, visual: int, size: int, steps: int) -> dict:
+    """One measurement in a process of its own."""
+    options = ["--worker", side, "--folder", folder, "--visual", visual, "--size", size, "--steps", steps]
+    done = subprocess.run([sys.executable, __file__, *map(str, options)], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"error: {side} with {size} failed\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def middle(values: list[float], form: str = "{:.1f}") -> str:
+    return form.format(statistics.median(values)) + (
+        f" ({form} to {form})".format(min(values), max(values)) if len(values) > 1 else ""
+    )
+
+
+def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
+    """Ours and TRL in turn, every size once; then what suits each best again, `repeats` times in all."""
+    sizes = {"ours": [PROMPTS, 1], "trl": micro}
+    found = {side: {size: [] for size in sizes[side]} for side in sizes}
+
+    def run(side: str, size: int) -> None:
+        result = measure(side, folder, visual, size, 3 if side == "ours" else 2)
+        found[side][size].append(result)
+        seconds = statistics.median(step["step"] for step in result["steps"])
+        name = "prompts per pass" if side == "ours" else "micro-batch"
+        print(f"{visual} visual tokens, {side}, {name} {size}: {seconds:.1f} s, {result['peak']:.0f} MB", flush=True)
+
+    def time_of(side: str, size: int) -> float:
+        return statistics.median(step["step"] for result in found[side][size] for step in result["steps"])
+
+    for k in range(max(len(micro), 2)):
+        for side in sizes:
+            if k < len(sizes[side]):
+                run(side, sizes[side][k])
+    for _ in range(repeats - 1):
+        for side in sizes:
+            run(side, min(sizes[side], key=lambda size: time_of(side, size)))
+    return found
+
+
+def summary(visual: int, found: dict) -> tuple[str, dict]:
+    """The table of one workload, in Markdown, and its numbers."""
+    best = {}
+    for side, by_size in found.items():
+        steps = {size: [s["step"] for r in results for s in r["steps"]] for size, results in by_size.items()}
+        peaks = {size: [r["peak"] for r in results] for size, results in by_size.items()}
+        over = {size: [r["peak"] - r["loaded"] for r in results] for size, results in by_size.items()}
+        fast = min(steps, key=lambda size: statistics.median(steps[size]))
+        lean = min(peaks, key=lambda size: statistics.median(peaks[size]))
+        best[side] = {"fast": fast, "lean": lean, "step": steps[fast], "peak": peaks[lean], "over": over[lean]}
+    mine, theirs = best["ours"], best["trl"]
+    fastest = found["ours"][mine["fast"]]
+    part = {name: statistics.median(s[name] for r in fastest for s in r["steps"]) for name in fastest[0]["steps"][0]}
+    nce = statistics.median(s["step"] for r in fastest for s in r["with Eq. 4"]) / part["step"] - 1
+    limit = {name: statistics.median(r["floor"][name] for r in fastest) for name in fastest[0]["floor"]}
+    ratio = {name: statistics.median(theirs[name]) / statistics.median(mine[name]) for name in ("step", "peak", "over")}
+    scoring = limit["reference"] + limit["update"]
+    decoding = max(limit["decode, arithmetic"], limit["decode, bytes"])
+
+    def row(title: str, name: str, form: str) -> str:
+        return f"| {title} | {middle(theirs[name], form)} | {middle(mine[name], form)} | {ratio[name]:.1f} |"
+
+    text = "\n".join(
+        (
+            f"### {visual} visual tokens a prompt",
+            "| | TRL | ours | TRL / ours |\n|---|---|---|---|",
+            row("seconds a step", "step", "{:.2f}"),
+            row("highest resident set, MB", "peak", "{:.0f}"),
+            row("of it above the loaded model, MB", "over", "{:.0f}"),
+            f"\nTRL: fastest micro-batch {theirs['fast']}, leanest {theirs['lean']}. Ours: fastest with {mine['fast']} "
+            f"prompts per pass, leanest with {mine['lean']}; generate {part['generate']:.2f} s, reference "
+            f"{part['reference']:.2f} s, update {part['update']:.2f} s. Reference and update together are "
+            f"{(part['reference'] + part['update']) / scoring:.2f} times the arithmetic floor ({scoring:.2f} s at "
+            f"{limit['GFLOP/s']:.0f} GFLOP/s); the floor of decoding is {decoding:.2f} s (arithmetic "
+            f"{limit['decode, arithmetic']:.2f}, bytes {limit['decode, bytes']:.2f} at {limit['GB/s']:.0f} GB/s). "
+            f"Eq. 4 adds {nce:+.1%}.\n",
+        )
+    )
+    return text, {"best": best, "parts": part, "floor": limit, "ratio": ratio}
+
+
+def plot(results: dict, file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
+    for axis, name, title in zip(axes, ("step", "peak"), ("seconds a step", "highest resident set, MB")):
+        for k, side in enumerate(("trl", "ours")):
+            values = [statistics.median(r["best"][side][name]) for r in results.values()]
+            bars = axis.bar(
+                [i + 0.4 * k for i in range(len(values))], values, width=0.38, label=side.replace("trl", "TRL")
+            )
+            axis.bar_label(bars, fmt="%.1f" if name == "step" else "%.0f")
+        axis.set_xticks([i + 0.2 for i in range(len(results))], [f"{visual} visual tokens" for visual in results])
+        axis.set_title(title)
+    axes[0].legend()
+    figure.savefig(file, dpi=150)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--visual", type=int, nargs="+", default=[144, 576], help="visual tokens a prompt")
+    parser.add_argument("--micro", type=int, nargs="+", default=[8, 16, 32], help="TRL's micro-batches [completions]")
+    parser.add_argument("--repeats", type=int, default=3, help="processes per side at its best size")
+    parser.add_argument("--out", type=Path, default=Path("bench-step"), help="folder for step.json and step.png")
+    for name in ("--worker", "--folder", "--size", "--steps"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if args.worker:
+        side = ours if args.worker == "ours" else trl
+        print(json.dumps(side(Path(args.folder), args.visual[0], int(args.steps), int(args.size))))
+        return
+    results = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_model(Path(folder))
+        for visual in args.visual:
+            text, results[visual] = summary(visual, compare(visual, args.micro, args.repeats, Path(folder)))
+            print("\n" + text, flush=True)
+    args.out.mkdir(exist_ok=True, parents=True)
+    (args.out / "step.json").write_text(json.dumps(results, indent=1))
+    plot(results, args.out / "step.png")
+    print(f"wrote {args.out}/step.json and step.png")
+
+
+if __name__ == "__main__":
+    main()
