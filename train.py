@@ -109,6 +109,7 @@ MECHANISMS = {  # what --method stands for; each switch can be set by itself
     "grpo": {"four_stage": False, "caption_reward": False, "selection": False, "nce_weight": 0.0},
     "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
 }
+DENSE_LOGITS = 2**26  # numbers; beyond it Eq. 4 takes the vocabulary in chunks
 FREE_TO_CHANGE = (
     "output_dir",
     "quiet",
@@ -536,8 +537,11 @@ def similarity(
     hidden, scale, targets = (torch.cat([tokens[k] for tokens in passes]) for k in range(3))
     if feature == "hidden_mean":
         return ntk_infonce.hidden_mean(hidden, segment, len(found))
-    weight, bias = head
-    return ntk_infonce.gradient_cosine_chunked(hidden, weight, targets, segment, max(1, len(found)), bias, scale=scale)
+    (weight, bias), n = head, max(1, len(found))
+    if len(hidden) * len(weight) <= DENSE_LOGITS:  # few tokens: smaller than the chunked form's gradients of W
+        logits = hidden @ weight.T + bias
+        return ntk_infonce.gradient_cosine(hidden * scale[:, None], logits, targets, segment, n)
+    return ntk_infonce.gradient_cosine_chunked(hidden, weight, targets, segment, n, bias, scale=scale)
 
 
 def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg: Config, run: "Run") -> None:

@@ -75,6 +75,7 @@ def ours(folder: Path, visual: int, steps: int, size: int) -> dict:
 
     import grpo
     import ntk_infonce
+    import train
     import vlm
 
     policy = vlm.load(str(folder), max_pixels=PIXELS)
@@ -110,8 +111,10 @@ def ours(folder: Path, visual: int, steps: int, size: int) -> dict:
             if nce:
                 where = F.pad(answer_mask[:, 0], pad)
                 segment = torch.arange(size)[:, None].expand_as(where)[where]
-                tokens = scores.hidden[:, -1][where], policy.head()[0], F.pad(answer, pad)[:, 0][where], segment, size
-                loss = loss + 0.01 * ntk_infonce.info_nce(ntk_infonce.gradient_cosine_chunked(*tokens))[0]
+                hidden = scores.hidden[:, -1][where]
+                tokens = hidden, torch.ones(len(hidden)), F.pad(answer, pad)[:, 0][where], segment
+                cosine = train.similarity([tokens], "reference", policy.head())
+                loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
             loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()

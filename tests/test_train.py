@@ -138,7 +138,7 @@ def answer_ids(policy, sample):
 
 
 @pytest.mark.parametrize("feature", ["reference", "own_prefix", "best", "advantage", "greedy"])
-def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world, feature):
+def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world, feature, monkeypatch):
     """Row by row, with ids laid by hand, against the head's gradient from torch.autograd."""
     policy = vlm.load(str(world / "policy"), dtype="float64")
     cfg = train.Config(nce_feature=feature, group_size=3, max_new_tokens=6)
@@ -171,6 +171,12 @@ def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world,
     rows = torch.stack(rows)
     want = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
+    monkeypatch.setattr(train, "DENSE_LOGITS", 0)
+    with torch.no_grad():
+        chunked = train.similarity(
+            [part.tokens_of_f(policy(part.inputs, part.branches), feature)], feature, policy.head()
+        )
+    torch.testing.assert_close(chunked, want, atol=1e-6, rtol=0)
     assert got.triu(1).abs().max() > 1e-3
 
 
