@@ -3,7 +3,8 @@
     python bench/selection.py --run runs/ours-seed0 --out bench-select
 
 Same policy (a run's cold start), same prompts, T = 1 from the whole distribution, same limit; in turn, in one process
-for time and in processes of their own for the highest resident set. Writes JSON and a plot to --out.
+for time and in processes of their own for the highest resident set. Writes JSON and a plot to --out. (Not named
+select.py: scripts beside it would import it in place of the standard library's module.)
 """
 
 import argparse
@@ -68,10 +69,8 @@ def main() -> None:
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent.parent))
     if args.worker:
-        form = open_policy(args)[args.worker]
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        form()
-        print(json.dumps((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024))
+        open_policy(args)[args.worker]()
+        print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
         return
     forms, found = open_policy(args), {name: {"rates": []} for name in ("ours", "plain")}
     for repeat in range(args.repeats + 1):
@@ -86,7 +85,7 @@ def main() -> None:
         result["MB"] = json.loads(done.stdout.splitlines()[-1])
     rate = {name: statistics.median(result["rates"]) for name, result in found.items()}
     print(f"{args.prompts} prompts x {RESPONSES} responses, {args.repeats} times in turn\n")
-    print("| | tokens a second | highest resident set above the loaded model, MB |\n|---|---|---|")
+    print("| | tokens a second | highest resident set, MB |\n|---|---|---|")
     for name, result in found.items():
         low, high = min(result["rates"]), max(result["rates"])
         print(f"| {name} | {rate[name]:.0f} ({low:.0f} to {high:.0f}) | {result['MB']:.0f} |")
