@@ -50,8 +50,8 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     mean = torch.where(known, rewards, 0.0).sum(1, keepdim=True) / count.clamp_min(1)
     centred = torch.where(known, rewards - mean, 0.0)
     variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)
-    most, least = (torch.where(known, rewards, x).sort(1).values for x in (-torch.inf, torch.inf))
-    tied = (most[:, -1:] <= least[:, :1]) | (count < 2)
+    most = torch.where(known, rewards, -torch.inf).amax(1, keepdim=True)
+    tied = most <= torch.where(known, rewards, torch.inf).amin(1, keepdim=True)  # none or one known: tied as well
     # set aside before the root, whose gradient at 0 is infinite
     return torch.where(tied, 0.0, centred / (variance.masked_fill(tied, 1.0).sqrt() + eps))
 

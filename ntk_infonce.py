@@ -92,22 +92,23 @@ def feature_weights(choice: str, mask: Tensor, adv: Tensor, extra: Tensor) -> Te
     gives the weighted gradient, because f is linear in h; its chunked form takes w as `scale`. Of equally good
     responses the first is `best`; a tied group has no `advantage` feature (all weights 0).
     """
-    if choice not in FEATURES or choice == "hidden_mean":
-        raise ValueError(f"choice must be one of {', '.join(set(FEATURES) - {'hidden_mean'})}, got {choice!r}")
+    choices = [name for name in FEATURES if name != "hidden_mean"]
+    if choice not in choices:
+        raise ValueError(f"choice must be one of {', '.join(choices)}, got {choice!r}")
     if mask.shape[:2] != adv.shape or extra.shape != mask[:, 0].shape:
         raise ValueError(
             f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and extra [B, T] {tuple(extra.shape)} "
             "do not fit together"
         )
     per_token = mask / mask.sum(-1, keepdim=True).clamp_min(1)  # of the *mean* log-prob of a response
-    weights = torch.zeros_like(per_token)
+    weights, beside = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])
     if choice == "best":
         best = adv.argmax(1)[:, None, None].expand(-1, 1, mask.shape[2])
         weights = weights.scatter(1, best, per_token.gather(1, best))
     elif choice == "advantage":
         weights = adv[..., None] * per_token
-    beside = extra / extra.sum(-1, keepdim=True).clamp_min(1)
-    beside = beside if choice in ("reference", "own_prefix", "greedy") else torch.zeros_like(beside)
+    else:
+        beside = extra / extra.sum(-1, keepdim=True).clamp_min(1)
     return torch.cat([weights, beside[:, None].to(weights)], 1)
 
 

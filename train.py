@@ -68,7 +68,7 @@ def main(cfg: "Config") -> None:
             for part in parts:
                 part.rewards, part.replies = reward(part, judge, cfg)  # accuracy, format, caption   [B, G] each
                 part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
-            sequences, tokens = run.count(parts)
+            counts = run.count(parts)  # of the global batch
 
             for _ in range(cfg.iterations):
                 tokens_of_f = all_tokens_of_f(learner.policy, parts, cfg)
@@ -76,7 +76,6 @@ def main(cfg: "Config") -> None:
                     scores = learner.model(part.inputs, part.branches, part.fed)  # G responses and the answer
                     logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
                     part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
-                    counts = {"sequences": sequences, "tokens": tokens, "max_tokens": cfg.max_new_tokens}
                     loss, part.stats = grpo.grpo_loss(  # Eq. 1
                         logp, part.old_logp, part.adv.flatten(), part.mask, part.ref_logp, **cfg.grpo_options, **counts
                     )
@@ -253,7 +252,8 @@ class Config:
 
     @property
     def grpo_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("beta", "eps_low", "eps_high", "kl_kind", "loss_norm")}
+        names = ("beta", "eps_low", "eps_high", "kl_kind", "loss_norm")
+        return {name: getattr(self, name) for name in names} | {"max_tokens": self.max_new_tokens}
 
 
 class ConfigError(ValueError):
@@ -471,7 +471,7 @@ def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | 
         own = [row[0].split("<answer>")[0] for row in rolls.text] if feature == "own_prefix" else None
         beside, beside_mask = policy.encode_responses([f"<answer>{s.answer}</answer>" for s in batch], after=own)
     else:
-        beside, beside_mask = rolls.ids[:, :0], rolls.mask[:, 0:1] & False
+        beside, beside_mask = rolls.ids[:, :0], torch.zeros_like(rolls.mask[:, :1])
     length = max(rolls.ids.shape[-1], beside.shape[-1])
     ids, mask, beside, beside_mask = (
         torch.nn.functional.pad(x, (0, length - x.shape[-1])) for x in (rolls.ids, rolls.mask, beside, beside_mask)
@@ -832,13 +832,12 @@ class Run:
     def total(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.float(), "sum")
 
-    def count(self, parts: list[Rollouts]) -> tuple[float, float]:
+    def count(self, parts: list[Rollouts]) -> dict[str, float]:
         """Responses and response tokens of the global batch: the denominators of the loss."""
         here = torch.stack(
             [sum(len(p.mask) for p in parts) + 0 * parts[0].mask.sum(), sum(p.mask.sum() for p in parts)]
         )
-        sequences, tokens = self.total(here).tolist()
-        return sequences, tokens
+        return dict(zip(("sequences", "tokens"), self.total(here).tolist(), strict=True))
 
     def average(self, numbers: dict[str, tuple[float, float]]) -> dict[str, float]:
         """Sums and counts by name -> sum / count over all processes. Nothing counted, no value; `loss` is a sum."""

@@ -105,9 +105,8 @@ class VLM(nn.Module):
         )
         inputs = inputs.to(self.device)
         if not any(p.requires_grad for p in self.core.model.visual.parameters()):
-            with (
-                torch.no_grad()
-            ):  # once for generation, policy and reference: a frozen tower sees the same in all three
+            # once for generation, policy and reference: a frozen tower sees the same in all three
+            with torch.no_grad():
                 inputs.update(self._see(inputs))
         return inputs
 
@@ -125,11 +124,11 @@ class VLM(nn.Module):
     def _embed(self, inputs: BatchFeature) -> Tensor:
         """The prompts' tokens as the language model takes them [B, P, d], pictures and clips in their places."""
         ids, config = inputs["input_ids"], self.core.config
-        seen = {name: inputs[name] for name in ("image_features", "video_features") if name in inputs}
-        embeds, places = self.core.get_input_embeddings()(ids), (config.image_token_id, config.video_token_id)
-        for name, features in (seen or self._see(inputs)).items():
-            place = ids == places[name == "video_features"]
-            embeds = embeds.masked_scatter(place[..., None], features.to(embeds.dtype))
+        placeholder = {"image_features": config.image_token_id, "video_features": config.video_token_id}
+        seen = {name: inputs[name] for name in placeholder if name in inputs} or self._see(inputs)
+        embeds = self.core.get_input_embeddings()(ids)
+        for name, features in seen.items():
+            embeds = embeds.masked_scatter((ids == placeholder[name])[..., None], features.to(embeds.dtype))
         return embeds
 
     @torch.no_grad()

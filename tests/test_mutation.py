@@ -99,7 +99,7 @@ FAULTS = [
     Fault("advantages to the wrong responses", "train", "part.adv.flatten(), part.mask", "part.adv.T.flatten(), part.mask", "written_out"),
     Fault("sign of Eq. 4", "train", "+ cfg.nce_weight * nce", "- cfg.nce_weight * nce", "written_out"),
     Fault("tau and temperature not passed on", "train", "info_nce(cosine, tau, cfg.nce_temperature)", "info_nce(cosine)", "written_out"),
-    Fault("mean of the passes' means", "train", '"sequences": sequences, "tokens": tokens', '"sequences": len(part.mask), "tokens": part.mask.sum()', "written_out"),
+    Fault("mean of the passes' means", "train", "**cfg.grpo_options, **counts", "**cfg.grpo_options", "written_out"),
     Fault("old log-probs follow the policy", "train", "logp.detach() if part.old_logp is None else part.old_logp", "logp.detach()", "baselines_and_lora"),
     # the judge
     Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),

@@ -200,7 +200,8 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
         return part
 
     def reward(part, judge, cfg):
-        return {"accuracy": torch.randn(part.adv_shape), "format": torch.zeros(part.adv_shape)}, [[None] * 3] * 3
+        shape = (len(part.samples), 3)
+        return {"accuracy": torch.randn(shape), "format": torch.zeros(shape)}, [[None] * 3] * 3
 
     class Stop(Exception):
         pass
@@ -210,14 +211,12 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
         raise Stop
 
     original, gradients = train.roll_out, {}
-    train.Rollouts.adv_shape = property(lambda part: (len(part.samples), 3))
     monkeypatch.setattr(train, "roll_out", roll_out)
     monkeypatch.setattr(train, "reward", reward)
     monkeypatch.setattr(train, "evaluate", lambda *_: None)
     monkeypatch.setattr(train.Learner, "update", update)
     with pytest.raises(Stop):
         train.main(cfg)
-    del train.Rollouts.adv_shape
     assert [len(part.samples) for part in parts] == [2, 1]
 
     policy, loss, features = vlm.load(f"{world}/policy", dtype="float64"), 0.0, []
