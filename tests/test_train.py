@@ -58,6 +58,8 @@ def test_every_stage_leaves_its_output(finished):
     assert lines[0]["kl"] == pytest.approx(0.0, abs=1e-7), "at the first update the policy is the reference"
     assert abs(lines[0]["loss"]) < 1e-5 and lines[0]["grad_norm"] > 0
     assert all(line["nce/active"] >= 0 and "reward/caption" in line for line in lines)
+    for line in lines:
+        assert 0 <= line["nce/active"] <= 4 and 0 <= line["nce/positive"] <= 1 and -1 <= line["nce/cosine_mean"] <= 1
     assert not list(folder.rglob("*.unfinished")) and not list(folder.rglob("checkpoint-*"))
 
 
