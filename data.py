@@ -53,10 +53,16 @@ class Sample:
     pair: str | None = None
     objects: tuple[str, ...] | None = None
     relevant: tuple[str, ...] | None = None
+    pixels: int = 0  # of all its pictures, or of its clip's frames
 
     @property
     def question(self) -> str:
         return reasoning.question(self.problem, self.options)
+
+
+def length(sample: Sample) -> tuple[int, int]:
+    """Sorts prompts by how long they are, nearly: visual tokens first, then text."""
+    return sample.pixels, len(sample.question)
 
 
 def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, list[Sample]]:
@@ -168,8 +174,7 @@ def _sample(row: dict, root: Path) -> Sample:
     if row["data_type"] == "video" and len(paths) > 1:
         raise DataError("path: a row has one clip. Give one path")
     media = tuple(root / path for path in paths)
-    for path in media:
-        _check_media(path, row["data_type"])
+    pixels = sum(_check_media(path, row["data_type"]) for path in media)
     as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
     return Sample(
         id=str(row["problem_id"]),
@@ -182,23 +187,28 @@ def _sample(row: dict, root: Path) -> Sample:
         process=process,
         category=str(row.get("category") or row["problem_type"]),
         pair=None if row.get("pair") is None else str(row["pair"]),
+        pixels=pixels,
         **as_tuple,
     )
 
 
-def _check_media(path: Path, data_type: str) -> None:
+def _check_media(path: Path, data_type: str) -> int:
+    """Opens all of it; the number of its pixels."""
     if not path.is_file():
         raise DataError(f"path: {path} does not exist")
     try:
         if data_type == "image":
             with Image.open(path) as image:
                 image.load()  # verify() would pass a truncated JPEG
+                return image.width * image.height
         else:
             with av.open(str(path)) as container:
                 if not container.streams.video:
                     raise ValueError("no video stream")
                 if any(packet.is_corrupt for packet in container.demux(video=0)):
                     raise ValueError("it is cut off")
+                stream = container.streams.video[0]
+                return stream.width * stream.height * stream.frames
     except Exception as error:  # PIL and PyAV raise many kinds; all of them mean an unreadable file
         raise DataError(f"path: cannot read {path} as {data_type} ({error})") from error
 

@@ -18,7 +18,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,9 +29,11 @@ import torch
 import yaml
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import gather_object, set_seed
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor
 from tqdm import tqdm
 from transformers import BatchFeature, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 import answers
@@ -64,7 +66,7 @@ def main(cfg: "Config") -> None:
         learner = Learner("rl", start, cfg.rl_steps, cfg.rl_lr, cfg, run)
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
-            parts = [roll_out(part, learner.policy, reference, cfg) for part in run.parts(batch)]
+            parts = run.parts(batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step)
             for part in parts:
                 part.rewards, part.replies = reward(part, judge, cfg)  # accuracy, format, caption   [B, G] each
                 part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
@@ -108,6 +110,7 @@ MECHANISMS = {  # what --method stands for; each switch can be set by itself
     "grpo": {"four_stage": False, "caption_reward": False, "selection": False, "nce_weight": 0.0},
     "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
 }
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 DENSE_LOGITS = 2**26  # numbers; beyond it Eq. 4 takes the vocabulary in chunks
 FREE_TO_CHANGE = (
     "output_dir",
@@ -119,6 +122,7 @@ FREE_TO_CHANGE = (
     "select_batch",
     "prompts_per_pass",
     "gradient_checkpointing",
+    "compile",
 )  # between a run and its resumption
 
 
@@ -149,10 +153,12 @@ class Config:
     max_frames: int = option(16, "most frames taken from a clip [Video-R1]")
 
     dtype: str = option("float32", "float32 or bfloat16 [official code: bfloat16]")
-    attention: str = option("sdpa", "one that takes a 4-D mask: sdpa or eager [choice]")
+    attention: str = option("sdpa", f"{', '.join(ATTENTION)}; the last shares no prompt in scoring [choice]")
     lora_rank: int = option(0, "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
     train_vision: bool = option(False, "train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(False, "recompute activations, saves memory [official code: true]")
+
+    compile: bool = option(False, "torch.compile the language model: slow to start, then faster [choice]")
 
     sft_steps: int = option(250, "cold-start updates; 0: none [choice; official code: 2 epochs]")
     sft_batch: int = option(32, "rows per cold-start update, over all processes [choice; official code: 8]")
@@ -200,6 +206,7 @@ class Config:
             "method": tuple(MECHANISMS),
             "on_bad_row": ("error", "skip"),
             "dtype": ("float32", "bfloat16"),
+            "attention": ATTENTION,
             "kl_kind": grpo.KL_KINDS,
             "loss_norm": ("sequence", "token", "constant"),
             "nce_feature": tuple(ntk_infonce.FEATURES),
@@ -228,6 +235,10 @@ class Config:
             raise ConfigError("caption_reward: there is no caption without four_stage; set --caption_reward false")
         if self.lora_rank and self.train_vision:
             raise ConfigError("train_vision: LoRA covers the language model only; set --lora_rank 0 to train vision")
+        if self.attention == "flex_attention" and not torch.cuda.is_available():
+            raise ConfigError("attention: flex_attention has no backward pass on a CPU; give sdpa")
+        if self.attention == "flash_attention_2" and not (is_flash_attn_2_available() and self.dtype == "bfloat16"):
+            raise ConfigError("attention: flash_attention_2 needs a GPU, pip install flash-attn and --dtype bfloat16")
         if self.tracker and importlib.util.find_spec(self.tracker) is None:
             raise ConfigError(f"tracker: {self.tracker} is not installed; pip install {self.tracker}")
         if self.model and self.caption_reward and not self.judge:
@@ -335,17 +346,16 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
     if not chosen.exists():
         scores_file = run.folder / "select" / "scores.jsonl"
         scores = read_jsonl(scores_file)
-        waiting = [s for s in samples if s.id not in {line["id"] for line in scores}]
+        done = {line["id"] for line in scores}
+        waiting = sorted((s for s in samples if s.id not in done), key=data.length)  # alike in length: little padding
         size = cfg.select_batch * run.processes
         policy = run.load(start, trainable=False) if waiting else None
         bar = run.bar(len(samples), "select", "prompt", len(scores))
         for i in range(0, len(waiting), size):
-            run.reseed("select", waiting[i].id)
             mine, lines = run.mine(waiting[i : i + size]), []
-            if mine:
-                part = roll_out(mine, policy, None, cfg, n=cfg.responses)
+            for part in run.parts(mine, 0, roll_out, policy, None, cfg, "select", cfg.responses):
                 rewards, _ = reward(part, judge, cfg)
-                lines = score_lines(mine, rewards, cfg)
+                lines += score_lines(part.samples, rewards, cfg)
             lines = run.gather(lines)
             run.append(scores_file, lines)
             scores += lines
@@ -459,10 +469,11 @@ class Rollouts:
         self.numbers = numbers
 
 
-def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | None", cfg: Config, n: int = 0):
+def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | None", cfg: Config, when=0, n: int = 0):
     """Sample n (default G) responses to each prompt, at T = 1, and lay beside them what Eq. 4 needs."""
     inputs = policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
-    rolls = policy.generate(inputs, n or cfg.group_size, cfg.max_new_tokens)
+    draws = uniform_numbers(batch, n or cfg.group_size, cfg.max_new_tokens, f"{cfg.seed}/{when}")
+    rolls = policy.generate(inputs, n or cfg.group_size, cfg.max_new_tokens, draws=draws)
     feature = cfg.nce_feature if reference and cfg.nce_weight else None
     if feature == "greedy":
         greedy = policy.generate(inputs, 1, cfg.max_new_tokens, sample=False)
@@ -487,6 +498,13 @@ def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | 
     )
     part.ref_logp = reference.logp(inputs, ids, mask) if reference else None
     return part
+
+
+def uniform_numbers(batch: list[data.Sample], n: int, length: int, when: str) -> Tensor:
+    """The chance behind n responses to each prompt [B, n, T]: it depends on seed, update and prompt only, not on the
+    batch, the process or the device, so that the responses do not either."""
+    streams = (torch.Generator().manual_seed(random.Random(f"{when}/{s.id}").randrange(2**63)) for s in batch)
+    return torch.stack([torch.rand(n, length, dtype=torch.float64, generator=stream) for stream in streams])
 
 
 def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[dict[str, Tensor], list]:
@@ -706,7 +724,7 @@ class Reference:
 
 def load_options(cfg: Config) -> dict[str, Any]:
     names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
-    return {name: getattr(cfg, name) for name in names.split()}
+    return {name: getattr(cfg, name) for name in names.split()} | {"compiled": cfg.compile}
 
 
 def readable(metrics: dict[str, float]) -> str:
@@ -806,9 +824,22 @@ class Run:
     def unwrap(self, model) -> vlm.VLM:
         return self.accelerator.unwrap_model(model)
 
-    def parts(self, batch: list[data.Sample]) -> list[list[data.Sample]]:
-        size = self.cfg.prompts_per_pass or len(batch)
-        return [batch[i : i + size] for i in range(0, len(batch), size)]
+    def parts(self, batch: list[data.Sample], size: int, work: Callable, *args) -> list:
+        """work(rows, *args) on `size` rows of the batch at a time (0: all), prompts of a length together. Where memory
+        does not suffice on half as many, with the same results."""
+        if 0 < size < len(batch):
+            even = sorted(batch, key=data.length)
+            return [part for i in range(0, len(even), size) for part in self.parts(even[i : i + size], 0, work, *args)]
+        try:
+            return [work(batch, *args)] if batch else []
+        except RuntimeError as error:
+            if len(batch) == 1 or not should_reduce_batch_size(error):
+                raise
+        # not inside `except`: the error holds on to what the failed attempt allocated
+        clear_device_cache(garbage_collection=True)
+        half = (len(batch) + 1) // 2
+        self.say(f"memory does not suffice for {len(batch)} prompts at a time: trying {half}")
+        return self.parts(batch, half, work, *args)
 
     # randomness
     def reseed(self, *where) -> None:

@@ -7,7 +7,8 @@ whose branches see the prompt and themselves only). Both are exact; `score_plain
 Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T completion tokens (right-padded).
 """
 
-from contextlib import nullcontext
+import warnings
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -18,17 +19,21 @@ from peft import LoraConfig, get_peft_model
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     BatchFeature,
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
 )
 from transformers.cache_utils import DynamicLayer
 
+SEGMENT = 16  # tokens between two looks at which completions have ended
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's linears, never the vision's
 
 
@@ -132,56 +137,81 @@ class VLM(nn.Module):
         return embeds
 
     @torch.no_grad()
-    def generate(self, inputs: BatchFeature, n: int, max_new_tokens: int, sample: bool = True) -> Completions:
+    def generate(
+        self, inputs: BatchFeature, n: int, max_new_tokens: int, sample: bool = True, draws: Tensor | None = None
+    ) -> Completions:
         """n completions per prompt, at T = 1 from the whole distribution (D-8), or greedy.
 
-        The prompt, and with it the vision tower, runs once; its key-value cache is then repeated n times.
+        The prompt, and with it the vision tower, runs once, and its keys and values are held once for all its
+        completions (`_Branches`). Every SEGMENT tokens those that have ended leave the batch.
+        draws [B, n, T]: the uniform numbers that choose the tokens, by default from torch's generator. With the same
+        numbers a prompt gets the same completions in any batch.
         """
-        core, prompts = self.core, inputs["input_ids"]
+        core, prompts, valid = self.core, inputs["input_ids"], inputs["attention_mask"]
+        (b, p), device = prompts.shape, prompts.device
         was_training, _ = self.training, self.eval()
+        ends = torch.tensor(self.end_ids, device=device)
+        if sample and draws is None:
+            draws = torch.rand(b, n, max_new_tokens, dtype=torch.float64, device=device)
         position = _positions(core.model, inputs)
-        cache = core.model(
-            inputs_embeds=self._embed(inputs),
-            attention_mask=inputs["attention_mask"],
-            position_ids=position,
-            use_cache=True,
-        ).past_key_values
-        cache.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
-        cache.batch_repeat_interleave(n)
-        for layer in cache.layers:
-            layer.__class__ = _RoomyLayer
-            layer.make_room(max_new_tokens)
         # the positions that scoring uses; transformers' own deltas count from the largest, a long clip's time
-        start = position[0, :, -1] + 1
-        core.model.rope_deltas = (start - inputs["attention_mask"].sum(1)).repeat_interleave(n)[:, None]
-        sequences = core.generate(
-            input_ids=prompts.repeat_interleave(n, 0),
-            attention_mask=inputs["attention_mask"].repeat_interleave(n, 0),
-            past_key_values=cache,
-            logits_processor=[_Sampler(self.banned_ids)] if sample else [],
-            # spelled out: released checkpoints ship a repetition penalty and T = 1e-6 in their generation_config,
-            # and log-probs are those of the plain distribution
-            generation_config=GenerationConfig(
-                do_sample=False,  # _Sampler has drawn, at T = 1, from the whole distribution
-                repetition_penalty=1.0,
-                max_new_tokens=max_new_tokens,
-                suppress_tokens=None if sample else self.banned_ids,
-                eos_token_id=self.end_ids,
-                pad_token_id=self.processor.tokenizer.pad_token_id,
-            ),
-        )
+        delta = position[0, :, -1] + 1 - valid.sum(1)
+        prefill = core.model(
+            inputs_embeds=self._embed(inputs), attention_mask=valid, position_ids=position, use_cache=True
+        ).past_key_values
+        prefill.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
+        branches = DynamicCache()
+        branches.layers = [_Branches(layer, valid[:, :-1], n, max_new_tokens) for layer in prefill.layers]
+
+        ids = torch.full((b, n, max_new_tokens), self.processor.tokenizer.pad_token_id, device=device)
+        kept = torch.arange(n, device=device).expand(b, n)  # the completions still in the batch, as many of each prompt
+        for start in range(0, max_new_tokens, SEGMENT):
+            stop = min(start + SEGMENT, max_new_tokens)
+            ended = torch.isin(ids[..., :start], ends).any(-1).gather(1, kept)  # [B, m]
+            left = int((~ended).sum(1).max())
+            if not left:
+                break
+            if left < kept.shape[1]:  # where a prompt has fewer left, ended ones fill up
+                order = ended.int().argsort(dim=1, stable=True)[:, :left]
+                rows = order + torch.arange(b, device=device)[:, None] * kept.shape[1]
+                kept, ended = kept.gather(1, order), ended.gather(1, order)
+                for layer in branches.layers:
+                    layer.keep(rows.flatten())
+            index = kept[..., None].expand(-1, -1, stop - start)
+            said = ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start)).flatten(0, 1)
+            numbers = draws[..., start:stop].to(device).gather(1, index).flatten(0, 1) if sample else None
+            core.model.rope_deltas = delta.repeat_interleave(left)[:, None]
+            with _attention(core, "shared_prefix"):
+                sequences = core.generate(
+                    input_ids=torch.cat([prompts.repeat_interleave(left, 0), said], 1),
+                    attention_mask=torch.cat([valid.repeat_interleave(left, 0), torch.ones_like(said)], 1),
+                    past_key_values=branches,
+                    logits_processor=[_NextToken(self.banned_ids, self.end_ids[0], ended.flatten(), numbers)],
+                    # spelled out: released checkpoints ship a repetition penalty and T = 1e-6 in their
+                    # generation_config, and log-probs are those of the plain distribution
+                    generation_config=GenerationConfig(
+                        do_sample=False,  # _NextToken has chosen, at T = 1, from the whole distribution
+                        repetition_penalty=1.0,
+                        max_new_tokens=stop - start,
+                        eos_token_id=self.end_ids,
+                        pad_token_id=self.processor.tokenizer.pad_token_id,
+                    ),
+                )
+            new = sequences[:, p + start :].unflatten(0, kept.shape)
+            ids[:, :, start:stop].scatter_(1, index[..., : new.shape[2]], new)
         self.train(was_training)
-        ids = sequences[:, prompts.shape[1] :]
-        is_end = torch.isin(ids, torch.tensor(self.end_ids, device=ids.device))
-        mask = (is_end.cumsum(1) - is_end.int()) == 0  # first end token kept, whatever follows it dropped
-        length = mask.sum(1).tolist()
+        is_end = torch.isin(ids, ends)
+        mask = (is_end.cumsum(2) - is_end.int()) == 0  # first end token kept, whatever follows it dropped
+        length = mask.sum(2)
+        ids, mask = ids[..., : length.max()], mask[..., : length.max()]
         text = [
-            self.processor.tokenizer.decode(row[:k], skip_special_tokens=True)
-            for row, k in zip(ids, length, strict=True)
+            [
+                self.processor.tokenizer.decode(row[:k], skip_special_tokens=True)
+                for row, k in zip(rows, ks, strict=True)
+            ]
+            for rows, ks in zip(ids, length.tolist(), strict=True)
         ]
-        groups = [text[i : i + n] for i in range(0, len(text), n)]
-        shape = (len(prompts), n, -1)
-        return Completions(ids.view(shape), mask.view(shape), groups, is_end.any(1).view(shape[:2]))
+        return Completions(ids, mask, text, is_end.any(2))
 
     def encode_responses(self, texts: list[str], after: list[str] | None = None) -> tuple[Tensor, Tensor]:
         """One response text per prompt, teacher-forced: ids and mask [B, 1, T], each closed by the end token.
@@ -205,11 +235,18 @@ class VLM(nn.Module):
         Row b is [prompt_b | y_1 | ... | y_K]; in the 4-D mask a branch sees its prompt and its own past, and its
         positions go on from the prompt's last (mRoPE) position. Equal to K separate rows up to rounding. mask: the
         tokens to be scored, by default all; what follows a branch's last one is not fed, and the head runs on these
-        tokens only. Elsewhere log-prob and entropy are 0.
+        tokens only. Elsewhere log-prob and entropy are 0. Attention that takes no 4-D mask scores plain rows.
         """
-        body, prompts = self.core.model, inputs["input_ids"]
+        body, prompts, attention = (
+            self.core.model,
+            inputs["input_ids"],
+            self.core.config.text_config._attn_implementation,
+        )
         p, t = prompts.shape[1], ids.shape[2]
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if attention not in ("sdpa", "eager", "flex_attention"):
+            warnings.warn(f"{attention} attention takes no 4-D mask: scoring shares no prompt", stacklevel=2)
+            return self.score_plain(inputs, ids, mask)
         # branch by branch, as many tokens as its longest row in the batch; the last token predicts nothing
         ends = (mask.any(0) * torch.arange(1, t + 1, device=ids.device)).amax(-1).clamp_min(1).tolist()
         fed = [end - 1 for end in ends]
@@ -219,7 +256,7 @@ class VLM(nn.Module):
         steps = torch.cat([torch.arange(n, device=ids.device) for n in fed])
         hidden = body(
             inputs_embeds=torch.cat([self._embed(inputs), self.core.get_input_embeddings()(branches)], 1),
-            attention_mask=_branch_mask(inputs["attention_mask"], fed, self.core.dtype),
+            attention_mask=_branch_mask(inputs["attention_mask"], fed, self.core.dtype, attention),
             position_ids=torch.cat([position, (start[:, None] + steps).expand(3, -1, -1)], 2),
             use_cache=False,
         ).last_hidden_state
@@ -228,22 +265,21 @@ class VLM(nn.Module):
         states = torch.stack([F.pad(part, (0, 0, 0, t - end)) for part, end in zip(parts, ends)], 1)  # [B, K, T, d]
         return self._scores(states, ids, mask, hidden[:, :p])
 
-    def score_plain(self, inputs: BatchFeature, ids: Tensor) -> TokenScores:
-        """The same numbers with one row per completion and no sharing: the reference for tests. Takes B = 1."""
-        prompts, rows = inputs["input_ids"], ids[0]
-        k, p = len(rows), prompts.shape[1]
-        types = inputs["mm_token_type_ids"]
-        media = {name: torch.cat([inputs[name]] * k) for name in _PIXELS if name in inputs}
-        if "second_per_grid_ts" in inputs:
-            media["second_per_grid_ts"] = [s for s in inputs["second_per_grid_ts"]] * k
+    def score_plain(self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None) -> TokenScores:
+        """The same numbers with one row per completion and no sharing."""
+        k, t = ids.shape[1:]
+        rows, p = ids.flatten(0, 1), inputs["input_ids"].shape[1]
+        position = _positions(self.core.model, inputs)
+        steps = (position[0, :, -1:] + 1 + torch.arange(t, device=ids.device)).expand(3, -1, -1)
+        embeds = self._embed(inputs).repeat_interleave(k, 0)
         hidden = self.core.model(
-            input_ids=torch.cat([prompts.expand(k, -1), rows], 1),
-            attention_mask=torch.cat([inputs["attention_mask"].expand(k, -1), torch.ones_like(rows)], 1),
-            mm_token_type_ids=torch.cat([types.expand(k, -1), torch.zeros_like(rows)], 1),
+            inputs_embeds=torch.cat([embeds, self.core.get_input_embeddings()(rows)], 1),
+            attention_mask=torch.cat([inputs["attention_mask"].repeat_interleave(k, 0), torch.ones_like(rows)], 1),
+            position_ids=torch.cat([position, steps], 2).repeat_interleave(k, 1),
             use_cache=False,
-            **media,
         ).last_hidden_state
-        return self._scores(hidden[None, :, p - 1 : -1], ids, torch.ones_like(ids, dtype=torch.bool), hidden[:1, :p])
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return self._scores(hidden[:, p - 1 : -1].unflatten(0, ids.shape[:2]), ids, mask, hidden[::k, :p])
 
     def _scores(self, hidden: Tensor, ids: Tensor, mask: Tensor, prompt: Tensor) -> TokenScores:
         found = log_prob(hidden[mask], self.core.lm_head.weight, ids[mask], self.banned_ids)
@@ -326,45 +362,92 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class _Sampler(LogitsProcessor):
-    """Draws the next token itself, at T = 1 from all of softmax(scores), and leaves `generate` no other choice.
+class _NextToken(LogitsProcessor):
+    """Chooses the next token itself, at T = 1 from all of softmax(scores) or greedily, and leaves `generate` no other
+    choice. A row that has ended goes on with the end token.
 
     By inversion of the cumulative distribution, one uniform number a row: `torch.multinomial` draws one for each token
     of the vocabulary, which on a CPU took longer than the model (39 % of generation with 32,768 tokens).
     """
 
-    def __init__(self, banned: list[int]):
-        self.banned = banned
+    def __init__(self, banned: list[int], end: int, ended: Tensor, draws: Tensor | None):
+        self.banned, self.end, self.ended = banned, end, ended[:, None]
+        self.draws = None if draws is None else iter(draws.split(1, 1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self.banned] = -torch.inf
-        cumulative = _wide(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
-        u = torch.rand(len(scores), 1, dtype=torch.float64, device=scores.device) * cumulative[:, -1:]
-        token = torch.searchsorted(cumulative, u, right=True)  # right: never a token without probability
-        return scores.fill_(-torch.inf).scatter_(-1, token, 0.0)
+        if self.draws is None:
+            token = scores.argmax(-1, keepdim=True)
+        else:
+            cumulative = _wide(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
+            # right: never a token without probability
+            token = torch.searchsorted(cumulative, next(self.draws) * cumulative[:, -1:], right=True)
+        return scores.fill_(-torch.inf).scatter_(-1, token.masked_fill(self.ended, self.end), 0.0)
 
 
-class _RoomyLayer(DynamicLayer):
-    """A cache layer with room for what comes: new keys and values are written in place, where the plain layer copies
-    all there is at every token."""
+class _Branches(DynamicLayer):
+    """The cache of one layer: the prompts' keys and values once, and room for those of n completions of each, which are
+    written in place where the plain layer copies all there is at every token."""
 
-    def make_room(self, tokens: int) -> None:
-        self.filled = self.keys.shape[-2]
-        shape = (*self.keys.shape[:-2], self.filled + tokens, self.keys.shape[-1])
-        self.room = []
-        for name in ("keys", "values"):
-            room = self.keys.new_empty(shape)
-            room[..., : self.filled, :] = getattr(self, name)
-            self.room.append(room)
-            setattr(self, name, room[..., : self.filled, :])
+    def __init__(self, prompt: DynamicLayer, valid: Tensor, n: int, room: int):
+        super().__init__()
+        self.prompt, self.filled, self.is_initialized = (prompt.keys, prompt.values), 0, True
+        b, heads, self.before, d = prompt.keys.shape
+        self.keys, self.values = (x.new_empty(b * n, heads, room, d) for x in self.prompt)
+        hidden = valid[:, None, None] == 0
+        self.hidden = hidden if hidden.any() else None  # the padding [B, 1, 1, P]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         end = self.filled + key_states.shape[-2]
-        for room, new in zip(self.room, (key_states, value_states)):
-            room[..., self.filled : end, :] = new
+        self.keys[..., self.filled : end, :] = key_states
+        self.values[..., self.filled : end, :] = value_states
         self.filled = end
-        self.keys, self.values = (room[..., :end, :] for room in self.room)
-        return self.keys, self.values
+        keys = self.keys[..., :end, :]
+        keys.branches = self  # what `_attend` needs beside them
+        return keys, self.values[..., :end, :]
+
+    def get_seq_length(self) -> int:
+        return self.before + self.filled
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask, scaling: float, **_):
+    """softmax([q k_prompt^T, q k_own^T]) [v_prompt; v_own]: attention of a new token in every completion, where the
+    completions of a prompt read its keys and values together, as one matrix product."""
+    (k, v), hidden = key.branches.prompt, key.branches.hidden
+    b, h, p, d = k.shape
+    rows, heads = query.shape[:2]
+    n, group = rows // b, heads // h  # completions per prompt; query heads per key head
+    query = (query * scaling).view(rows, h, group, d)
+
+    def by_prompt(x: Tensor) -> Tensor:  # [B n, h, group, .] -> [B, h, n group, .]
+        return x.view(b, n, h, group, -1).transpose(1, 2).reshape(b, h, n * group, -1)
+
+    def by_completion(x: Tensor) -> Tensor:
+        return x.view(b, h, n, group, -1).transpose(1, 2).reshape(rows, h, group, -1)
+
+    shared = by_prompt(query) @ k.mT
+    if hidden is not None:
+        shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
+    weights = _wide(torch.cat([shared, by_prompt(query @ key.mT)], -1)).softmax(-1).to(value.dtype)
+    out = by_completion(weights[..., :p] @ v) + by_completion(weights[..., p:]) @ value
+    return out.reshape(rows, 1, heads, d), None
+
+
+AttentionInterface.register("shared_prefix", _attend)
+
+
+@contextmanager
+def _attention(core: nn.Module, name: str):
+    """The language model attends with the registered function `name`."""
+    config = core.config.text_config
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
 
 
 _PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
@@ -376,15 +459,25 @@ def _positions(body: nn.Module, inputs: BatchFeature) -> Tensor:
     return body.get_rope_index(inputs["input_ids"], **{name: inputs[name] for name in names if name in inputs})[0]
 
 
-def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype) -> Tensor:
-    """Additive attention mask [B, 1, L, L], L = P + sum(fed): 0 where a row may look, the lowest number elsewhere."""
-    b, p = prompt_mask.shape
-    length, device = p + sum(fed), prompt_mask.device
+def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attention: str) -> Tensor | BlockMask:
+    """What each of the L = P + sum(fed) tokens of a row may look at: the prompt, and its own branch's past.
+
+    A [B, 1, L, L] mask to be added, 0 or the lowest number; for flex attention its blocks, so that what is hidden
+    costs nothing.
+    """
+    (b, p), device = prompt_mask.shape, prompt_mask.device
+    length = p + sum(fed)
     branch = torch.arange(len(fed) + 1, device=device).repeat_interleave(torch.tensor([p, *fed], device=device))
-    see = (branch[None] == 0) | (branch[None] == branch[:, None])  # the prompt, or the same branch
-    see = see & torch.ones(length, length, dtype=torch.bool, device=device).tril()
     valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, sum(fed)).bool()], 1)
-    see = see[None] & valid[:, None] | torch.eye(length, dtype=torch.bool, device=device)  # padding sees itself: no NaN
+
+    def may_see(row, _head, q, k):
+        same = (branch[k] == 0) | (branch[k] == branch[q])
+        return (same & (k <= q) & valid[row, k]) | (k == q)  # padding sees itself: no NaN
+
+    if attention == "flex_attention":
+        return create_block_mask(may_see, b, None, length, length, device=device)
+    at = torch.arange(length, device=device)
+    see = may_see(torch.arange(b, device=device)[:, None, None], None, at[:, None], at)
     return torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)[:, None]
 
 
@@ -406,6 +499,7 @@ def load(
     lora_rank: int = 0,
     train_vision: bool = False,
     gradient_checkpointing: bool = False,
+    compiled: bool = False,
     min_pixels: int = 4 * 28 * 28,
     max_pixels: int = 401_408,
     trainable: bool = True,
@@ -413,10 +507,14 @@ def load(
     """A Qwen2.5-VL checkpoint (folder or hub id). Full fine-tuning of the language model, or LoRA on its linears.
 
     The vision tower is frozen unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
+    compiled: torch.compile of the language model, at its first use, once for all lengths.
     """
+    flex = attention == "flex_attention"
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation=attention
+        path, dtype=getattr(torch, dtype), attn_implementation="sdpa" if flex else attention
     )
+    if flex:  # transformers does not vouch for it in this model; test_vlm.py does
+        model.config.text_config._attn_implementation = attention
     processor = AutoProcessor.from_pretrained(path)
     model.requires_grad_(trainable)
     if not train_vision:
@@ -427,7 +525,10 @@ def load(
     if lora_rank and trainable:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         model = get_peft_model(model, config)
-    return VLM(model, processor, min_pixels, max_pixels).train(trainable)
+    policy = VLM(model, processor, min_pixels, max_pixels).train(trainable)
+    if compiled:
+        policy.core.model.language_model.compile(dynamic=True)
+    return policy
 
 
 class LocalJudge:

@@ -1,12 +1,13 @@
 """One training step, ours and TRL's, side by side: the same weights, prompts, pictures, completion length and loss.
 
-    pip install -e '.[bench]' && python bench/step.py --out bench-step    # two CPU cores, about half an hour
-    python bench/step.py --visual 144 --micro 8 --repeats 1               # one workload, one micro-batch of TRL
+    pip install -e '.[bench]' && python bench/step.py --out bench-step    # two CPU cores, about 40 minutes
+    python bench/step.py --visual 144 --micro 1 --repeats 1               # one workload, one micro-batch of TRL
 
 Both use Hugging Face generation, fp32, AdamW, beta 0.04, no clip in effect (one update a batch), sequence-mean loss,
 4 prompts x 8 completions of 48 tokens, an 18.5 M-parameter Qwen2.5-VL (hidden 256, 6 layers, vision depth 4,
 vocabulary 32,768) with frozen vision tower. TRL's micro-batch is swept, and each figure is compared with the one that
-suits TRL best for it; ours is swept over prompts per pass in the same way. Every measurement is a process of its own,
+suits TRL best for it; ours is swept over prompts per pass in the same way, and runs compiled as well (`--compile` of
+train.py), which is shown beside the comparison and not in it. Every measurement is a process of its own,
 ours and TRL's in turn, so that peak memory (the highest resident set) is its own and noise hits both. The first step of
 a process is warm-up. Times are medians over processes, with the smallest and the largest.
 
@@ -17,12 +18,14 @@ completion tokens forward, backward twice. For decoding it is bytes: the weights
 
 import argparse
 import json
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 PROMPTS, GROUP, LENGTH, BETA, RATE = 4, 8, 48, 0.04, 1e-5
@@ -54,21 +57,21 @@ def write_model(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def prompts(visual: int):
+def prompts(visual: int, number: int = PROMPTS):
     """(picture, question) with `visual` tokens of picture each."""
     import torch
     from PIL import Image
 
     side = round(visual**0.5) * 28
     torch.manual_seed(1)
-    pixels = torch.randint(256, (PROMPTS, side, side, 3), dtype=torch.uint8).numpy()
-    return [(Image.fromarray(pixels[i]), WORD + f"number {i}") for i in range(PROMPTS)]
+    pixels = torch.randint(256, (number, side, side, 3), dtype=torch.uint8).numpy()
+    return [(Image.fromarray(pixels[i]), WORD + f"number {i}") for i in range(number)]
 
 
 # --- the two sides ---------------------------------------------------------------------------------------------------
 
 
-def ours(folder: Path, visual: int, steps: int, size: int) -> dict:
+def ours(folder: Path, steps: int, work: dict) -> dict:
     """`size` prompts per pass. Every second step has Eq. 4, so that what it adds is measured side by side."""
     import torch
     import torch.nn.functional as F
@@ -78,51 +81,58 @@ def ours(folder: Path, visual: int, steps: int, size: int) -> dict:
     import train
     import vlm
 
-    policy = vlm.load(str(folder), max_pixels=PIXELS)
-    reference = vlm.load(str(folder), max_pixels=PIXELS, trainable=False)
+    processes, size, group, length = int(os.environ.get("WORLD_SIZE", 1)), work["size"], work["group"], work["length"]
+    policy = vlm.load(str(folder), max_pixels=PIXELS, compiled=work["compiled"])
+    reference = vlm.load(str(folder), max_pixels=PIXELS, trainable=False, compiled=work["compiled"])
     policy.end_ids = [NEVER]
+    model = policy
+    if processes > 1:
+        torch.distributed.init_process_group("gloo")
+        model = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=False)
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=RATE, fused=True)
     chat = [
         [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
-        for image, text in prompts(visual)
-    ]
-    parts = [chat[i : i + size] for i in range(0, PROMPTS, size)]
+        for image, text in prompts(work["visual"], work["prompts"])
+    ][int(os.environ.get("RANK", 0)) :: processes]
+    parts = [chat[i : i + size] for i in range(0, len(chat), size)]
+    count = {"sequences": work["prompts"] * group, "tokens": work["prompts"] * group * length}
     loaded, out = peak(), {False: [], True: []}
     for step in range(2 * steps):
         nce, clock = step % 2 == 1, [time.perf_counter()]
         inputs = [policy.encode(part) for part in parts]
-        rolls = [policy.generate(x, GROUP, LENGTH) for x in inputs]
+        rolls = [policy.generate(x, group, length) for x in inputs]
         clock.append(time.perf_counter())
         with torch.no_grad():
             ref_logp = [reference(x, r.ids).logp.flatten(0, 1) for x, r in zip(inputs, rolls)]
         clock.append(time.perf_counter())
-        count = {"sequences": PROMPTS * GROUP, "tokens": PROMPTS * GROUP * LENGTH}
-        answer, answer_mask = policy.encode_responses(["<answer>A</answer>"] * size)
-        pad = (0, LENGTH - answer.shape[-1])
-        for x, roll, ref in zip(inputs, rolls, ref_logp):
+        for i, (x, roll, ref) in enumerate(zip(inputs, rolls, ref_logp)):
+            n, last = len(parts[i]), i == len(parts) - 1
+            answer, answer_mask = policy.encode_responses(["<answer>A</answer>"] * n)
+            pad = (0, length - answer.shape[-1])
             if nce:
                 branches = torch.cat([roll.ids, F.pad(answer, pad)], 1)
-                scores = policy(x, branches, torch.cat([roll.mask, F.pad(answer_mask, pad)], 1))
+                scores = model(x, branches, torch.cat([roll.mask, F.pad(answer_mask, pad)], 1))
             else:
-                scores = policy(x, roll.ids, roll.mask)
-            logp, mask = scores.logp[:, :GROUP].flatten(0, 1), roll.mask.flatten(0, 1)
-            adv = grpo.group_advantages(torch.rand(size, GROUP)).flatten()
+                scores = model(x, roll.ids, roll.mask)
+            logp, mask = scores.logp[:, :group].flatten(0, 1), roll.mask.flatten(0, 1)
+            adv = grpo.group_advantages(torch.rand(n, group)).flatten()
             loss, _ = grpo.grpo_loss(logp, logp.detach(), adv, mask, ref, BETA, **count)
             if nce:
                 where = F.pad(answer_mask[:, 0], pad)
-                segment = torch.arange(size)[:, None].expand_as(where)[where]
+                segment = torch.arange(n)[:, None].expand_as(where)[where]
                 hidden = scores.hidden[:, -1][where]
                 tokens = hidden, torch.ones(len(hidden)), F.pad(answer, pad)[:, 0][where], segment
                 cosine = train.similarity([tokens], "reference", policy.head())
                 loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
-            loss.backward()
+            with model.no_sync() if processes > 1 and not last else nullcontext():
+                loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         clock.append(time.perf_counter())
         parts_of_step = zip(("generate", "reference", "update"), (b - a for a, b in zip(clock, clock[1:])))
         out[nce].append(dict(parts_of_step) | {"step": clock[-1] - clock[0]})
-    assert sum(r.mask.sum() for r in rolls) == PROMPTS * GROUP * LENGTH
+    assert sum(r.mask.sum() for r in rolls) == len(chat) * group * length
     return {
         "steps": out[False][1:],
         "with Eq. 4": out[True][1:],
@@ -139,7 +149,8 @@ def floor(policy, prompt: int) -> dict:
     head, completions = core.lm_head.weight.numel(), PROMPTS * GROUP * LENGTH
     forward = 2 * (body * (PROMPTS * prompt + completions) + head * completions)
     config = core.config.text_config
-    cache = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 64 * PROMPTS * GROUP * (prompt + LENGTH / 2)
+    key = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 64  # bytes of keys and values a token
+    cache = key * PROMPTS * (prompt + GROUP * LENGTH / 2)  # a prompt's, once for all its completions
     return {
         "reference": forward / rates["flops"],
         "update": 3 * forward / rates["flops"],
@@ -150,7 +161,7 @@ def floor(policy, prompt: int) -> dict:
     }
 
 
-def trl(folder: Path, visual: int, steps: int, micro: int) -> dict:
+def trl(folder: Path, steps: int, work: dict) -> dict:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
@@ -160,7 +171,7 @@ def trl(folder: Path, visual: int, steps: int, micro: int) -> dict:
     model.model.visual.requires_grad_(False)
     model.generation_config.eos_token_id = NEVER
     processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": PIXELS}
-    rows = [{"prompt": [{"role": "user", "content": text}], "image": image} for image, text in prompts(visual)]
+    rows = [{"prompt": [{"role": "user", "content": text}], "image": image} for image, text in prompts(work["visual"])]
     out, clock = [], []
 
     class Clock(TrainerCallback):
@@ -176,8 +187,8 @@ def trl(folder: Path, visual: int, steps: int, micro: int) -> dict:
     with tempfile.TemporaryDirectory() as scratch:
         config = GRPOConfig(
             output_dir=scratch,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=PROMPTS * GROUP // micro,
+            per_device_train_batch_size=work["size"],
+            gradient_accumulation_steps=PROMPTS * GROUP // work["size"],
             num_generations=GROUP,
             max_completion_length=LENGTH,
             beta=BETA,
@@ -230,13 +241,15 @@ def machine() -> dict:
 # --- the comparison --------------------------------------------------------------------------------------------------
 
 
-def measure(side: str, folder: Path, visual: int, size: int, steps: int) -> dict:
+def measure(side: str, folder: Path, steps: int, processes: int = 1, **work) -> dict:
     """One measurement in a process of its own."""
-    options = ["--worker", side, "--folder", folder, "--visual", visual, "--size", size, "--steps", steps]
-    done = subprocess.run([sys.executable, __file__, *map(str, options)], capture_output=True, text=True)
+    work = {"prompts": PROMPTS, "group": GROUP, "length": LENGTH, "compiled": False} | work
+    command = [sys.executable] + (["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] * (processes > 1))
+    command += [str(Path(__file__).with_name("step.py")), "--worker", side, json.dumps([str(folder), steps, work])]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise SystemExit(f"error: {side} with {size} failed\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+        raise SystemExit(f"error: {side} with {work} failed\n{done.stderr[-2000:]}")
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 def middle(values: list[float], form: str = "{:.1f}") -> str:
@@ -247,20 +260,21 @@ def middle(values: list[float], form: str = "{:.1f}") -> str:
 
 def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
     """Ours and TRL in turn, every size once; then what suits each best again, `repeats` times in all."""
-    sizes = {"ours": [PROMPTS, 1], "trl": micro}
+    sizes = {"ours": [PROMPTS, 1], "trl": micro, "compiled": [PROMPTS]}
     found = {side: {size: [] for size in sizes[side]} for side in sizes}
 
     def run(side: str, size: int) -> None:
-        result = measure(side, folder, visual, size, 3 if side == "ours" else 2)
+        who, work = ("trl" if side == "trl" else "ours"), {"visual": visual, "size": size}
+        result = measure(who, folder, 2 if side == "trl" else 3, compiled=side == "compiled", **work)
         found[side][size].append(result)
         seconds = statistics.median(step["step"] for step in result["steps"])
-        name = "prompts per pass" if side == "ours" else "micro-batch"
-        print(f"{visual} visual tokens, {side}, {name} {size}: {seconds:.1f} s, {result['peak']:.0f} MB", flush=True)
+        name = "micro-batch" if side == "trl" else "prompts per pass"
+        print(f"{visual} visual tokens, {side}, {name} {size}: {seconds:.2f} s, {result['peak']:.0f} MB", flush=True)
 
     def time_of(side: str, size: int) -> float:
         return statistics.median(step["step"] for result in found[side][size] for step in result["steps"])
 
-    for k in range(max(len(micro), 2)):
+    for k in range(max(map(len, sizes.values()))):
         for side in sizes:
             if k < len(sizes[side]):
                 run(side, sizes[side][k])
@@ -273,7 +287,8 @@ def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
 def summary(visual: int, found: dict) -> tuple[str, dict]:
     """The table of one workload, in Markdown, and its numbers."""
     best = {}
-    for side, by_size in found.items():
+    for side in ("ours", "trl"):
+        by_size = found[side]
         steps = {size: [s["step"] for r in results for s in r["steps"]] for size, results in by_size.items()}
         peaks = {size: [r["peak"] for r in results] for size, results in by_size.items()}
         over = {size: [r["peak"] - r["loaded"] for r in results] for size, results in by_size.items()}
@@ -287,6 +302,9 @@ def summary(visual: int, found: dict) -> tuple[str, dict]:
     limit = {name: statistics.median(r["floor"][name] for r in fastest) for name in fastest[0]["floor"]}
     ratio = {name: statistics.median(theirs[name]) / statistics.median(mine[name]) for name in ("step", "peak", "over")}
     scoring = limit["reference"] + limit["update"]
+    [compiled] = found["compiled"].values()
+    fused = {name: statistics.median(s[name] for r in compiled for s in r["steps"]) for name in part}
+    theirs_time = statistics.median(theirs["step"])
     decoding = max(limit["decode, arithmetic"], limit["decode, bytes"])
 
     def row(title: str, name: str, form: str) -> str:
@@ -305,7 +323,9 @@ def summary(visual: int, found: dict) -> tuple[str, dict]:
             f"{(part['reference'] + part['update']) / scoring:.2f} times the arithmetic floor ({scoring:.2f} s at "
             f"{limit['GFLOP/s']:.0f} GFLOP/s); the floor of decoding is {decoding:.2f} s (arithmetic "
             f"{limit['decode, arithmetic']:.2f}, bytes {limit['decode, bytes']:.2f} at {limit['GB/s']:.0f} GB/s). "
-            f"Eq. 4 adds {nce:+.1%}.\n",
+            f"Eq. 4 adds {nce:+.1%}. Compiled: {fused['step']:.2f} s a step ({theirs_time / fused['step']:.1f} times "
+            f"as fast as TRL), reference and update {(fused['reference'] + fused['update']) / scoring:.2f} times their "
+            "floor.\n",
         )
     )
     return text, {"best": best, "parts": part, "floor": limit, "ratio": ratio}
@@ -334,16 +354,19 @@ def plot(results: dict, file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--visual", type=int, nargs="+", default=[144, 576], help="visual tokens a prompt")
-    parser.add_argument("--micro", type=int, nargs="+", default=[8, 16, 32], help="TRL's micro-batches [completions]")
+    parser.add_argument(
+        "--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="TRL's micro-batches [completions]"
+    )
     parser.add_argument("--repeats", type=int, default=3, help="processes per side at its best size")
     parser.add_argument("--out", type=Path, default=Path("bench-step"), help="folder for step.json and step.png")
-    for name in ("--worker", "--folder", "--size", "--steps"):
-        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     if args.worker:
-        side = ours if args.worker == "ours" else trl
-        print(json.dumps(side(Path(args.folder), args.visual[0], int(args.steps), int(args.size))))
+        side, (folder, steps, work) = args.worker[0], json.loads(args.worker[1])
+        result = {"ours": ours, "trl": trl}[side](Path(folder), steps, work)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(result), flush=True)
         return
     results = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -193,8 +193,8 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
         f"--quiet true --model {world}/policy --judge {world}/judge --data {world}/data --output_dir {tmp_path}".split()
     )
 
-    def roll_out(batch, policy, reference, cfg, n=0):
-        part = original(batch, policy, reference, cfg, n)
+    def roll_out(*args):
+        part = original(*args)
         part.mask[0, 4:] = False  # responses of different lengths
         part.mask[-1, 2:] = False
         part.ref_logp = part.ref_logp + 0.3 * torch.randn_like(part.ref_logp)  # a reference that is not the policy
@@ -249,6 +249,49 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
             torch.testing.assert_close(gradients[name].double(), p.grad, atol=1e-4 * largest, rtol=1e-3)
 
 
+def test_where_memory_does_not_suffice_fewer_prompts_at_a_time_get_the_same_responses(world, tmp_path):
+    policy, cfg = vlm.load(str(world / "policy"), dtype="float64"), train.Config(output_dir=str(tmp_path / "run"))
+    cfg.quiet, cfg.max_new_tokens = True, 12
+    rows, sizes, run = data.load(world / "data")["train"][:7], [], train.Run(cfg)
+
+    def roll_out(batch, most):
+        sizes.append(len(batch))
+        if len(batch) > most:  # what torch says when the memory of this machine is exhausted
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        return train.roll_out(batch, policy, None, cfg, 3)
+
+    [whole] = run.parts(rows, 0, roll_out, 7)
+    parts = run.parts(rows, 0, roll_out, 2)
+    assert sizes == [7, 7, 4, 2, 2, 3, 2, 1]
+    pairs = [(s.id, text) for part in parts for s, text in zip(part.samples, part.text, strict=True)]
+    assert sorted(pairs) == sorted(zip((s.id for s in whole.samples), whole.text, strict=True))
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        run.parts(rows, 0, roll_out, 0)
+    with pytest.raises(RuntimeError, match="another"):
+        run.parts(rows, 0, lambda _: (_ for _ in ()).throw(RuntimeError("another error")))
+
+
+def test_prompts_of_a_length_are_worked_on_together(world, tmp_path):
+    run = train.Run(train.Config(output_dir=str(tmp_path / "run"), quiet=True))
+    rows = data.load(world / "data")["train"][:9]
+    parts = run.parts(rows, 4, list)
+    assert [len(part) for part in parts] == [4, 4, 1]
+    assert sorted(s.id for part in parts for s in part) == sorted(s.id for s in rows)
+    lengths = [data.length(s) for part in parts for s in part]
+    assert lengths == sorted(lengths) and all(pixels > 0 for pixels, _ in lengths)
+
+
+def test_the_chance_behind_a_response_depends_on_seed_update_and_prompt_only(world):
+    a, b, c = data.load(world / "data")["train"][:3]
+    table = train.uniform_numbers([a, b, c], 2, 5, "0/1")
+    assert torch.equal(train.uniform_numbers([c, a], 2, 5, "0/1"), table[[2, 0]])
+    for other in (train.uniform_numbers([a], 2, 5, "1/1"), train.uniform_numbers([a], 2, 5, "0/2"), table[1:2]):
+        assert (other != table[:1]).all()
+    assert ((0 <= table) & (table < 1)).all() and table.dtype == torch.float64 and len(table.unique()) == 30
+
+
 @pytest.mark.parametrize("feature", ntk_infonce.FEATURES)
 def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(world, feature):
     policy = vlm.load(str(world / "policy"), dtype="float64")
@@ -288,6 +331,8 @@ def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(wor
     ("options", "says"),
     [
         (["--method", "magic"], "method: 'magic' is not one of ours, grpo, sft"),
+        (["--attention", "flash"], "attention: 'flash' is not one of sdpa, eager, flex_attention, flash_attention_2"),
+        (["--attention", "flash_attention_2"], "attention: flash_attention_2 needs a GPU, pip install flash-attn"),
         (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
         (["--rl_steps", "many"], "invalid int value: 'many'"),
         (["--data", "/nowhere"], "/nowhere does not exist"),

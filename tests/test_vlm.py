@@ -5,13 +5,24 @@ import json
 import math
 import random
 import shutil
+import warnings
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
 from PIL import Image
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer, GenerationConfig
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    GenerationConfig,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
 import shapes
@@ -174,6 +185,101 @@ def test_eager_and_sdpa_attention_both_keep_the_branches_apart(world, in_double,
         logps, _ = row_by_row(policy.core, never_ids(policy), inputs, ids[0], (4, 3))
         got = policy(inputs, ids).logp[0]
     close(torch.cat([got[0, :4], got[1, :3]]), torch.cat(logps), 1e-6)  # eager's softmax is float32
+
+
+class TwoD:
+    """Attention in the manner of flash attention: it gets the padding mask [B, L] and no other."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def mask(self, *args, attention_mask=None, **kwargs):
+        assert attention_mask is None or attention_mask.ndim == 2
+        return sdpa_mask(*args, attention_mask=attention_mask, **kwargs)
+
+    def attend(self, module, query, key, value, attention_mask, **kwargs):
+        self.calls += 1
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def test_attention_without_4_d_masks_scores_plain_rows_and_says_so_once(world, in_double):
+    two_d = TwoD()
+    AttentionInterface.register("two_d", two_d.attend)
+    AttentionMaskInterface.register("two_d", two_d.mask)
+    results = []
+    for attention in ("sdpa", "two_d"):
+        policy = vlm.load(str(world / "policy"), dtype="float64")
+        policy.core.config.text_config._attn_implementation = attention
+        inputs = policy.encode([prompts()["a clip"], prompts()["several pictures"]])
+        ids = torch.cat([ragged(5, 3, seed=1), ragged(4, 5, seed=2)])
+        mask = ids != 2
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("default")
+            scores = [policy(inputs, ids, mask) for _ in range(3)][-1]
+        assert len([w for w in caught if "4-D" in str(w.message)]) == (attention == "two_d")
+        scores.logp.sum().backward()
+        drawn = policy.generate(inputs, 2, 6, draws=torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(0)))
+        results.append((scores, drawn, [p.grad for p in policy.parameters() if p.grad is not None]))
+    (shared, drawn, grads), (plain, again, same) = results
+    assert two_d.calls > 0 and torch.equal(drawn.ids, again.ids)
+    close(plain.logp, shared.logp)
+    close(plain.entropy, shared.entropy)
+    for a, b in zip(grads, same, strict=True):
+        close(a, b)
+
+
+@pytest.mark.slow
+def test_flex_attention_s_blocks_give_the_scores_of_the_dense_mask(world):
+    """Forward only: PyTorch has no backward pass of it on a CPU."""
+    rows, scores, drawn = [prompts()["a picture"], prompts()["several pictures"]], [], []
+    for attention in ("sdpa", "flex_attention"):
+        policy = vlm.load(str(world / "policy"), attention=attention, trainable=False)
+        ids = torch.cat([ragged(5, 3, seed=1), ragged(4, 5, seed=2)])
+        with torch.no_grad():
+            scores.append(policy(policy.encode(rows), ids, ids != 2))
+        drawn.append(policy.generate(policy.encode(rows), 1, 4, sample=False).ids)
+    close(scores[0].logp, scores[1].logp, 1e-5)
+    assert torch.equal(*drawn)
+    assert scores[0].logp.abs().max() > 1
+
+
+def test_lora_shared_prefix_and_plain_rows_give_every_adapter_the_same_gradient(world, in_double):
+    torch.manual_seed(0)
+    policy = vlm.load(str(world / "policy"), dtype="float64", lora_rank=4)
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=0.2)
+    inputs, lengths = policy.encode([prompts()["a picture and a clip"]]), (5, 2, 4)
+    ids, trained_ = ragged(*lengths), [p for p in policy.parameters() if p.requires_grad]
+    scores = policy(inputs, ids).logp[0]
+    logp = torch.cat([row[:n] for row, n in zip(scores, lengths, strict=True)])
+    plain = torch.cat(row_by_row(policy.core, never_ids(policy), inputs, ids[0], lengths)[0])
+    close(logp, plain)
+    weights = torch.randn(len(plain), dtype=torch.float64)
+    shared, alone = (torch.autograd.grad((weights * x).sum(), trained_) for x in (logp, plain))
+    for got, want in zip(shared, alone, strict=True):
+        close(got, want)
+        assert want.abs().max() > 1e-6
+
+
+@pytest.mark.slow
+def test_a_compiled_policy_gives_the_same_scores_gradients_and_completions(world):
+    results = []
+    for compiled in (False, True):
+        policy = vlm.load(str(world / "policy"), compiled=compiled)
+        inputs = policy.encode([prompts()["a picture"], prompts()["a clip"]])
+        scores = policy(inputs, ragged(5, 3).expand(2, 2, 5))
+        scores.logp.sum().backward()
+        drawn = policy.generate(inputs, 2, 4, draws=torch.rand(2, 2, 4, generator=torch.Generator().manual_seed(0)))
+        results.append(
+            (scores.logp, drawn.ids, {n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
+        )
+    (logp, ids, grads), (logp_, ids_, grads_) = results
+    close(logp, logp_, 1e-4)
+    assert torch.equal(ids, ids_) and grads.keys() == grads_.keys()  # names too: checkpoints stay the same
+    for name in grads:
+        close(grads[name], grads_[name], 1e-4 * max(1.0, float(grads[name].abs().max())))
 
 
 def test_gradient_checkpointing_changes_no_gradient(world, in_double):
@@ -423,6 +529,58 @@ def test_greedy_generation_on_a_sparse_clip_equals_plain_generate(exact):
     assert exact.generate(inputs, 1, 12, sample=False).ids[0].tolist() == plain_greedy(exact, inputs, 12).tolist()
 
 
+def plain_sample(policy, inputs, draws, ends) -> list[int]:
+    """One completion, nothing of ours: the whole row through the model at every token, its cumulative sum in a loop."""
+    ids, never = [], never_ids(policy)
+    for u in draws.tolist():
+        y = torch.tensor([ids], dtype=torch.long)
+        logits = policy.core(
+            input_ids=torch.cat([inputs["input_ids"], y], 1),
+            attention_mask=torch.cat([inputs["attention_mask"], torch.ones_like(y)], 1),
+            mm_token_type_ids=torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(y)], 1),
+            use_cache=False,
+            **media_of(inputs),
+        ).logits[0, -1]
+        total = 0.0
+        for token, p in enumerate(logits.index_fill(-1, torch.tensor(never), -math.inf).softmax(-1).tolist()):
+            total += p
+            if total > u:
+                ids.append(token)
+                break
+        if ids[-1] in ends:
+            break
+    return ids
+
+
+@pytest.mark.parametrize("segment", [1, 3, 32])
+def test_the_same_numbers_give_the_tokens_of_plain_rows_in_any_batch_while_ended_completions_leave(
+    exact, segment, monkeypatch
+):
+    monkeypatch.setattr(vlm, "SEGMENT", segment)
+    policy, n, length = exact.eval(), 3, 8
+    end_often(policy)
+    rows = [prompts()[kind] for kind in ("a picture", "a clip", "several pictures")]
+    draws = torch.rand(len(rows), n, length, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    widths = []
+    layer = policy.core.model.language_model.layers[0]
+    hook = layer.register_forward_hook(lambda m, args, out: widths.append(args[0].shape[0]))
+    together = policy.generate(policy.encode(rows), n, length, draws=draws)
+    hook.remove()
+    with torch.no_grad():
+        for b, row in enumerate(rows):
+            inputs = policy.encode([row])
+            alone = policy.generate(inputs, n, length, draws=draws[b : b + 1])
+            for k in range(n):
+                want = plain_sample(policy, inputs, draws[b, k], policy.end_ids)
+                assert together.ids[b, k][together.mask[b, k]].tolist() == want
+                assert alone.ids[0, k][alone.mask[0, k]].tolist() == want
+    lengths = together.mask.sum(-1)
+    assert lengths.min() < lengths.max() and bool(together.ended.any()) and together.ids.shape[-1] == lengths.max()
+    if segment == 1:  # every ended completion has left, but for those that fill up
+        left = [int((lengths > t).sum(1).max()) * len(rows) for t in range(int(lengths.max()))]
+        assert widths[1:] == left and left[-1] < left[0]
+
+
 @pytest.mark.parametrize("kind", ["a picture", "a clip", "a sparse clip"])
 def test_the_first_token_is_sampled_from_exactly_the_scored_distribution(fresh, kind):
     """Pearson's chi-square of sampled first tokens, in a left-padded batch, against exp(logp) of every token."""
@@ -662,6 +820,36 @@ def test_a_fully_trained_policy_saves_what_plain_transformers_and_load_read_back
     close(hf_logp(tmp_path / "policy", fresh, conversation, ids), want[0, 0], 1e-4)
     again = vlm.load(str(tmp_path / "policy"), trainable=False)
     assert torch.equal(again(again.encode([conversation]), ids).logp, want)
+
+
+# --- the head ---------------------------------------------------------------------------------------------------------
+
+
+def test_no_tensor_of_the_head_grows_with_vocabulary_times_length():
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for x in torch.utils._pytree.tree_leaves(out):
+                if isinstance(x, torch.Tensor):
+                    self.numbers = max(self.numbers, x.numel())
+            return out
+
+    n, d, v, chunk = 3000, 8, 2000, 2**16
+    hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
+    ids, banned = torch.randint(5, v, (n,)), [1, 2]
+    with Largest() as largest:
+        logp, entropy = vlm.log_prob(hidden, weight, ids, banned, chunk)
+        logp.sum().backward()
+    assert largest.numbers <= max(chunk, n * d, v * d) < n * v / 50
+    got = [logp, entropy, hidden.grad, weight.grad]
+    hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+    table = (hidden @ weight.T).index_fill(-1, torch.tensor(banned), -math.inf).log_softmax(-1)
+    want = table.gather(-1, ids[:, None])[:, 0]
+    want.sum().backward()
+    for x, y in zip(got, [want, torch.special.entr(table.exp()).sum(-1), hidden.grad, weight.grad], strict=True):
+        torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-4)
 
 
 # --- the local judge --------------------------------------------------------------------------------------------------
