@@ -764,6 +764,8 @@ class Run:
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
+        if self.accelerator.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 in float32 products; softmax and sums stay in float32
         self.cfg, self.processes = cfg, self.accelerator.num_processes
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
         for name in ("prompts_per_step", "sft_batch"):
