@@ -19,9 +19,10 @@ from peft import LoraConfig, get_peft_model
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     AttentionInterface,
+    AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -32,6 +33,8 @@ from transformers import (
     LogitsProcessor,
 )
 from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 SEGMENT = 16  # tokens between two looks at which completions have ended
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's linears, never the vision's
@@ -244,7 +247,7 @@ class VLM(nn.Module):
         )
         p, t = prompts.shape[1], ids.shape[2]
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
-        if attention not in ("sdpa", "eager", "flex_attention"):
+        if attention not in ("shared_prefix", "eager", "sdpa", "flex_attention"):
             warnings.warn(f"{attention} attention takes no 4-D mask: scoring shares no prompt", stacklevel=2)
             return self.score_plain(inputs, ids, mask)
         # branch by branch, as many tokens as its longest row in the batch; the last token predicts nothing
@@ -256,7 +259,7 @@ class VLM(nn.Module):
         steps = torch.cat([torch.arange(n, device=ids.device) for n in fed])
         hidden = body(
             inputs_embeds=torch.cat([self._embed(inputs), self.core.get_input_embeddings()(branches)], 1),
-            attention_mask=_branch_mask(inputs["attention_mask"], fed, self.core.dtype, attention),
+            attention_mask={"full_attention": _branch_mask(inputs["attention_mask"], fed, self.core.dtype, attention)},
             position_ids=torch.cat([position, (start[:, None] + steps).expand(3, -1, -1)], 2),
             use_cache=False,
         ).last_hidden_state
@@ -364,11 +367,7 @@ def _wide(x: Tensor) -> Tensor:
 
 class _NextToken(LogitsProcessor):
     """Chooses the next token itself, at T = 1 from all of softmax(scores) or greedily, and leaves `generate` no other
-    choice. A row that has ended goes on with the end token.
-
-    By inversion of the cumulative distribution, one uniform number a row: `torch.multinomial` draws one for each token
-    of the vocabulary, which on a CPU took longer than the model (39 % of generation with 32,768 tokens).
-    """
+    choice. A row that has ended goes on with the end token."""
 
     def __init__(self, banned: list[int], end: int, ended: Tensor, draws: Tensor | None):
         self.banned, self.end, self.ended = banned, end, ended[:, None]
@@ -376,13 +375,30 @@ class _NextToken(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self.banned] = -torch.inf
-        if self.draws is None:
-            token = scores.argmax(-1, keepdim=True)
-        else:
-            cumulative = _wide(scores).softmax(-1).cumsum(-1, dtype=torch.float64)
-            # right: never a token without probability
-            token = torch.searchsorted(cumulative, next(self.draws) * cumulative[:, -1:], right=True)
-        return scores.fill_(-torch.inf).scatter_(-1, token.masked_fill(self.ended, self.end), 0.0)
+        token = scores.argmax(-1, keepdim=True) if self.draws is None else _invert(scores, next(self.draws))
+        choice = torch.zeros_like(scores, dtype=torch.uint8)  # in bytes, because `generate` looks for the largest
+        return choice.scatter_(-1, token.masked_fill(self.ended, self.end), 1)
+
+
+def _invert(scores: Tensor, u: Tensor, block: int = 128) -> Tensor:
+    """The token at which the cumulative distribution of softmax(scores) passes u.   [N, V], [N, 1] -> [N, 1]
+
+    One number a row, where `torch.multinomial` draws one for each token of the vocabulary and on a CPU took longer than
+    the model (39 % of generation with 32,768 tokens). In two steps, block of the vocabulary and token in it, so that
+    only few sums are in double precision; in single the tail of a vocabulary would be lost.
+    """
+    weights = _wide(scores).softmax(-1)
+    if rest := -weights.shape[1] % block:
+        weights = F.pad(weights, (0, rest))
+    blocks = weights.view(len(weights), -1, block)
+    mass = blocks.sum(-1).double()
+    edges = mass.cumsum(-1)
+    passed = u * edges[:, -1:]
+    which = torch.searchsorted(edges, passed, right=True)  # right: never a block or token without probability
+    share = (passed - (edges - mass).gather(1, which)) / mass.gather(1, which)
+    inside = blocks.gather(1, which[..., None].expand(-1, -1, block))[:, 0].double().cumsum(-1)
+    within = torch.searchsorted(inside, share.clamp(0, 1 - 2**-40) * inside[:, -1:], right=True)
+    return which * block + within
 
 
 class _Branches(DynamicLayer):
@@ -413,14 +429,25 @@ class _Branches(DynamicLayer):
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask, scaling: float, **_):
-    """softmax([q k_prompt^T, q k_own^T]) [v_prompt; v_own]: attention of a new token in every completion, where the
-    completions of a prompt read its keys and values together, as one matrix product."""
+def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float, **kwargs):
+    """SDPA that knows which tokens share a prompt. Registered with transformers as "shared_prefix"."""
+    if hasattr(key, "branches"):  # a new token in every completion
+        return _decode(query * scaling, key, value)[:, None], None
+    if not isinstance(mask, tuple):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    p = query.shape[2] - mask[1].shape[2]  # the prompt sees no branch: its rows need no columns of theirs
+    parts = (query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[0]), (query[:, :, p:], key, value, mask[1])
+    return torch.cat([sdpa_attention_forward(module, *part, scaling=scaling, **kwargs)[0] for part in parts], 1), None
+
+
+def _decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax([q k_prompt^T, q k_own^T]) [v_prompt; v_own], where all completions of a prompt read its keys and values
+    together, as one matrix product.   [B n, H, 1, d], [B n, h, T, d], [B n, h, T, d] -> [B n, H, d]"""
     (k, v), hidden = key.branches.prompt, key.branches.hidden
     b, h, p, d = k.shape
     rows, heads = query.shape[:2]
     n, group = rows // b, heads // h  # completions per prompt; query heads per key head
-    query = (query * scaling).view(rows, h, group, d)
+    query = query.view(rows, h, group, d)
 
     def by_prompt(x: Tensor) -> Tensor:  # [B n, h, group, .] -> [B, h, n group, .]
         return x.view(b, n, h, group, -1).transpose(1, 2).reshape(b, h, n * group, -1)
@@ -433,10 +460,11 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _mask,
         shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
     weights = _wide(torch.cat([shared, by_prompt(query @ key.mT)], -1)).softmax(-1).to(value.dtype)
     out = by_completion(weights[..., :p] @ v) + by_completion(weights[..., p:]) @ value
-    return out.reshape(rows, 1, heads, d), None
+    return out.reshape(rows, heads, d)
 
 
 AttentionInterface.register("shared_prefix", _attend)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
 
 
 @contextmanager
@@ -459,11 +487,11 @@ def _positions(body: nn.Module, inputs: BatchFeature) -> Tensor:
     return body.get_rope_index(inputs["input_ids"], **{name: inputs[name] for name in names if name in inputs})[0]
 
 
-def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attention: str) -> Tensor | BlockMask:
+def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attention: str):
     """What each of the L = P + sum(fed) tokens of a row may look at: the prompt, and its own branch's past.
 
-    A [B, 1, L, L] mask to be added, 0 or the lowest number; for flex attention its blocks, so that what is hidden
-    costs nothing.
+    A mask [B, 1, L, L] to be added, 0 or the lowest number; for `_attend` in two, the prompt's [B, 1, P, P] (None where
+    plain causal attention will do) and the branches' [B, 1, L - P, L]; for flex attention its blocks.
     """
     (b, p), device = prompt_mask.shape, prompt_mask.device
     length = p + sum(fed)
@@ -474,11 +502,16 @@ def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attent
         same = (branch[k] == 0) | (branch[k] == branch[q])
         return (same & (k <= q) & valid[row, k]) | (k == q)  # padding sees itself: no NaN
 
+    def dense(start: int, stop: int) -> Tensor:
+        at = torch.arange(stop, device=device)
+        see = may_see(torch.arange(b, device=device)[:, None, None], None, at[start:, None], at)
+        return torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)[:, None]
+
     if attention == "flex_attention":
         return create_block_mask(may_see, b, None, length, length, device=device)
-    at = torch.arange(length, device=device)
-    see = may_see(torch.arange(b, device=device)[:, None, None], None, at[:, None], at)
-    return torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(~see, torch.finfo(dtype).min)[:, None]
+    if attention == "shared_prefix" and length > p:
+        return None if prompt_mask.all() else dense(0, p), dense(p, length)
+    return dense(0, length)
 
 
 def _end_ids(model: nn.Module, tokenizer) -> list[int]:
@@ -509,12 +542,11 @@ def load(
     The vision tower is frozen unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
     compiled: torch.compile of the language model, at its first use, once for all lengths.
     """
-    flex = attention == "flex_attention"
+    ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}  # of the language model, not of the tower
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="sdpa" if flex else attention
+        path, dtype=getattr(torch, dtype), attn_implementation="sdpa" if attention in ours else attention
     )
-    if flex:  # transformers does not vouch for it in this model; test_vlm.py does
-        model.config.text_config._attn_implementation = attention
+    model.config.text_config._attn_implementation = ours.get(attention, attention)
     processor = AutoProcessor.from_pretrained(path)
     model.requires_grad_(trainable)
     if not train_vision:

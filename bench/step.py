@@ -249,7 +249,7 @@ def measure(side: str, folder: Path, steps: int, processes: int = 1, **work) -> 
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {side} with {work} failed\n{done.stderr[-2000:]}")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith('{"')))
 
 
 def middle(values: list[float], form: str = "{:.1f}") -> str:
