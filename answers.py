@@ -1,10 +1,26 @@
 """Is this answer right? One verdict, used by the accuracy reward, by the caption judge and by evaluation.
 
-The rule is the official one ("strict", OMNEX-VL's `reward_fn`): the whole answer must be the option letter, or a
-number equal to two decimals. Anything lax ("A or B", every letter listed) is wrong, so that it cannot be hacked.
+Two rules. *Strict* is the official one (OMNEX-VL's `reward_fn`): the whole answer must be the option letter, or a
+number equal to two decimals. *Lenient* takes the answer out of the words around it, as a person reads it: "The answer
+is (B).", "B. a cat", "$1,200", "50 %", "12 cm". Neither takes what hedges ("A or B", every letter listed, two numbers,
+"not 5"): such a rule could be hacked.
 
 Strings in, booleans out.
 """
+
+import re
+
+LEAD_IN = re.compile(
+    r"(?:(?:so|thus|therefore)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)*"
+    r"(?:answer|option|choice|it)(?:\s+is\b|'s\b|\s+would be\b|\b)\s*[:=]?\s*",
+    re.IGNORECASE,
+)
+LETTER = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|[.:]?)(?:(?<=[.:)])\s+(.+))?", re.DOTALL)
+# in the text after a letter: another letter by itself. (So "B. vitamin C" is not taken, rather than "B. or C".)
+ANOTHER = re.compile(r"(?<![\w'])(?:[B-HJ-Z](?![\w'])|[A-Za-z](?:[.):](?=\s|$)|\)?$))")
+NUMBER = re.compile(r"(?<![\w.,^])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+HEDGE = re.compile(r"\b(?:not|than|least|most|between)\b|n't\b", re.IGNORECASE)
+WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
 def extract(answer: str | None, text: str) -> str:
@@ -29,7 +45,7 @@ def to_number(text: str) -> float | None:
     return number if abs(number) < float("inf") else None  # also refuses nan
 
 
-def is_correct(prediction: str, solution: str, problem_type: str) -> bool:
+def is_correct(prediction: str, solution: str, problem_type: str, lenient: bool = False) -> bool:
     """The verdict on one answer. Both are bare strings (no tags).
 
     multiple choice   the same letter, nothing else, case kept
@@ -37,8 +53,15 @@ def is_correct(prediction: str, solution: str, problem_type: str) -> bool:
     regression        within 5 % of the solution [choice: one threshold of the graded measure]
     OCR, free-form    the same words, ignoring case and spacing [choice: the official code scores these 0, D-18]
 
+    lenient: or the same after `read`, numbers equal to two decimals however they are written. What is right by the
+    strict rule is right by the lenient one.
     Raises ValueError for any other problem type.
     """
+    if lenient and not is_correct(prediction, solution, problem_type):
+        got, want = (read(text, problem_type) for text in (prediction, solution))
+        if got is None or want is None or isinstance(got, str):
+            return got is not None and got == want
+        return abs(got - want) <= 0.05 * abs(want) if problem_type == "regression" else round(got, 2) == round(want, 2)
     if problem_type == "multiple choice":
         return prediction.strip() == solution.strip()
     if problem_type in ("numerical", "regression"):
@@ -52,3 +75,32 @@ def is_correct(prediction: str, solution: str, problem_type: str) -> bool:
     if problem_type in ("OCR", "free-form"):
         return prediction.casefold().split() == solution.casefold().split()
     raise ValueError(f"unknown problem type {problem_type!r}")
+
+
+def without_lead_in(text: str) -> str:
+    """'**The answer is: a cat**' -> 'a cat'"""
+    bare = text.replace("*", "").strip(" \t\n\"'`")
+    found = LEAD_IN.match(bare)
+    return bare[found.end() :].strip() if found else bare
+
+
+def read(text: str, problem_type: str) -> str | float | None:
+    """The answer without the words around it: a letter, a number, or words; None where there is none, or more than one.
+
+    "The answer is (b)." -> "B"; "$1,200" -> 1200.0; "Two cats" -> 2.0; "It is the Red one!" -> "red one".
+    """
+    bare = without_lead_in(text)
+    if problem_type == "multiple choice":
+        found = LETTER.fullmatch(bare)
+        return None if not found or ANOTHER.search(found[2] or "") else found[1].upper()
+    words = re.findall(r"\w+", bare.casefold())
+    if problem_type not in ("numerical", "regression"):
+        return " ".join(words[words[:1] in (["a"], ["an"], ["the"]) :]) or None
+    numbers = NUMBER.findall(bare)
+    if not numbers and words and words[0] in WORDS and not set(words[1:]) & set(WORDS):
+        numbers = [str(WORDS.index(words[0]))]
+    rest = NUMBER.sub("", bare)
+    # a digit of a unit ("cm2", "m^2") is none of the number's
+    if len(numbers) != 1 or HEDGE.search(rest) or re.search(r"(?<![A-Za-z^])\d", rest):
+        return None
+    return to_number(numbers[0])

@@ -6,7 +6,8 @@ The schema is the official one, one JSON object per row:
     problem_type  one of `reasoning.PROBLEM_TYPES`
     problem       the question
     options       ["A. red", "B. green"], empty where there are none
-    path          the picture or clip, relative to the file ("./images/0.png"); a list of paths for several images
+    path          the picture or clip, relative to the file ("./images/0.png"); a list of them for several images. In
+                  place of a path: the bytes, a PIL image, or what `datasets` makes of them, {"bytes": ..., "path": ...}
     solution      "<answer>A</answer>" (a bare "A" is taken too)
     problem_id    unique
     process       optional: a reference response with all its stages, for the cold start
@@ -14,27 +15,72 @@ The schema is the official one, one JSON object per row:
 and, optional, for evaluation: `category` (groups the accuracy), `pair` (two rows of one pair share it), `objects`
 (what the picture holds, for caption hallucination) and `relevant` (those of them that the question is about).
 
-A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, and any `test*`; or one file.
-Every row is checked, and every picture and clip opened, before a model is loaded.
+A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, and any `test*`; or one file; or
+a folder written by `datasets` (save_to_disk); or a hub id. Every row is checked, and every picture and clip opened,
+before a model is loaded; the same check alone:
+
+    python data.py check SOURCE               # counts, sizes, and one line for each bad row
+    python data.py check SOURCE --model M     # prompt lengths in M's tokens as well
 """
 
+import argparse
+import io
 import json
+import math
+import re
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import av
 from PIL import Image
+from qwen_vl_utils.vision_process import smart_resize
 
 import answers
 import reasoning
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
+FIELDS = (
+    "data_type problem_type problem options path solution problem_id process process_and_answer data_source category "
+    "pair objects relevant"
+).split()
 
 
 class DataError(ValueError):
     """Something in the data, in one line: which file, which row, which field, what to do."""
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A picture or clip inside a table: read when it is asked for, so that the media of a dataset are never in memory
+    together."""
+
+    table: Any  # a datasets.Dataset
+    row: int
+    place: int | None  # in a list of them
+
+    def read(self) -> bytes:
+        cell = self.table[self.row]["path"]
+        return (cell if self.place is None else cell[self.place])["bytes"]
+
+    def __str__(self) -> str:
+        return f"the picture or clip in row {self.row}"
+
+
+Media = Path | bytes | Image.Image | Embedded
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a picture (frames 1, rate 1) or clip: frames, height, width, frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +89,7 @@ class Sample:
 
     id: str
     data_type: str
-    media: tuple[Path, ...]
+    media: tuple[Media, ...]
     problem: str
     options: tuple[str, ...]
     problem_type: str
@@ -53,7 +99,7 @@ class Sample:
     pair: str | None = None
     objects: tuple[str, ...] | None = None
     relevant: tuple[str, ...] | None = None
-    pixels: int = 0  # of all its pictures, or of its clip's frames
+    sizes: tuple[Size, ...] = ()
 
     @property
     def question(self) -> str:
@@ -61,33 +107,27 @@ class Sample:
 
 
 def length(sample: Sample) -> tuple[int, int]:
-    """Sorts prompts by how long they are, nearly: visual tokens first, then text."""
-    return sample.pixels, len(sample.question)
+    """Sorts prompts by how long they are, nearly: pixels first, then text."""
+    return sum(size.frames * size.height * size.width for size in sample.sizes), len(sample.question)
+
+
+def visual_tokens(sample: Sample, min_pixels: int, max_pixels: int, fps: float, max_frames: int) -> int:
+    """How many tokens its pictures or clip take in Qwen2.5-VL: one for 28 x 28 pixels, of two frames in a clip."""
+    total = 0
+    for size in sample.sizes:
+        height, width = smart_resize(size.height, size.width, min_pixels=min_pixels, max_pixels=max_pixels, factor=28)
+        frames = 1 if sample.data_type == "image" else frames_taken(size.frames, size.rate, fps, max_frames)
+        total += math.ceil(frames / 2) * (height // 28) * (width // 28)
+    return total
 
 
 def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, list[Sample]]:
-    """All splits of a dataset folder, or {"train": rows} of one file.
+    """All splits of a dataset folder or hub id, or {"train": rows} of one file.
 
     Raises DataError, with a line for each of the first ten bad rows, unless `on_bad_row` is "skip": then `say` gets a
     line for each.
     """
-    source = Path(source)
-    if not source.exists():
-        raise DataError(f"data: {source} does not exist. Give a folder with train.json, or one JSON/JSONL/Parquet file")
-    files = sorted(f for f in source.iterdir() if f.suffix in SUFFIXES) if source.is_dir() else [source]
-    if others := [f.name for f in files if source.is_dir() and not f.stem.startswith(("train", "cold_start", "test"))]:
-        say(f"data: not a split, left alone: {', '.join(others)}")
-    files = [f for f in files if f.name not in others]
-    splits = {f.stem if source.is_dir() else "train": f for f in files}
-    if len(splits) < len(files):
-        raise DataError(
-            f"data: {source} holds a split twice: {', '.join(f.name for f in files)}. Keep one of each name"
-        )
-    if "train" not in splits and not any(name.startswith("test") for name in splits):
-        names = ", ".join([f.name for f in files] + others) or "no data file"
-        raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
-    problems: list[str] = []
-    samples = {name: _load_file(file, problems) for name, file in splits.items()}
+    samples, problems = _read(source, say)
     if problems and on_bad_row == "error":
         more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError("\n".join(problems[:10]) + more + "\nMend these rows, or leave them out with --on_bad_row skip")
@@ -95,32 +135,92 @@ def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, 
         say(f"skipped: {line}")
     for name, rows in samples.items():
         if not rows:
-            raise DataError(f"data: {splits[name]} has no usable row")
+            raise DataError(f"data: {source}, {name} has no usable row")
     return samples
 
 
-def _load_file(file: Path, problems: list[str]) -> list[Sample]:
-    samples, seen = [], Counter()
-    for number, row in enumerate(_rows(file)):
-        where = f"{file.name} row {number}"
+def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
+    """The splits, and a line for each bad row."""
+    tables, root = _tables(source, say)
+    if "train" not in tables and not any(name.startswith("test") for name in tables):
+        names = ", ".join(tables) or "no split"
+        raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
+    samples, problems = {}, []
+    for name, (label, rows) in tables.items():
+        samples[name], seen, unknown = [], Counter(), Counter()
+        for number, row in enumerate(rows):
+            try:
+                sample = _sample(row, root, rows, number)
+                seen[sample.id] += 1
+                unknown.update(set(row) - set(FIELDS))
+                if seen[sample.id] > 1:
+                    raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
+                samples[name].append(sample)
+            except DataError as error:
+                named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
+                problems.append(f"{label} row {number}{named}, {error}")
+        if unknown:
+            counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
+            say(f"data: {label}: fields left alone: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}")
+    return samples, problems
+
+
+def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path | None]:
+    """Split name -> (what to call it, its rows), and the folder that paths are relative to (None: they may be none)."""
+    path = Path(source)
+    if not path.exists():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
+            raise DataError(
+                f"data: {source} does not exist. Give a folder with train.json, or one JSON/JSONL/Parquet file, or a "
+                "hub id"
+            )
+        import datasets
+
         try:
-            sample = _sample(row, file.parent)
-            seen[sample.id] += 1
-            if seen[sample.id] > 1:
-                raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
-            samples.append(sample)
-        except DataError as error:
-            name = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
-            problems.append(f"{where}{name}, {error}")
-    return samples
+            found = datasets.load_dataset(str(source))
+        except Exception as error:  # of many kinds, from the hub, the network and the builder
+            raise DataError(f"data: {source} is no file here and cannot be had from the hub ({error})") from error
+        return {name: (f"{source} {name}", _undecoded(table)) for name, table in found.items()}, None
+    if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
+        import datasets
+
+        found = datasets.load_from_disk(str(path))
+        found = found if isinstance(found, dict) else {"train": found}
+        return {name: (f"{path.name} {name}", _undecoded(table)) for name, table in found.items()}, path
+    if not path.is_dir():
+        return {"train": (path.name, _rows(path))}, path.parent
+    files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
+    if others := [f.name for f in files if not f.stem.startswith(("train", "cold_start", "test"))]:
+        say(f"data: not a split, left alone: {', '.join(others)}")
+    files = [f for f in files if f.name not in others]
+    if len({f.stem for f in files}) < len(files):
+        raise DataError(f"data: {path} holds a split twice: {', '.join(f.name for f in files)}. Keep one of each name")
+    if not files:
+        raise DataError(
+            f"data: {path} holds {', '.join(others) or 'no data file'}; expected train.json (and cold_start.json, "
+            "test*.json)"
+        )
+    return {f.stem: (f.name, _rows(f)) for f in files}, path
 
 
-def _rows(file: Path) -> list[dict]:
+def _undecoded(table):
+    """Pictures stay bytes until they are opened."""
+    import datasets
+
+    for name, feature in table.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.Image | datasets.Video):
+            plain = type(inner)(decode=False)
+            table = table.cast_column(name, plain if inner is feature else datasets.List(plain))
+    return table
+
+
+def _rows(file: Path):
     try:
         if file.suffix == ".parquet":
-            from datasets import load_dataset
+            import datasets
 
-            return list(load_dataset("parquet", data_files=str(file), split="train"))
+            return _undecoded(datasets.load_dataset("parquet", data_files=str(file), split="train"))
         text = file.read_text(encoding="utf-8")
         rows = (
             [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -134,7 +234,7 @@ def _rows(file: Path) -> list[dict]:
     return rows
 
 
-def _sample(row: dict, root: Path) -> Sample:
+def _sample(row: dict, root: Path | None, table=None, number: int = 0) -> Sample:
     """One row, checked; DataError("field: what is wrong. What to do")."""
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object, got {type(row).__name__}")
@@ -168,13 +268,12 @@ def _sample(row: dict, root: Path) -> Sample:
         raise DataError(f"process: must be a string, got {type(process).__name__}")
     if process and not any(reasoning.format_reward(process, four_stage) for four_stage in (True, False)):
         raise DataError("process: lacks a stage, or holds text outside them. Give all four, once each, in order")
-    paths = row["path"] if isinstance(row["path"], list) else [row["path"]]
-    if not all(isinstance(path, str) for path in paths):
-        raise DataError("path: must be a path or a list of paths")
-    if row["data_type"] == "video" and len(paths) > 1:
+    cells = row["path"] if isinstance(row["path"], list) else [row["path"]]
+    if row["data_type"] == "video" and len(cells) > 1:
         raise DataError("path: a row has one clip. Give one path")
-    media = tuple(root / path for path in paths)
-    pixels = sum(_check_media(path, row["data_type"]) for path in media)
+    places = range(len(cells)) if isinstance(row["path"], list) else [None]
+    media = tuple(_medium(cell, root, Embedded(table, number, i)) for i, cell in zip(places, cells))
+    sizes = tuple(_check_media(medium, row["data_type"]) for medium in media)
     as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
     return Sample(
         id=str(row["problem_id"]),
@@ -187,30 +286,80 @@ def _sample(row: dict, root: Path) -> Sample:
         process=process,
         category=str(row.get("category") or row["problem_type"]),
         pair=None if row.get("pair") is None else str(row["pair"]),
-        pixels=pixels,
+        sizes=sizes,
         **as_tuple,
     )
 
 
-def _check_media(path: Path, data_type: str) -> int:
-    """Opens all of it; the number of its pixels."""
-    if not path.is_file():
-        raise DataError(f"path: {path} does not exist")
+def _medium(cell, root: Path | None, embedded: Embedded) -> Media:
+    """What a cell of `path` stands for."""
+    if isinstance(cell, dict) and cell.get("bytes"):
+        return embedded
+    if isinstance(cell, dict):
+        cell = cell.get("path")
+    if isinstance(cell, bytes | Image.Image):
+        return cell
+    if not isinstance(cell, str) or not cell:
+        raise DataError("path: must be a path, or bytes or a PIL image, or a list of them")
+    if root is None:
+        raise DataError(f"path: {cell} is a path, but the dataset is not on this disk. Give pictures with their bytes")
+    if ".." in Path(cell).parts:
+        raise DataError(f"path: {cell} leaves the folder of the data. Move the file there, or give an absolute path")
+    return root / cell
+
+
+def _stream(medium: Media) -> Path | io.BytesIO:
+    """What PIL and PyAV open."""
+    if isinstance(medium, Embedded):
+        return io.BytesIO(medium.read())
+    return io.BytesIO(medium) if isinstance(medium, bytes) else medium
+
+
+def _check_media(medium: Media, data_type: str) -> Size:
+    """Opens all of it."""
+    name = medium if isinstance(medium, Path | Embedded) else "what is given"
+    if isinstance(medium, Path) and not medium.is_file():
+        raise DataError(f"path: {medium} does not exist")
     try:
-        if data_type == "image":
-            with Image.open(path) as image:
-                image.load()  # verify() would pass a truncated JPEG
-                return image.width * image.height
-        else:
-            with av.open(str(path)) as container:
-                if not container.streams.video:
-                    raise ValueError("no video stream")
-                if any(packet.is_corrupt for packet in container.demux(video=0)):
-                    raise ValueError("it is cut off")
-                stream = container.streams.video[0]
-                return stream.width * stream.height * stream.frames
+        size, frames = _size_of_image(medium) if data_type == "image" else _size_of_video(medium)
     except Exception as error:  # PIL and PyAV raise many kinds; all of them mean an unreadable file
-        raise DataError(f"path: cannot read {path} as {data_type} ({error})") from error
+        raise DataError(f"path: cannot read {name} as {data_type} ({error})") from error
+    short, long = sorted((size.height, size.width))
+    if data_type == "image" and frames > 1:
+        raise DataError(f"path: {name} is animated ({frames} frames). Give it as video, or one frame of it")
+    if data_type == "video" and frames < 2:
+        raise DataError(f"path: {name} has {frames} frame. Give a picture as image")
+    if short < 4:
+        raise DataError(f"path: {name} has {size.width} x {size.height} pixels, too few to show anything. Replace it")
+    if long >= 200 * short:
+        raise DataError(
+            f"path: {name} has {size.width} x {size.height} pixels; Qwen2.5-VL takes no side 200 times the "
+            "other. Cut it"
+        )
+    return size
+
+
+def _size_of_image(medium: Media) -> tuple[Size, int]:
+    image = medium if isinstance(medium, Image.Image) else Image.open(_stream(medium))
+    image.load()  # verify() would pass a truncated JPEG
+    return Size(1, image.height, image.width), getattr(image, "n_frames", 1)
+
+
+def _size_of_video(medium: Media) -> tuple[Size, int]:
+    with _open_video(medium) as container:
+        if not container.streams.video:
+            raise ValueError("no video stream")
+        stream, frames = container.streams.video[0], 0
+        for packet in container.demux(stream):
+            if packet.is_corrupt:
+                raise ValueError("it is cut off")
+            frames += packet.size > 0
+        return Size(frames, stream.height, stream.width, float(stream.average_rate or 1.0)), frames
+
+
+def _open_video(medium: Media):
+    stream = _stream(medium)
+    return av.open(str(stream) if isinstance(stream, Path) else stream)
 
 
 def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) -> list[dict]:
@@ -223,30 +372,34 @@ def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) 
     return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
 
 
-def read_image(path: Path) -> Image.Image:
+def read_image(medium: Media) -> Image.Image:
     """The picture in RGB; transparency becomes white, as in qwen-vl-utils, not black."""
-    image = Image.open(path)
+    image = medium if isinstance(medium, Image.Image) else Image.open(_stream(medium))
     if image.mode == "RGBA" or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def read_video(path: Path, fps: float = 2.0, max_frames: int = 16) -> tuple[list[Image.Image], float]:
+def frames_taken(total: int, rate: float, fps: float, max_frames: int) -> int:
+    return min(total, max_frames, max(2, round(total / rate * fps)))
+
+
+def read_video(medium: Media, fps: float = 2.0, max_frames: int = 16) -> tuple[list[Image.Image], float]:
     """Frames of a clip, evenly spaced at about `fps` and at most `max_frames`, and the rate they really have.
 
     PyAV, because qwen-vl-utils' torchvision reader is gone from torchvision and its torchcodec reader needs a system
     FFmpeg.
     """
-    with av.open(str(path)) as container:
+    with _open_video(medium) as container:
         stream = container.streams.video[0]
         rate = float(stream.average_rate or 1.0)
         total = sum(1 for _ in container.decode(stream))
     if not total:
-        raise DataError(f"path: {path} holds no frame")
-    count = min(total, max_frames, max(2, round(total / rate * fps)))
+        raise DataError(f"path: {medium} holds no frame")
+    count = frames_taken(total, rate, fps, max_frames)
     wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
-    with av.open(str(path)) as container:  # a second time, so that a long clip is never in memory as a whole
+    with _open_video(medium) as container:  # a second time, so that a long clip is never in memory as a whole
         frames = enumerate(container.decode(video=0))
         picked = [frame.to_image() for i, frame in frames if i in wanted]
     return picked, rate * count / total
@@ -258,3 +411,61 @@ def prompts(samples: Sequence[Sample], four_stage: bool, fps: float, max_frames:
         messages(s, reasoning.prompt(s.problem, s.options, s.problem_type, four_stage), fps, max_frames)
         for s in samples
     ]
+
+
+def check(source: str, model: str = "", min_pixels=3136, max_pixels=401_408, fps=2.0, max_frames=16) -> bool:
+    """Print what is in a dataset and a line for each bad row; is it free of them?"""
+    splits, problems = _read(source, print)
+    count_text = None
+    if model:
+        from transformers import AutoTokenizer
+
+        count_text = prompt_text_tokens(AutoTokenizer.from_pretrained(model))
+    for name, rows in splits.items():
+        print(f"{name}: {len(rows)} rows, {sum(bool(s.process) for s in rows)} with a reference response")
+        for (data_type, problem_type), n in sorted(Counter((s.data_type, s.problem_type) for s in rows).items()):
+            print(f"  {n:>7} {data_type}, {problem_type}")
+        sizes = [size for s in rows for size in s.sizes]
+        tokens = [visual_tokens(s, min_pixels, max_pixels, fps, max_frames) for s in rows]
+        numbers = {
+            "width": [size.width for size in sizes],
+            "height": [size.height for size in sizes],
+            "media per row": [len(s.sizes) for s in rows],
+            "seconds of a clip": [z.frames / z.rate for s in rows if s.data_type == "video" for z in s.sizes],
+            f"visual tokens (at most {max_pixels} pixels a picture)": tokens,
+        }
+        if count_text:
+            numbers["prompt tokens"] = [count_text(s) + n for s, n in zip(rows, tokens)]
+        for what, values in numbers.items():
+            if values:
+                values = sorted(values)
+                print(f"  {what}: {values[0]:g} to {values[-1]:g}, median {values[len(values) // 2]:g}")
+    for line in problems:
+        print(f"bad: {line}")
+    print(f"{len(problems)} bad rows" if problems else "no bad row")
+    return not problems
+
+
+def prompt_text_tokens(tokenizer, four_stage: bool = True):
+    """Sample -> tokens of its prompt without pictures: the words, and the chat template around them."""
+    around = len(
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], add_generation_prompt=True)["input_ids"]
+    )
+
+    def count(sample: Sample) -> int:
+        text = reasoning.prompt(sample.problem, sample.options, sample.problem_type, four_stage)
+        return around + len(tokenizer(text).input_ids) + 2 * len(sample.media)  # vision_start, vision_end
+
+    return count
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Check a dataset before anything is trained on it.")
+    parser.add_argument("command", choices=["check"])
+    parser.add_argument("source", help="dataset folder, file or hub id")
+    parser.add_argument("--model", default="", help="count prompt tokens with this model's tokenizer")
+    args = parser.parse_args()
+    try:
+        sys.exit(0 if check(args.source, args.model) else 1)
+    except DataError as error:
+        sys.exit(f"error: {error}")

@@ -72,6 +72,7 @@ def score(
             "text": text,
             "answer": answer,
             "right": answers.is_correct(answer, sample.answer, sample.problem_type),
+            "right, leniently": answers.is_correct(answer, sample.answer, sample.problem_type, lenient=True),
             "format": reasoning.format_reward(text, four_stage) == 1.0,
         }
         if sample.objects is not None and four_stage:
@@ -91,6 +92,8 @@ def score(
 def metrics(samples: list[data.Sample], rows: list[dict]) -> dict:
     """All measures of one set; a measure that the rows cannot give is left out."""
     result = {"accuracy": rate([r["right"] for r in rows]), "format": rate([r["format"] for r in rows])}
+    if any(r["right, leniently"] != r["right"] for r in rows):
+        result["accuracy, lenient"] = rate([r["right, leniently"] for r in rows])
     by_category, pairs = defaultdict(list), defaultdict(list)
     for sample, row in zip(samples, rows, strict=True):
         by_category[sample.category].append(row["right"])

@@ -12,6 +12,7 @@ grpo.py; Conflict-Aware Regularization, Eq. 4 -> ntk_infonce.py. Departures from
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import random
 import shutil
@@ -46,13 +47,13 @@ import report
 import shapes
 import variance_select
 import vlm
-from caption_reward import CaptionReward, EndpointJudge
+from caption_reward import CaptionReward, EndpointJudge, only_states_the_answer
 
 
 def main(cfg: "Config") -> None:
     run = Run(cfg)
     sets = run.open_data()
-    judge = run.open_judge()
+    judge = run.open_judge(sets)
 
     # Redefine the Reasoning Paradigm: a supervised cold start teaches planning, caption, thinking and answer.
     start = cold_start(sets, cfg, run)
@@ -63,7 +64,8 @@ def main(cfg: "Config") -> None:
         prompts = select_prompts(start, sets["train"], judge, cfg, run)
 
         # Reinforcement learning: GRPO with the Caption Reward, and the conflict regulariser.
-        learner = Learner("rl", start, cfg.rl_steps, cfg.rl_lr, cfg, run)
+        steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step)
+        learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run)
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
             parts = run.parts(batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step)
@@ -111,9 +113,13 @@ MECHANISMS = {  # what --method stands for; each switch can be set by itself
     "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
 }
 ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+FEW = 64  # questions on which the judge is tried
 DENSE_LOGITS = 2**26  # numbers; beyond it Eq. 4 takes the vocabulary in chunks
+PATIENCE = timedelta(hours=1)  # after which processes that wait for another give up
 FREE_TO_CHANGE = (
     "output_dir",
+    "judge_concurrency",
+    "judge_deadline",
     "quiet",
     "tracker",
     "show_every",
@@ -142,6 +148,8 @@ class Config:
     data: str = option("", "dataset folder or file (see data.py); empty: the embedded world's [choice]")
     judge: str = option("", "causal LM, or OpenAI-compatible URL; empty: the embedded world's [choice]")
     judge_model: str = option("", "model at the judge's URL; its key comes from OPENAI_API_KEY [choice]")
+    judge_concurrency: int = option(16, "calls at a time to the judge's URL, in each process [choice]")
+    judge_deadline: float = option(600.0, "seconds for a step's calls; the rest is unknown, D-15 [choice]")
     world: str = option("shapes-world", "where the embedded world is built, once [choice]")
     output_dir: str = option("", "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
     seed: int = option(0, "of data order, sampling and LoRA initialisation [choice]")
@@ -151,16 +159,19 @@ class Config:
     max_pixels: int = option(401408, "and reduced to at most this [official code]")
     fps: float = option(2.0, "frames a second taken from a clip [qwen-vl-utils]")
     max_frames: int = option(16, "most frames taken from a clip [Video-R1]")
+    max_prompt_tokens: int = option(0, "longer prompts are bad rows; 0: what the model takes [choice]")
 
     dtype: str = option("float32", "float32 or bfloat16 [official code: bfloat16]")
     attention: str = option("sdpa", f"{', '.join(ATTENTION)}; the last shares no prompt in scoring [choice]")
     lora_rank: int = option(0, "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
+    merge: bool = option(False, "with LoRA: write whole weights at the end of RL, not the adapter alone [choice]")
     train_vision: bool = option(False, "train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(False, "recompute activations, saves memory [official code: true]")
 
     compile: bool = option(False, "torch.compile the language model: slow to start, then faster [choice]")
 
     sft_steps: int = option(250, "cold-start updates; 0: none [choice; official code: 2 epochs]")
+    sft_epochs: float = option(0.0, "above 0: this many passes over the rows in place of sft_steps [official code: 2]")
     sft_batch: int = option(32, "rows per cold-start update, over all processes [choice; official code: 8]")
     sft_lr: float = option(2e-3, "cold-start learning rate [choice for a 1.5 M model; official code: 1e-6]")
 
@@ -169,6 +180,7 @@ class Config:
     select_batch: int = option(16, "prompts scored at a time in each process, by memory [choice]")
 
     rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
+    rl_epochs: float = option(0.0, "above 0: this many passes over the prompts in place of rl_steps [official code: 1]")
     prompts_per_step: int = option(32, "prompts per update, over all processes [choice; official code: 8]")
     prompts_per_pass: int = option(0, "prompts per pass in each process, to save memory; 0: all [choice]")
     group_size: int = option(8, "G, responses per prompt [official code; paper silent]")
@@ -187,6 +199,8 @@ class Config:
     accuracy_weight: float = option(1.0, "of the accuracy reward [official code]")
     format_weight: float = option(0.1, "of the format reward [official code]")
     caption_weight: float = option(1.0, "of the Caption Reward [official code]")
+    leak_penalty: float = option(0.0, "taken off where a caption only states the answer, D-14; 0: counted [choice]")
+    lenient: bool = option(False, "accuracy reward by the lenient rule of answers.py [official code: strict]")
     nce_feature: str = option(
         "reference", f"y_i of Eq. 4, D-51: {', '.join(ntk_infonce.FEATURES)} [choice; official code: hidden_mean]"
     )
@@ -218,7 +232,9 @@ class Config:
         for name, value in MECHANISMS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
-        positive = "prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every"
+        positive = (
+            "judge_concurrency prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every"
+        )
         for name in positive.split():
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: must be at least 1, got {getattr(self, name)}")
@@ -245,7 +261,11 @@ class Config:
             raise ConfigError("judge: your own model needs a judge of its own; give --judge, or --caption_reward false")
         if self.judge.startswith("http") and not self.judge_model:
             raise ConfigError("judge_model: name the model that the judge's URL serves")
-        for name in "sft_steps rl_steps show_every prompts_per_pass lora_rank nce_weight beta eps_low eps_high".split():
+        if not 0 < self.judge_deadline < PATIENCE.total_seconds():
+            raise ConfigError(f"judge_deadline: must lie in (0, {PATIENCE.seconds}) seconds, got {self.judge_deadline}")
+        at_least_0 = "max_prompt_tokens leak_penalty sft_steps rl_steps show_every prompts_per_pass lora_rank "
+        at_least_0 += "nce_weight beta eps_low eps_high"
+        for name in at_least_0.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be 0 or more, got {getattr(self, name)}")
         for name in "sft_lr rl_lr max_grad_norm nce_temperature fps max_frames".split():
@@ -259,7 +279,9 @@ class Config:
     @property
     def reward_weights(self) -> dict[str, float]:
         weights = {"accuracy": self.accuracy_weight, "format": self.format_weight}
-        return weights | ({"caption": self.caption_weight} if self.caption_reward else {})
+        if self.caption_reward:
+            weights |= {"caption": self.caption_weight, "leak": self.leak_penalty}
+        return weights
 
     @property
     def grpo_options(self) -> dict[str, Any]:
@@ -308,12 +330,13 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
     Without rows that have a reference response (`process`), or with --sft_steps 0, RL starts from --model as it is.
     """
     rows = [s for s in sets.get("cold_start", sets["train"]) if s.process]
-    if not rows or not cfg.sft_steps:
+    if not rows or not (cfg.sft_steps or cfg.sft_epochs):
         run.say("cold start: skipped" + ("" if rows else " (no row has a reference response in `process`)"))
         return run.model
     for sample in rows:
         reference_response(sample, cfg.four_stage)  # a bad one is found before the model is loaded
-    learner = Learner("sft", run.model, cfg.sft_steps, cfg.sft_lr, cfg, run)
+    steps = updates(cfg.sft_steps, cfg.sft_epochs, len(rows), cfg.sft_batch)
+    learner = Learner("sft", run.model, steps, cfg.sft_lr, cfg, run)
     for step, batch in learner.batches(rows, cfg.sft_batch):
         inputs = learner.policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
         ids, mask = learner.policy.encode_responses([reference_response(s, cfg.four_stage) for s in batch])
@@ -323,6 +346,11 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
         learner.update()
         learner.log(step, {"loss": (loss.item(), 0)}, show=step % 10 == 0)
     return learner.finish()
+
+
+def updates(steps: int, epochs: float, rows: int, batch: int) -> int:
+    """How many updates a stage has: `steps`, or as many as `epochs` passes over its rows take."""
+    return math.ceil(epochs * rows / min(batch, rows)) if epochs else steps
 
 
 def reference_response(sample: data.Sample, four_stage: bool) -> str:
@@ -379,7 +407,7 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
 def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
     """One line of select/scores.jsonl per prompt: statistics of the total reward, its class, every reward."""
     stats = variance_select.reward_statistics(grpo.total_reward(rewards, cfg.reward_weights))
-    best = sum(cfg.reward_weights.values())
+    best = sum(cfg.reward_weights.values()) - cfg.reward_weights.get("leak", 0.0)
     return [
         {
             "id": sample.id,
@@ -460,6 +488,9 @@ class Rollouts:
         for name, table in self.rewards.items():
             known = ~table.isnan()
             numbers[f"reward/{name}"] = (table[known].sum().item(), known.sum().item())
+        if "leak" in self.rewards:
+            total, count = numbers.pop("reward/leak")
+            numbers["caption_leak"] = (-total, count)
         unknown = sum(table.isnan().sum().item() for table in self.rewards.values())
         numbers["unknown"] = (unknown, mask.shape[0])
         if self.nce_stats:
@@ -512,7 +543,9 @@ def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[di
     stages = [[reasoning.parse(text) for text in row] for row in part.text]
     flat = [(s, t, p) for s, row, ps in zip(part.samples, part.text, stages, strict=True) for t, p in zip(row, ps)]
     shape = (len(part.text), -1)
-    correct = [answers.is_correct(answers.extract(p.answer, t), s.answer, s.problem_type) for s, t, p in flat]
+    correct = [
+        answers.is_correct(answers.extract(p.answer, t), s.answer, s.problem_type, cfg.lenient) for s, t, p in flat
+    ]
     formed = [reasoning.format_reward(t, cfg.four_stage) for _, t, _ in flat]
     rewards = {"accuracy": torch.tensor(correct).float().view(shape), "format": torch.tensor(formed).view(shape)}
     replies = [None] * len(flat)
@@ -520,6 +553,8 @@ def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[di
         verdicts = judge([(s.question, p.caption, s.answer, s.problem_type) for s, _, p in flat])
         rewards["caption"] = torch.tensor([verdict for verdict, _ in verdicts]).view(shape)
         replies = [reply for _, reply in verdicts]
+        leaks = [only_states_the_answer(p.caption, s.answer, s.problem_type) for s, _, p in flat]
+        rewards["leak"] = 0.0 - torch.tensor(leaks).float().view(shape)
     n = len(part.text[0])
     return {k: v.to(part.mask.device) for k, v in rewards.items()}, [
         replies[i : i + n] for i in range(0, len(replies), n)
@@ -684,11 +719,16 @@ class Learner:
         """Write the trained policy, whole or not at all, and drop the checkpoints. Returns its folder."""
         if not self.finished:
             self.bar.close()
-            self.run.write_folder(self.result, lambda folder: self.run.unwrap(self.model).save(folder))
+            self.run.write_folder(self.result, self._save)
             for checkpoint in self.folder.glob("checkpoint-*"):
                 self.run.remove(checkpoint)
             self.run.accelerator.free_memory()  # or the next stage's checkpoints would hold this stage's model too
         return str(self.result)
+
+    def _save(self, folder: str) -> None:
+        """The policy and its model card. What RL starts from is whole, because RL's adapter is one of it."""
+        self.run.unwrap(self.model).save(folder, merge=self.cfg.merge or self.stage == "sft")
+        (Path(folder) / "README.md").write_text(model_card(self.stage, self.steps, self.cfg), encoding="utf-8")
 
     def _save_checkpoint(self, step: int) -> None:
         older = list(self.folder.glob("checkpoint-*"))
@@ -720,6 +760,35 @@ class Reference:
         policy = self.learner.policy
         with policy.base():
             return policy(inputs, ids, mask).logp.flatten(0, 1)
+
+
+def model_card(stage: str, steps: int, cfg: Config) -> str:
+    """README.md of a trained policy: how it was trained, how to load it."""
+    base = cfg.model or "the embedded world's tiny policy"
+    settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+    header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["ground-what-you-see"]}
+    if cfg.model:
+        header["base_model"] = cfg.model
+    what = {"sft": "a supervised cold start", "rl": f"reinforcement learning (method {cfg.method}) after a cold start"}
+    return f"""---
+{yaml.safe_dump(header, sort_keys=False)}---
+# {base}, after {what[stage]}
+
+Trained with the reference implementation of *Ground What You See* (arXiv 2601.06224), {steps} updates in this stage.
+Responses have the stages planning, caption, thinking and answer if `four_stage` is true below.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained(FOLDER)
+processor = AutoProcessor.from_pretrained(FOLDER)
+```
+
+The whole configuration of the run:
+
+```yaml
+{settings}```
+"""
 
 
 def load_options(cfg: Config) -> dict[str, Any]:
@@ -760,7 +829,7 @@ class Run:
             project_dir=cfg.output_dir,
             step_scheduler_with_optimizer=False,
             kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=timedelta(hours=1)),
+                InitProcessGroupKwargs(timeout=PATIENCE),
                 DistributedDataParallelKwargs(broadcast_buffers=False),
             ],
         )
@@ -807,18 +876,58 @@ class Run:
             self.accelerator.wait_for_everyone()
         self.model = cfg.model or str(Path(cfg.world) / "policy")
         sets = given or data.load(Path(cfg.world) / "data")
+        self._check_lengths(sets)
         if "train" not in sets:
             raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
         self.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
         return sets
 
-    def open_judge(self) -> CaptionReward | None:
+    def _check_lengths(self, sets: dict[str, list[data.Sample]]) -> None:
+        """A multimodal prompt is never truncated: one that is too long is a bad row."""
+        cfg, context, tokenizer = self.cfg, *vlm.context(self.model)
+        text_tokens = data.prompt_text_tokens(tokenizer, cfg.four_stage)
+        most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
+        problems = []
+        for name, rows in sets.items():
+            fitting = []
+            for s in rows:
+                tokens = text_tokens(s)
+                tokens += data.visual_tokens(s, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
+                if tokens <= most:
+                    fitting.append(s)
+                else:
+                    problems.append(f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}")
+            sets[name] = fitting
+        remedy = "Lower --max_pixels or --max_frames, or leave them out with --on_bad_row skip"
+        if problems and (cfg.on_bad_row == "error" or not all(sets.values())):
+            raise data.DataError("\n".join([*problems[:10], f"{len(problems)} prompts are too long. {remedy}"]))
+        for line in problems:
+            self.say(f"skipped: {line}")
+
+    def open_judge(self, sets: dict[str, list[data.Sample]]) -> CaptionReward | None:
+        """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
+        What it has replied is kept in the run folder, so that no question about a caption is asked twice."""
         cfg = self.cfg
         if not cfg.caption_reward:
             return None
+        name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
         if cfg.judge.startswith("http"):
-            return CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model))
-        return CaptionReward(vlm.LocalJudge(cfg.judge or str(Path(cfg.world) / "judge"), self.accelerator.device))
+            try:
+                judge = EndpointJudge(cfg.judge, name, concurrency=cfg.judge_concurrency, deadline=cfg.judge_deadline)
+            except Exception as error:  # no client library, or no key
+                raise ConfigError(f"judge: {error}") from error
+        else:
+            judge = vlm.LocalJudge(name, self.accelerator.device)
+        journal = Journal(self.folder / "judge" / f"{self.accelerator.process_index}.jsonl", name)
+        self.accelerator.wait_for_everyone()  # all have read what there was before one writes
+        asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4] or sets["train"]
+        floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
+        if floor is None:
+            raise ConfigError(
+                f"judge: {name} answered none of {len(few)} questions. Is it up, and does it know the key?"
+            )
+        self.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without any caption")
+        return asked
 
     def load(self, model: str, trainable: bool) -> vlm.VLM:
         return vlm.load(model, **load_options(self.cfg), trainable=trainable).to(self.accelerator.device)
@@ -941,6 +1050,23 @@ class Run:
             print(report.table(self.folder))
             print(f"{time.time() - self.began:.0f} s. Run folder: {self.folder}   Report: {page}")
         self.accelerator.end_training()
+
+
+class Journal(dict):
+    """(question, caption) -> the judge's reply, also on disk: one line a reply, in a file of this process; lines of all
+    processes are read at the start."""
+
+    def __init__(self, file: Path, judge: str):
+        lines = [line for one in sorted(file.parent.glob("*.jsonl")) for line in read_jsonl(one)]
+        super().__init__({(x["question"], x["caption"]): x["reply"] for x in lines if x["judge"] == judge})
+        self.file, self.judge = file, judge
+
+    def __setitem__(self, key: tuple[str, str], reply: str) -> None:
+        super().__setitem__(key, reply)
+        line = {"judge": self.judge, "question": key[0], "caption": key[1], "reply": reply}
+        self.file.parent.mkdir(parents=True, exist_ok=True)  # not before: a start that fails leaves nothing behind
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(to_jsonl([line]))
 
 
 def rewrite(file: Path, text: str) -> None:

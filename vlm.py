@@ -7,15 +7,17 @@ whose branches see the prompt and themselves only). Both are exact; `score_plain
 Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T completion tokens (right-padded).
 """
 
+import copy
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -23,6 +25,7 @@ from torch.nn.attention.flex_attention import create_block_mask
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -31,6 +34,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
+    PreTrainedTokenizerBase,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -73,6 +77,9 @@ class VLM(nn.Module):
         banned = {getattr(config, name) for name in names} | {tokenizer.pad_token_id}
         # a sampled image token has no image behind it and breaks scoring: never sampled, and so never scored
         self.banned_ids = sorted(banned - {None} - set(self.end_ids))
+        # a convolution whose stride is its kernel is one matrix product, and PyTorch's Conv3d is far slower at it
+        conv = self.core.model.visual.patch_embed.proj
+        conv.forward = MethodType(_patches_times_kernel, conv)
 
     @property
     def core(self) -> nn.Module:
@@ -298,13 +305,15 @@ class VLM(nn.Module):
         banned = torch.tensor(self.banned_ids, device=weight.device)
         return weight, torch.zeros(len(weight), device=weight.device).index_fill(0, banned, -torch.inf)
 
-    def save(self, folder: str | Path) -> None:
-        """Write weights (LoRA merged in) and processor, so that plain `from_pretrained` loads them."""
-        if hasattr(self.model, "merge_adapter"):
-            # merging into a copy, because training may go on
-            import copy
-
-            copy.deepcopy(self.model).merge_and_unload().save_pretrained(folder)
+    def save(self, folder: str | Path, merge: bool = True) -> None:
+        """Write weights and processor, so that plain `from_pretrained` loads them. LoRA's are merged in, or written
+        alone, as an adapter of the model that it was put on (whose path it remembers)."""
+        if isinstance(self.model, PeftModel) and merge:
+            # a copy, because training may go on, and on the CPU, because a second model may not fit on the device
+            device = self.device
+            merged = copy.deepcopy(self.model.cpu()).merge_and_unload()
+            self.model.to(device)
+            merged.save_pretrained(folder)
         else:
             self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
@@ -478,7 +487,9 @@ def _attention(core: nn.Module, name: str):
         config._attn_implementation = before
 
 
-_PIXELS = ("pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw")
+def _patches_times_kernel(conv: nn.Conv3d, patches: Tensor) -> Tensor:
+    """[N, C, T, P, P] -> [N, d]"""
+    return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
 
 
 def _positions(body: nn.Module, inputs: BatchFeature) -> Tensor:
@@ -524,6 +535,24 @@ def _end_ids(model: nn.Module, tokenizer) -> list[int]:
     return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i != tokenizer.pad_token_id)]))
 
 
+def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
+    """The most tokens that a checkpoint takes, and its tokenizer; nothing heavy is loaded."""
+    base, _ = _base_of(path)
+    return AutoConfig.from_pretrained(base).text_config.max_position_embeddings, AutoTokenizer.from_pretrained(path)
+
+
+def _base_of(path: str) -> tuple[str, str | None]:
+    """(model, adapter to put on it): what a folder or hub id holds."""
+    if not (Path(path) / "adapter_config.json").exists():
+        return path, None
+    base = PeftConfig.from_pretrained(path).base_model_name_or_path
+    if Path(base).is_absolute() and not Path(base).exists():
+        raise FileNotFoundError(
+            f"{path} is an adapter of {base}, which is not there. Put it back, or train with --merge"
+        )
+    return base, path
+
+
 def load(
     path: str,
     *,
@@ -537,16 +566,21 @@ def load(
     max_pixels: int = 401_408,
     trainable: bool = True,
 ) -> VLM:
-    """A Qwen2.5-VL checkpoint (folder or hub id). Full fine-tuning of the language model, or LoRA on its linears.
+    """A Qwen2.5-VL checkpoint or an adapter of one (folder or hub id). Full fine-tuning of the language model, or LoRA
+    on its linears; an adapter that is loaded is merged in first.
 
     The vision tower is frozen unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
     compiled: torch.compile of the language model, at its first use, once for all lengths.
     """
     ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}  # of the language model, not of the tower
+    base, adapter = _base_of(path)
+    base = str(Path(base).resolve()) if Path(base).exists() else base  # what a new adapter will remember
     model = AutoModelForImageTextToText.from_pretrained(
-        path, dtype=getattr(torch, dtype), attn_implementation="sdpa" if attention in ours else attention
+        base, dtype=getattr(torch, dtype), attn_implementation="sdpa" if attention in ours else attention
     )
     model.config.text_config._attn_implementation = ours.get(attention, attention)
+    if adapter:
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     processor = AutoProcessor.from_pretrained(path)
     model.requires_grad_(trainable)
     if not train_vision:

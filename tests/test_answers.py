@@ -1,4 +1,4 @@
-"""answers.py: one verdict on an answer, the official strict rule."""
+"""answers.py: one verdict on an answer, by the official strict rule and by the lenient one."""
 
 import math
 
@@ -163,3 +163,121 @@ def test_a_whole_number_and_the_same_number_with_a_decimal_are_never_equal(n):
 def test_whole_numbers_are_right_only_when_equal(n, offset):
     assert not answers.is_correct(str(n + offset), str(n), "numerical")
     assert not answers.is_correct(str(n - offset), str(n), "numerical")
+
+
+# --- the lenient rule -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["B", "b", "(B)", "(b)", "B.", "(B).", "B)", "B) a cat", "B. a cat", "B: a cat", "(B) a cat", "**B**", '"B"', "B\n"]
+    + ["The answer is (B).", "the correct answer is B", "Answer: B", "answer B", "Option B", "It's B", "It is b."]
+    + [
+        "So, the answer is: B. a cat",
+        "**The final answer is B**",
+        "B. a cat or a dog",
+        "Therefore the best choice is B",
+    ],
+)
+def test_a_letter_is_read_out_of_the_words_around_it(text):
+    assert answers.is_correct(text, "B", "multiple choice", lenient=True)
+    assert not any(answers.is_correct(text, other, "multiple choice", lenient=True) for other in "ACD")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "A or B",
+        "B or A",
+        "A, B, C, D",
+        "A. B. C. D.",
+        "A B C D",
+        "ABCD",
+        "A/B",
+        "(A)(B)",
+        "A. a cat or B. a dog",
+        "B. or A",
+    ]
+    + [
+        "not B",
+        "B, or maybe A",
+        "A. a cat\nB. a dog",
+        "B. a cat, not A",
+        "a. a cat or b. a dog",
+        "either A or B",
+        "A and B",
+    ]
+    + ["a cat", "A cat", "", "(", "()", "B (or A)", "I think A, but B", "option", "The answer is"],
+)
+def test_what_hedges_or_names_no_letter_is_wrong_whichever_letter_is_right(text):
+    assert answers.read(text, "multiple choice") is None
+    assert not any(answers.is_correct(text, letter, "multiple choice", lenient=True) for letter in "ABCD")
+
+
+@pytest.mark.parametrize(
+    "text, solution",
+    [("5", "5.0"), ("5.0", "5"), ("1,000", "1000"), ("$1,200", "1200"), ("50%", "50"), ("50 %", "50"), ("12 cm", "12")]
+    + [("12 cm2", "12"), ("12 m^2", "12"), ("about 5", "5"), ("The answer is 5.", "5"), ("5 apples", "5"), ("+7", "7")]
+    + [("Two", "2"), ("two cats.", "2"), ("There: 3", "3"), ("-4.50 degrees", "-4.5"), ("1e3", "1000"), (".5", "0.5")]
+    + [("3", "3 apples"), ("The total is $2,345.67", "2345.67")],
+)
+def test_a_number_is_read_out_of_units_commas_and_percent(text, solution):
+    assert answers.is_correct(text, solution, "numerical", lenient=True)
+    assert not answers.is_correct(text, "99", "numerical", lenient=True)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["5 or 6", "5, 6", "5-6", "1/2", "2:30", "3,14", "1,0000", "1.2.3", "not 5", "isn't 5", "at least 5", "more than 5"]
+    + ["between 5", "two or three", "nan", "inf", "1e999", "H2O", "", "many", "5 apples and 6 pears", "5 5"],
+)
+def test_two_numbers_a_bound_a_denial_or_none_is_no_number(text):
+    assert answers.read(text, "numerical") is None
+    assert not answers.is_correct(text, "5", "numerical", lenient=True)
+
+
+def test_lenient_regression_still_wants_five_percent_and_lenient_words_ignore_punctuation():
+    assert answers.is_correct("about 104 m", "100", "regression", lenient=True)
+    assert not answers.is_correct("about 106 m", "100", "regression", lenient=True)
+    assert answers.is_correct("The answer is: No entry!", "no entry", "free-form", lenient=True)
+    assert answers.is_correct("a cat", "Cat.", "OCR", lenient=True)
+    assert not answers.is_correct("a cat or a dog", "cat", "free-form", lenient=True)
+    assert not answers.is_correct("!!", "??", "OCR", lenient=True)
+    with pytest.raises(ValueError, match="essay"):
+        answers.is_correct("A", "A", "essay", lenient=True)
+
+
+@exact
+@given(st.text(max_size=20), st.text(max_size=20), st.sampled_from(KINDS))
+def test_what_is_right_by_the_strict_rule_is_right_by_the_lenient_one(prediction, solution, kind):
+    assert answers.is_correct(prediction, solution, kind, lenient=True) in (True, False)
+    if answers.is_correct(prediction, solution, kind):
+        assert answers.is_correct(prediction, solution, kind, lenient=True)
+
+
+@exact
+@given(
+    st.lists(st.sampled_from("ABCDEFGH"), min_size=2, max_size=5, unique=True),
+    st.sampled_from([" ", ", ", " or ", "/", ". ", ") "]),
+)
+def test_no_list_of_letters_is_right_for_any_of_them(letters, joint):
+    text = joint.join(letters)
+    assert not any(answers.is_correct(text, x, "multiple choice", lenient=True) for x in letters)
+
+
+@exact
+@given(numbers, numbers, st.sampled_from([" or ", ", ", " and ", " to ", "/"]))
+def test_no_pair_of_different_numbers_is_right_for_either(a, b, joint):
+    assume(round(float(a), 2) != round(float(b), 2))
+    for solution in (a, b):
+        assert not answers.is_correct(f"{a}{joint}{b}", solution, "numerical", lenient=True)
+
+
+@exact
+@given(
+    st.sampled_from("ABCDEFGH"), st.sampled_from(["{}", "({})", "{}.", "The answer is {}", "Answer: ({})", "{}. red"])
+)
+def test_every_usual_form_is_right_for_its_letter_and_for_no_other(letter, form):
+    text = form.format(letter)
+    right = [x for x in "ABCDEFGH" if answers.is_correct(text, x, "multiple choice", lenient=True)]
+    assert right == [letter]

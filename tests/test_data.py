@@ -1,9 +1,12 @@
 """data.py: bad rows are named one by one, three formats say the same, real photographs and real clips are read."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import av
+import datasets
 import numpy as np
 import pytest
 import skimage.data
@@ -12,6 +15,7 @@ from PIL import Image
 
 import data
 import reasoning
+import vlm
 
 torch.set_num_threads(1)
 PHOTOS = ("astronaut", "coffee", "chelsea")
@@ -43,6 +47,13 @@ def media(tmp_path_factory):
     (folder / "empty.mp4").write_bytes(b"")
     (folder / "empty.png").write_bytes(b"")
     (folder / "words.png").write_text("this is not a picture")
+    write_clip(folder / "one-frame.mp4", 1, RATE)
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    Image.new("RGB", (20_000, 60)).save(folder / "strip.png")
+    Image.new("1", (20_000, 20_000)).save(folder / "bomb.png")
+    photos = [Image.fromarray(getattr(skimage.data, name)()).resize((60, 60)) for name in PHOTOS]
+    photos[0].save(folder / "moving.gif", save_all=True, append_images=photos[1:])
+    Image.fromarray(skimage.data.chelsea()).convert("CMYK").save(folder / "ink.jpg", quality=90)
     return folder
 
 
@@ -117,6 +128,21 @@ BAD = {  # what is wrong: (the row, the field that the message names, words of t
     "a path that is a number": (dict(path=7), "path", ""),
     "a null in the list of paths": (dict(path=["MEDIA/chelsea.png", None]), "path", ""),
     "objects that are one string": (dict(objects="a cat"), "objects", ""),
+    "a clip of one frame": (dict(path="MEDIA/one-frame.mp4", data_type="video"), "path", "has 1 frame. Give a picture"),
+    "a picture called video": (
+        dict(path="MEDIA/chelsea.png", data_type="video"),
+        "path",
+        "has 1 frame. Give a picture",
+    ),
+    "a picture of one pixel": (dict(path="MEDIA/dot.png"), "path", "1 x 1 pixels, too few"),
+    "a strip of 20,000 pixels": (dict(path="MEDIA/strip.png"), "path", "20000 x 60 pixels; Qwen2.5-VL takes no side"),
+    "a picture of 20,000 x 20,000": (dict(path="MEDIA/bomb.png"), "path", "exceeds limit"),
+    "a moving GIF for a picture": (dict(path="MEDIA/moving.gif"), "path", "is animated (3 frames). Give it as video"),
+    "a path that leaves the folder": (dict(path="../../etc/passwd"), "path", "leaves the folder of the data"),
+    "a way out in the middle": (dict(path="images/../../x.png"), "path", "leaves the folder of the data"),
+    "bytes that are no picture": (dict(path={"bytes": "x", "path": None}), "path", "as image"),
+    "neither bytes nor path": (dict(path={"bytes": None, "path": None}), "path", "must be a path, or bytes"),
+    "a number for the problem_type": (dict(problem_type=3), "problem_type", "3 is not one of"),
     "two clips": (dict(data_type="video", path=["MEDIA/clip.mp4", "MEDIA/clip.mp4"]), "path", ""),
 }
 
@@ -185,7 +211,7 @@ def test_a_split_of_bad_rows_only_is_an_error_even_when_skipping(media, tmp_path
     folder = tmp_path / "set"
     write(folder / "train.json", [choice(media)])
     write(folder / "test.json", [choice(media, path="gone.png")])
-    with pytest.raises(data.DataError, match="test.json has no usable row"):
+    with pytest.raises(data.DataError, match="test has no usable row"):
         data.load(folder, on_bad_row="skip")
 
 
@@ -220,7 +246,7 @@ def test_a_missing_folder_or_a_folder_without_a_split_to_use_says_what_is_expect
     with pytest.raises(data.DataError, match=r"holds no data file; expected train.json"):
         data.load(tmp_path)
     write(tmp_path / "cold_start.json", [choice(media)])
-    with pytest.raises(data.DataError, match=r"holds cold_start.json; expected train.json"):
+    with pytest.raises(data.DataError, match=r"holds cold_start; expected train.json"):
         data.load(tmp_path)
 
 
@@ -420,3 +446,145 @@ def test_a_prompt_is_the_media_and_the_words_of_reasoning(media, tmp_path, four_
     words = reasoning.prompt("What animal is this?", ["A. a dog", "B. a cat"], "multiple choice", four_stage)
     assert first[0]["content"][-1]["text"] == second[0]["content"][-1]["text"] == words
     assert first[0]["content"][0]["type"] == "image" and len(second[0]["content"][0]["video"]) == 3
+
+
+def test_unknown_fields_are_named_once_a_file_and_left_alone(media, tmp_path, capsys):
+    rows = [choice(media, problem_id=str(i), optoins=["A"], **({"note": 1} if i else {})) for i in range(3)]
+    [a, *_] = data.load(write(tmp_path / "train.json", rows), say=print)["train"]
+    said = capsys.readouterr().out
+    assert said.count("fields left alone: note (2 rows), optoins (3 rows). Is one misspelt? Known: data_type") == 1
+    assert a.options == ("A. a dog", "B. a cat")
+
+
+def test_a_number_as_a_string_and_a_bare_number_are_the_same_solution(media, tmp_path):
+    rows = [number(media, problem_id=str(i), solution=solution) for i, solution in enumerate(["12", 12, " 12 "])]
+    assert {s.answer for s in data.load(write(tmp_path / "train.json", rows))["train"]} == {"12"}
+
+
+def test_cmyk_is_read_as_colours(media, tmp_path):
+    [sample] = data.load(write(tmp_path / "train.json", [choice(media, path=str(media / "ink.jpg"))]))["train"]
+    image = data.read_image(sample.media[0])
+    assert image.mode == "RGB"
+    assert np.abs(np.asarray(image, dtype=float) - skimage.data.chelsea()).mean() < 12
+
+
+# --- other sources ----------------------------------------------------------------------------------------------------
+
+
+def embedded(media: Path, name: str) -> dict:
+    return {"bytes": (media / name).read_bytes(), "path": name}
+
+
+def pixels(sample) -> list[np.ndarray]:
+    parts = data.messages(sample, "?")[0]["content"][:-1]
+    return [np.asarray(x) for part in parts for x in (part["video"] if part["type"] == "video" else [part["image"]])]
+
+
+def picture_pictures_film(media: Path) -> list[dict]:
+    return [
+        choice(media, problem_id="one"),
+        choice(media, problem_id="two", path=[str(media / "coffee.png"), str(media / "rocket.jpg")]),
+        film(media, problem_id="film"),
+    ]
+
+
+def test_pictures_and_clips_as_bytes_or_pil_are_those_of_the_files(media, tmp_path):
+    files = data.load(write(tmp_path / "train.json", picture_pictures_film(media)))["train"]
+    inside = picture_pictures_film(media)
+    for row in inside:
+        paths = row["path"] if isinstance(row["path"], list) else [row["path"]]
+        row["path"] = [embedded(media, Path(path).name) for path in paths]
+    table = datasets.Dataset.from_list(inside)
+    table.to_parquet(tmp_path / "inside" / "train.parquet")
+    table.save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict({"train": table, "test": table}).save_to_disk(tmp_path / "dict")
+    sources = [data.load(tmp_path / name) for name in ("inside", "saved", "dict")]
+    assert list(sources[2]) == ["train", "test"]
+    for source in sources:
+        for a, b in zip(files, source["train"], strict=True):
+            assert (a.id, a.answer, a.sizes) == (b.id, b.answer, b.sizes)
+            assert all(isinstance(medium, data.Embedded) for medium in b.media)
+            for x, y in zip(pixels(a), pixels(b), strict=True):
+                assert np.array_equal(x, y)
+
+
+def test_a_column_of_the_datasets_image_type_stays_bytes_until_it_is_opened(media, tmp_path):
+    rows = [choice(media, problem_id=str(i), path=embedded(media, f"{name}.png")) for i, name in enumerate(PHOTOS)]
+    table = datasets.Dataset.from_list(rows).cast_column("path", datasets.Image())
+    table.to_parquet(tmp_path / "train.parquet")
+    samples = data.load(tmp_path / "train.parquet")["train"]
+    for name, sample in zip(PHOTOS, samples, strict=True):
+        assert np.array_equal(pixels(sample)[0], getattr(skimage.data, name)())
+
+
+def test_a_sample_may_hold_a_pil_image_or_bytes_itself(media):
+    photo = Image.fromarray(skimage.data.chelsea())
+    for medium in (photo, (media / "chelsea.png").read_bytes()):
+        sample = data._sample(choice(media, path=medium), None)
+        assert np.array_equal(pixels(sample)[0], skimage.data.chelsea())
+
+
+def test_a_hub_id_goes_to_datasets_and_its_splits_are_checked_like_files(media, tmp_path, monkeypatch):
+    inside = datasets.Dataset.from_list([choice(media, path=embedded(media, "chelsea.png"))])
+    outside = datasets.Dataset.from_list([choice(media)])
+    asked = []
+
+    def load_dataset(name):
+        asked.append(name)
+        return datasets.DatasetDict({"train": inside if name == "someone/pictures" else outside})
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert len(data.load("someone/pictures")["train"]) == 1
+    with pytest.raises(data.DataError, match="is a path, but the dataset is not on this disk"):
+        data.load("someone/paths")
+    assert asked == ["someone/pictures", "someone/paths"]
+
+
+def test_a_hub_id_that_cannot_be_had_is_one_clear_error(monkeypatch):
+    def load_dataset(name):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(data.DataError, match="nobody/nothing is no file here and cannot be had from the hub"):
+        data.load("nobody/nothing")
+
+
+# --- the check by itself ----------------------------------------------------------------------------------------------
+
+
+def test_check_prints_counts_sizes_lengths_and_a_line_for_each_bad_row(media, tmp_path, world):
+    rows = [*picture_pictures_film(media), number(media), choice(media, problem_id="bad", path="gone.png")]
+    write(tmp_path / "train.json", rows)
+    command = [sys.executable, "data.py", "check", str(tmp_path), "--model", str(world / "policy")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    assert done.returncode == 1, done.stderr
+    for line in (
+        "train: 4 rows, 3 with a reference response",
+        "      2 image, multiple choice",
+        "      1 image, numerical",
+        "      1 video, multiple choice",
+        "  seconds of a clip: 3 to 3, median 3",
+        "  media per row: 1 to 2, median 1",
+        "bad: train.json row 4 (bad), path: ",
+        "1 bad rows",
+    ):
+        assert line in done.stdout, done.stdout
+    write(tmp_path / "train.json", rows[:-1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    assert done.returncode == 0 and done.stdout.endswith("no bad row\n")
+    done = subprocess.run(
+        [*command[:3], "no-such-folder"], capture_output=True, text=True, cwd=Path(data.__file__).parent
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: data: no-such-folder does not exist")
+
+
+def test_the_tokens_counted_are_those_that_the_processor_makes(media, tmp_path, world):
+    policy = vlm.load(str(world / "policy"), trainable=False, min_pixels=3136, max_pixels=50_000)
+    samples = data.load(write(tmp_path / "train.json", [*picture_pictures_film(media), number(media)]))["train"]
+    count = data.prompt_text_tokens(policy.processor.tokenizer)
+    for sample in samples:
+        inputs = policy.encode(data.prompts([sample], True, 2.0, 4))
+        config, ids = policy.core.config, inputs["input_ids"]
+        seen = ((ids == config.image_token_id) | (ids == config.video_token_id)).sum().item()
+        assert data.visual_tokens(sample, 3136, 50_000, 2.0, 4) == seen
+        assert seen + count(sample) == ids.shape[1]

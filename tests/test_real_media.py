@@ -1,6 +1,8 @@
 """The same commands on what a user brings: real photographs (scikit-image's) and a real MP4, questions of our own."""
 
 import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import av
 import numpy as np
@@ -104,3 +106,124 @@ def test_a_bad_row_stops_the_run_before_any_model_is_built(world, photo_folder, 
     done = launch("--data", bad, "--output_dir", tmp_path / "run", check=False, cwd=tmp_path)
     assert done.returncode != 0 and not (tmp_path / "shapes-world").exists()
     assert "train.json row 3 (cell.png), solution: missing or empty" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def mixed_folder(photo_folder, tmp_path_factory):
+    """All five problem types on a picture, two pictures and a clip each."""
+    process = "<prethink>the middle</prethink><caption>{0}</caption><think>{0}</think><answer>{1}</answer>"
+    kinds = {
+        "multiple choice": ("Which is it?", ["A. a cat", "B. a rocket"], "A", "a tabby cat"),
+        "numerical": ("How many cats?", [], "1", "one tabby cat"),
+        "OCR": ("What does the sign say?", [], "NO ENTRY", "a sign that says no entry"),
+        "free-form": ("What animal is it?", [], "a cat", "a tabby cat"),
+        "regression": ("How heavy is it, in kilograms?", [], "4.5", "a tabby cat of four kilograms"),
+    }
+    media = {
+        "picture": ("image", str(photo_folder / "chelsea.png")),
+        "pictures": ("image", [str(photo_folder / "chelsea.png"), str(photo_folder / "rocket.jpg")]),
+        "clip": ("video", str(photo_folder / "pan.mp4")),
+    }
+    rows = [
+        {
+            "data_type": data_type,
+            "problem_type": kind,
+            "problem": problem,
+            "options": options,
+            "path": path,
+            "solution": f"<answer>{answer}</answer>",
+            "problem_id": f"{kind}, {medium}",
+            "process": process.format(caption, answer),
+        }
+        for medium, (data_type, path) in media.items()
+        for kind, (problem, options, answer, caption) in kinds.items()
+    ]
+    folder = tmp_path_factory.mktemp("mixed")
+    (folder / "train.json").write_text(json.dumps(rows))
+    (folder / "test.json").write_text(json.dumps(rows))
+    return folder
+
+
+MIXED = (
+    "--max_pixels 6272 --max_frames 4 --sft_steps 12 --rl_steps 2 --prompts_per_step 5 --prompts_per_pass 3 "
+    "--responses 4 --max_new_tokens 24"
+).split()
+
+
+class FlakyServer:
+    """Speaks the OpenAI API on loopback: answers, is slow, fails, talks nonsense, and dies after `lives` requests."""
+
+    def __init__(self, lives=10**9):
+        outer, self.asked, self.lives = self, 0, lives
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                self.rfile.read(int(self.headers["Content-Length"]))
+                outer.asked += 1
+                n = outer.asked
+                text = {3: "", 4: "no idea at all"}.get(n % 7, "A")
+                body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+                dead = n > outer.lives or n % 7 == 5
+                if n % 7 == 6:
+                    threading.Event().wait(0.3)
+                self.send_response(503 if dead else 200)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("retry-after-ms", "1")
+                self.end_headers()
+                self.wfile.write(b"<html>" if n % 7 == 1 and n > 7 else json.dumps(body).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.http.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run / "rl/metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--lora_rank", "4", "--gradient_checkpointing", "true"]], ids=["full", "lora"]
+)
+def test_all_problem_types_on_pictures_several_pictures_and_clips_with_a_local_judge(
+    world, mixed_folder, tmp_path, options
+):
+    run = tmp_path / "run"
+    launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *options)
+    lines = metrics(run)
+    assert len(lines) == 2 and lines[0]["kl"] == pytest.approx(0, abs=1e-6)  # with media in both
+    assert all(line["unknown"] == 0 and 0 <= line["caption_leak"] <= 1 for line in lines)
+    rows = json.loads((run / "eval/after.json").read_text())["test"]["rows"]
+    assert len(rows) == 15 and len({row["category"] for row in rows}) == 5
+    assert len((run / "select/scores.jsonl").read_text().splitlines()) == 15
+
+
+@pytest.mark.parametrize("lives", [10**9, 60], ids=["flaky", "dies half-way"])
+def test_a_run_with_an_endpoint_that_is_slow_fails_and_talks_nonsense_finishes_and_invents_no_reward(
+    world, mixed_folder, tmp_path, monkeypatch, lives
+):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-loopback-secret")
+    server, run = FlakyServer(lives), tmp_path / "run"
+    judge = ["--judge", server.url, "--judge_model", "flaky", "--judge_deadline", "20"]
+    done = launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *judge)
+    server.http.shutdown()
+    replies = [json.loads(line) for line in (run / "judge/0.jsonl").read_text().splitlines()]
+    assert replies and len({(line["question"], line["caption"]) for line in replies}) == len(replies)
+    known, unknown = 0, 0
+    for line in map(json.loads, (run / "rl/rollouts.jsonl").read_text().splitlines()):
+        for text, verdict, reply in zip(line["text"], line["caption"], line["judge"], strict=True):
+            captioned = "<caption>" in text and "</caption>" in text
+            assert (verdict is None) <= captioned  # only what was asked can be unknown
+            assert (reply is None) == (verdict is None or not captioned or verdict == 0.0 and reply is None)
+            unknown, known = unknown + (verdict is None), known + (verdict is not None)
+    assert known > 0
+    if lives < 100:
+        assert unknown > 0 and metrics(run)[-1]["unknown"] > 0
+    everything = done.stdout + done.stderr
+    everything += "".join(
+        f.read_text(errors="ignore") for f in run.rglob("*") if f.suffix in (".yaml", ".jsonl", ".html")
+    )
+    assert "sk-loopback-secret" not in everything

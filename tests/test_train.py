@@ -327,6 +327,128 @@ def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(wor
     torch.testing.assert_close(split, whole, atol=1e-6 * whole.abs().max().item(), rtol=0)
 
 
+def test_a_lora_run_leaves_an_adapter_or_with_merge_whole_weights_that_plain_transformers_and_eval_load(
+    finished, world, tmp_path
+):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    start = ["--model", finished[0] / "sft/policy", "--judge", world / "judge", "--data", world / "data"]
+    tiny = [*SMALL, "--sft_steps", "3", "--rl_steps", "2", "--selection", "false", "--lora_rank", "4"]
+    scores = []
+    for merge in ("false", "true"):
+        run = tmp_path / merge
+        launch("--output_dir", run, *start, *tiny, "--merge", merge)
+        folder = run / "rl/policy"
+        assert (folder / "adapter_config.json").exists() == (merge == "false")
+        card = (folder / "README.md").read_text()
+        assert card.startswith("---\n") and "base_model: " in card and "lora_rank: 4" in card and "2 updates" in card
+        assert AutoProcessor.from_pretrained(folder).tokenizer.eos_token == "<|im_end|>"
+        plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
+        ours = vlm.load(str(folder), trainable=False)
+        inputs = ours.encode(data.prompts(data.load(world / "data")["train"][:1], True, 2.0, 4))
+        inputs = {name: x for name, x in inputs.items() if not name.endswith("_features")}
+        with torch.no_grad():
+            logits = [model(**inputs).logits[0, -1] for model in (plain, ours.core)]
+        torch.testing.assert_close(logits[0], logits[1], atol=1e-4, rtol=0)
+        scores.append(logits[0])
+    torch.testing.assert_close(scores[0], scores[1], atol=1e-4, rtol=0)
+    with torch.no_grad():
+        start = vlm.load(str(tmp_path / "true/sft/policy"), trainable=False).core(**inputs).logits[0, -1]
+    assert (scores[0] - start).abs().max() > 1e-4  # the adapter has learned something
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), "--model", str(tmp_path / "false"), "--data", str(world / "data")],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "false/sft").rename(tmp_path / "false/moved")
+    with pytest.raises(FileNotFoundError, match="is an adapter of .*sft/policy, which is not there"):
+        vlm.load(str(tmp_path / "false/rl/policy"))
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_preset_fits_config_and_names_a_source_for_each_value(file):
+    import yaml
+
+    cfg, values = train.parse_config(["--config", str(file)]), yaml.safe_load(file.read_text())
+    for name, value in values.items():
+        assert getattr(cfg, name) == value and type(getattr(cfg, name)) in (type(value), float), name
+    for line in file.read_text().splitlines():
+        assert not line or line.startswith("#") or any(word in line for word in ("  # choice", "  # official code")), (
+            line
+        )
+
+
+def test_the_presets_hold_the_authors_numbers():
+    seven, official = (
+        train.parse_config(["--config", f"{ROOT}/configs/{n}.yaml"]) for n in ("qwen2.5-vl-7b", "official")
+    )
+    for cfg in (seven, official):
+        assert (cfg.sft_lr, cfg.sft_epochs, cfg.rl_lr, cfg.rl_epochs, cfg.weight_decay) == (1e-6, 2, 1e-6, 1, 0.01)
+        assert (cfg.beta, cfg.group_size, cfg.max_new_tokens, cfg.max_pixels) == (0.04, 8, 768, 401_408)
+        assert (cfg.max_grad_norm, cfg.dtype, cfg.prompts_per_step, cfg.lora_rank) == (5, "bfloat16", 8, 0)
+    assert (official.nce_feature, official.tau, official.nce_temperature) == ("hidden_mean", 0.5, 0.5)
+    assert (seven.nce_feature, seven.tau, seven.nce_temperature) == ("reference", 0.54, 1.0)
+
+
+def test_epochs_stand_for_as_many_updates_as_their_rows_take():
+    assert train.updates(60, 0, 100, 8) == 60
+    assert train.updates(60, 2, 100, 8) == 25 and train.updates(60, 0.5, 100, 8) == 7
+    assert train.updates(60, 1, 3, 8) == 1  # fewer rows than a batch: each update sees them all
+
+
+def test_the_journal_remembers_replies_of_its_judge_whichever_process_wrote_them(tmp_path):
+    first, second = (train.Journal(tmp_path / f"{i}.jsonl", "judge") for i in range(2))
+    assert not list(tmp_path.iterdir())  # nothing before the first reply
+    first["q", "a\u2028caption"] = "A"
+    second["q", "another"] = ""
+    train.Journal(tmp_path / "0.jsonl", "someone else")["q", "another"] = "B"
+    with (tmp_path / "1.jsonl").open("a") as out:
+        out.write('{"judge": "judge", "question": "cut o')  # a crash
+    again = train.Journal(tmp_path / "2.jsonl", "judge")
+    assert again == {("q", "a\u2028caption"): "A", ("q", "another"): ""}
+
+
+def test_a_judge_that_answers_nothing_stops_the_run_before_training(world, tmp_path, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setenv("OPENAI_API_KEY", "none")
+    options = ["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m", "--judge_deadline", "3", "--world", world]
+    done = launch("--output_dir", tmp_path / "run", *options, *SMALL, check=False)
+    assert done.returncode != 0 and "judge: m answered none of 3 questions. Is it up" in done.stderr
+    assert not (tmp_path / "run/sft").exists()
+
+
+def test_a_prompt_that_is_too_long_is_a_bad_row_before_the_model_is_loaded(world, tmp_path):
+    options = ["--world", world, "--output_dir", tmp_path / "run", "--max_prompt_tokens", "20"]
+    done = launch(*options, *SMALL, check=False)
+    assert done.returncode != 0 and "prompts are too long. Lower --max_pixels" in done.stderr
+    assert "cold_start (" in done.stderr and "tokens, more than 20" in done.stderr
+
+
+def test_a_caption_that_only_states_the_answer_is_counted_and_may_cost(world):
+    samples = data.load(world / "data")["train"][:1]
+    [sample] = samples
+    say = "<prethink>x</prethink><caption>{}</caption><think>x</think><answer>{}</answer>"
+    part = SimpleNamespace(samples=samples, mask=torch.zeros(1))
+    part.text = [[say.format(f"The answer is {sample.answer}.", sample.answer), say.format("a red circle", "x")]]
+    cfg = train.Config(leak_penalty=0.5)
+    judge = train.CaptionReward(lambda prompts: ["A" for _ in prompts])
+    rewards, _ = train.reward(part, judge, cfg)
+    assert rewards["leak"].tolist() == [[-1.0, 0.0]] and cfg.reward_weights["leak"] == 0.5
+    [line] = train.score_lines(samples, rewards, cfg)
+    total = [1 + 0.1 + rewards["caption"][0, 0].item() - 0.5, 0.1 + rewards["caption"][0, 1].item()]
+    assert line["mean"] == pytest.approx(sum(total) / 2, abs=1e-5)
+
+
+def test_the_lenient_rule_is_an_option(world):
+    samples = [s for s in data.load(world / "data")["train"] if s.problem_type == "multiple choice"][:1]
+    part = SimpleNamespace(samples=samples, mask=torch.zeros(1))
+    part.text = [[f"<think>x</think><answer>The answer is ({samples[0].answer}).</answer>"] * 2]
+    for lenient in (False, True):
+        rewards, _ = train.reward(part, None, train.Config(method="grpo", lenient=lenient))
+        assert rewards["accuracy"].tolist() == [[float(lenient)] * 2]
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [

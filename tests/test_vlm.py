@@ -417,6 +417,19 @@ def test_scoring_does_not_depend_on_what_was_generated_before(fresh):
 # --- encoding ---------------------------------------------------------------------------------------------------------
 
 
+def test_the_tower_sees_what_the_untouched_one_sees(world, exact):
+    """Against a model that plain transformers loaded, with its own convolution."""
+    plain = AutoModelForImageTextToText.from_pretrained(world / "policy", dtype=torch.float64)
+    inputs = exact.encode([prompts()["several pictures"], prompts()["a clip"]])
+    with torch.no_grad():
+        seen = exact._see(inputs)
+        want = plain.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        close(seen["image_features"], torch.cat(list(want)))
+        want = plain.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+        close(seen["video_features"], torch.cat(list(want)))
+    assert "_patches" not in repr(plain.model.visual.patch_embed.proj.forward)
+
+
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket"])
 def test_a_real_photograph_keeps_its_shape_within_the_pixel_limits_and_one_token_a_merged_patch(world, name):
     policy = vlm.load(str(world / "policy"), trainable=False, max_pixels=100_000)

@@ -1,0 +1,126 @@
+"""What a preset of configs/ needs, computed from the model's shapes and not measured: memory by part, floors of time.
+
+    python bench/memory.py configs/*.yaml
+
+Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients and AdamW's two
+moments in the type of the preset (adapters in float32), the reference where full fine-tuning needs a copy, activations
+of one pass (with checkpointing: every layer's input, and one layer in full), keys and values of generation, the local
+judge. Seconds per update on one GPU of each kind, at 40 % of its bf16 rate for scoring and the update, and at the
+bandwidth of its memory for decoding: nothing can be faster, and Hugging Face's `generate` is several times slower.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TEXT = {  # the published config.json of each
+    "Qwen2.5-VL-3B-Instruct": dict(
+        hidden_size=2048,
+        num_hidden_layers=36,
+        intermediate_size=11008,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+    ),
+    "Qwen2.5-VL-7B-Instruct": dict(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        intermediate_size=18944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152_064,
+    ),
+}
+JUDGE = {"Qwen/Qwen2.5-1.5B-Instruct": 1.54e9}  # parameters, from its model card
+CARDS = {
+    "RTX 4090, 24 GB": (165e12, 1.01e12),
+    "H100, 80 GB": (989e12, 3.35e12),
+}  # dense bf16 operations, bytes a second
+QUESTION = 100  # tokens of text beside the picture
+
+
+def parameters(name: str) -> dict[str, float]:
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    shape = TEXT[name]
+    vision = dict(
+        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=shape["hidden_size"]
+    )
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
+    text = shape | {"rope_parameters": rope, "max_window_layers": shape["num_hidden_layers"]}
+    tied = name.endswith("3B-Instruct")
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    head = shape["vocab_size"] * shape["hidden_size"]
+    linears = sum(p.numel() for p in model.model.language_model.layers.parameters())
+    whole = linears + model.model.language_model.norm.weight.numel() + head * (1 if tied else 2)
+    return {
+        "vision": sum(p.numel() for p in model.model.visual.parameters()),
+        "layers": linears,
+        "head": head,
+        "text": whole,
+    }
+
+
+def needs(cfg) -> dict:
+    """GB by part, and the work of one update."""
+    name = cfg.model.split("/")[-1]
+    shape, count = TEXT[name], parameters(name)
+    size = 2 if cfg.dtype == "bfloat16" else 4
+    d, layers, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
+    prompt = cfg.max_pixels // 784 + QUESTION
+    width = 2 * d + 2 * shape["num_key_value_heads"] * (d // shape["num_attention_heads"])  # of q, k, v, o together
+    if cfg.lora_rank:
+        each = layers * cfg.lora_rank * (4 * d + width + 3 * (d + inner))  # in + out of the seven linears, about
+        training = {"gradients and optimiser": each * 4 * 4}
+    else:
+        trained = count["text"]
+        training = {"gradients and optimiser": trained * size * 3, "reference": (trained + count["vision"]) * size}
+        if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
+            training["Eq. 4"] = 3 * count["head"] * size
+    tokens = (cfg.prompts_per_pass or cfg.prompts_per_step) * (prompt + cfg.group_size * cfg.max_new_tokens)
+    one_layer = tokens * (8 * d + width + 4 * inner) * size
+    kept = tokens * d * size * layers if cfg.gradient_checkpointing else one_layer * (layers - 1)
+    mask = (tokens - prompt) * tokens * size
+    key = 2 * layers * shape["num_key_value_heads"] * (d // shape["num_attention_heads"]) * size
+    groups = {"RL": (cfg.prompts_per_pass or cfg.prompts_per_step, cfg.group_size)}
+    if cfg.selection:
+        groups["selection"] = (cfg.select_batch, cfg.responses)
+    cache = {k: key * b * (prompt + n * cfg.max_new_tokens) for k, (b, n) in groups.items()}
+    parts = {"weights": (count["text"] + count["vision"]) * size, **training}
+    parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**22
+    parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
+    most = sum(parts.values())
+    generation = parts["weights"] + training.get("reference", 0) + parts["judge"] + max(cache.values())
+    step = cfg.prompts_per_step * (prompt + cfg.group_size * cfg.max_new_tokens)
+    passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
+    flops = 2 * step * passes * count["layers"] + 2 * step * (4 + 1) * count["head"]
+    rounds = cfg.prompts_per_step // groups["RL"][0]
+    read = rounds * cfg.max_new_tokens * ((count["layers"] + count["head"]) * size + cache["RL"] / 2)
+    return {"parts": parts, "training": most, "generation": generation, "flops": flops, "read": read, "rounds": rounds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("presets", nargs="+", type=Path)
+    args = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import train
+
+    print("Computed, not measured. One process; sharding over N divides weights, gradients, optimiser and reference.\n")
+    columns = " | ".join(f"{card}: update, decoding, s" for card in CARDS)
+    print(f"| preset | training, GB | of it | generation, GB | {columns} |")
+    print("|---|---|---|---|" + "---|" * len(CARDS))
+    for file in args.presets:
+        cfg = train.parse_config(["--config", str(file)])
+        need = needs(cfg)
+        parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7)
+        times = " | ".join(f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}" for f, b in CARDS.values())
+        print(f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | {need['generation'] / 1e9:.0f} | {times} |")
+
+
+if __name__ == "__main__":
+    main()
