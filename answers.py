@@ -19,7 +19,11 @@ LETTER = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|[.:]?)(?:(?<=[.:)])\s+(.+))?", re
 # in the text after a letter: another letter by itself. (So "B. vitamin C" is not taken, rather than "B. or C".)
 ANOTHER = re.compile(r"(?<![\w'])(?:[B-HJ-Z](?![\w'])|[A-Za-z](?:[.):](?=\s|$)|\)?$))")
 NUMBER = re.compile(r"(?<![\w.,^])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
-HEDGE = re.compile(r"\b(?:not|than|least|most|between)\b|n't\b", re.IGNORECASE)
+HEDGE = re.compile(
+    r"\b(?:no|not|never|neither|nor|or|either|maybe|wrong|incorrect|than|least|most|between|over|under|above|below|"
+    r"up to|minus|negative|half|thirds?|quarters?|hundred|thousand|[mb]illion)\b|n't\b|[-<>≤≥±+/^½¼¾]",
+    re.IGNORECASE,
+)
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 
 
@@ -92,15 +96,15 @@ def read(text: str, problem_type: str) -> str | float | None:
     bare = without_lead_in(text)
     if problem_type == "multiple choice":
         found = LETTER.fullmatch(bare)
-        return None if not found or ANOTHER.search(found[2] or "") else found[1].upper()
+        rest = (found and found[2]) or ""
+        return None if not found or ANOTHER.search(rest) or HEDGE.search(rest) else found[1].upper()
     words = re.findall(r"\w+", bare.casefold())
     if problem_type not in ("numerical", "regression"):
         return " ".join(words[words[:1] in (["a"], ["an"], ["the"]) :]) or None
-    numbers = NUMBER.findall(bare)
-    if not numbers and words and words[0] in WORDS and not set(words[1:]) & set(WORDS):
-        numbers = [str(WORDS.index(words[0]))]
-    rest = NUMBER.sub("", bare)
-    # a digit of a unit ("cm2", "m^2") is none of the number's
-    if len(numbers) != 1 or HEDGE.search(rest) or re.search(r"(?<![A-Za-z^])\d", rest):
+    bare = bare.replace("\N{MINUS SIGN}", "-")
+    numbers, rest = NUMBER.findall(bare), re.sub(r"[A-Za-z]\^?\d", "", NUMBER.sub("", bare))  # "cm2", "m^2": of a unit
+    spelt = [word for word in re.findall(r"\w+", rest.casefold()) if word in WORDS]
+    if len(numbers) + len(spelt) != 1 or HEDGE.search(rest) or re.search(r"\d", rest):
         return None
+    numbers = numbers or [str(WORDS.index(spelt[0]))]
     return to_number(numbers[0])

@@ -24,6 +24,7 @@ before a model is loaded; the same check alone:
 """
 
 import argparse
+import glob
 import io
 import json
 import math
@@ -184,7 +185,10 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
     if any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
         import datasets
 
-        found = datasets.load_from_disk(str(path))
+        try:
+            found = datasets.load_from_disk(str(path))
+        except Exception as error:  # of many kinds
+            raise DataError(f"data: cannot read {path}: {error}") from error
         found = found if isinstance(found, dict) else {"train": found}
         return {name: (f"{path.name} {name}", _undecoded(table)) for name, table in found.items()}, path
     if not path.is_dir():
@@ -216,11 +220,15 @@ def _undecoded(table):
 
 
 def _rows(file: Path):
-    try:
-        if file.suffix == ".parquet":
-            import datasets
+    if file.suffix == ".parquet":
+        import datasets
 
-            return _undecoded(datasets.load_dataset("parquet", data_files=str(file), split="train"))
+        try:
+            table = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train")
+        except Exception as error:  # of many kinds
+            raise DataError(f"data: cannot read {file}: {error}") from error
+        return _undecoded(table)
+    try:
         text = file.read_text(encoding="utf-8")
         rows = (
             [json.loads(line) for line in text.split("\n") if line.strip()]
@@ -349,11 +357,15 @@ def _size_of_video(medium: Media) -> tuple[Size, int]:
     with _open_video(medium) as container:
         if not container.streams.video:
             raise ValueError("no video stream")
-        stream, frames = container.streams.video[0], 0
+        stream, frames, whole = container.streams.video[0], 0, 0
+        stream.codec_context.skip_frame = "NONKEY"  # to decode every frame of every clip would take hours
         for packet in container.demux(stream):
             if packet.is_corrupt:
                 raise ValueError("it is cut off")
             frames += packet.size > 0
+            whole += len(packet.decode())
+        if not whole:
+            raise ValueError("no frame of it can be decoded")
         return Size(frames, stream.height, stream.width, float(stream.average_rate or 1.0)), frames
 
 
@@ -391,17 +403,20 @@ def read_video(medium: Media, fps: float = 2.0, max_frames: int = 16) -> tuple[l
     PyAV, because qwen-vl-utils' torchvision reader is gone from torchvision and its torchcodec reader needs a system
     FFmpeg.
     """
-    with _open_video(medium) as container:
-        stream = container.streams.video[0]
-        rate = float(stream.average_rate or 1.0)
-        total = sum(1 for _ in container.decode(stream))
-    if not total:
+    try:
+        with _open_video(medium) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or 1.0)
+            total = sum(1 for _ in container.decode(stream))
+        count = frames_taken(total, rate, fps, max_frames)
+        wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
+        with _open_video(medium) as container:  # a second time, so that a long clip is never in memory as a whole
+            frames = enumerate(container.decode(video=0))
+            picked = [frame.to_image() for i, frame in frames if i in wanted]
+    except (av.FFmpegError, OSError) as error:
+        raise DataError(f"path: cannot decode {medium} ({error}). Replace it, or leave its row out") from error
+    if not picked:
         raise DataError(f"path: {medium} holds no frame")
-    count = frames_taken(total, rate, fps, max_frames)
-    wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
-    with _open_video(medium) as container:  # a second time, so that a long clip is never in memory as a whole
-        frames = enumerate(container.decode(video=0))
-        picked = [frame.to_image() for i, frame in frames if i in wanted]
     return picked, rate * count / total
 
 

@@ -84,7 +84,8 @@ def score(
         rows.append(row)
     if judge and four_stage:
         asked = [(s.question, reasoning.parse(t).caption, s.answer, s.problem_type) for s, t in zip(samples, texts)]
-        for row, (verdict, reply) in zip(rows, judge(asked), strict=True):
+        verdicts = [v for i in range(0, len(asked), 256) for v in judge(asked[i : i + 256])]  # a deadline for each 256
+        for row, (verdict, reply) in zip(rows, verdicts, strict=True):
             row["answerable"], row["judge"] = (None if verdict != verdict else bool(verdict)), reply
     return {"metrics": metrics(samples, rows), "rows": rows}
 

@@ -69,14 +69,14 @@ def main(cfg: "Config") -> None:
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
             parts = run.parts(batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step)
-            for part in parts:
-                part.rewards, part.replies = reward(part, judge, cfg)  # accuracy, format, caption   [B, G] each
+            for part, rewards in zip(parts, reward(parts, judge, cfg)):
+                part.rewards, part.replies = rewards  # accuracy, format, caption   [B, G] each
                 part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
             counts = run.count(parts)  # of the global batch
 
             for _ in range(cfg.iterations):
                 tokens_of_f = all_tokens_of_f(learner.policy, parts, cfg)
-                for i, part in enumerate(parts):
+                for i, part in learner.passes(parts):
                     scores = learner.model(part.inputs, part.branches, part.fed)  # G responses and the answer
                     logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
                     part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
@@ -89,7 +89,7 @@ def main(cfg: "Config") -> None:
                         cosine = similarity(everyone, cfg.nce_feature, learner.policy.head(trained=part is parts[-1]))
                         tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile) if cfg.tau_quantile else cfg.tau
                         nce, part.nce_stats = ntk_infonce.info_nce(cosine, tau, cfg.nce_temperature)
-                    learner.backward(loss * run.processes + cfg.nce_weight * nce, last=part is parts[-1])
+                    learner.backward(loss * run.processes + cfg.nce_weight * nce)
                     part.record(scores, loss, nce)
                 learner.update()
             learner.log_rollouts(step, parts)
@@ -241,6 +241,10 @@ class Config:
         for name in ("responses", "group_size"):
             if getattr(self, name) < 2:
                 raise ConfigError(f"{name}: a group of one has no variance and no advantage; give at least 2")
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ConfigError(f"min_pixels: must lie in (0, max_pixels], got {self.min_pixels} and {self.max_pixels}")
+        if "@" in self.judge.split("//")[-1].split("/")[0] or "?" in self.judge:
+            raise ConfigError("judge: no key or password in its URL, which is written down; it goes to OPENAI_API_KEY")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep: must lie in (0, 1], got {self.keep}")
         if not -1 <= self.tau <= 1:
@@ -264,7 +268,7 @@ class Config:
         if not 0 < self.judge_deadline < PATIENCE.total_seconds():
             raise ConfigError(f"judge_deadline: must lie in (0, {PATIENCE.seconds}) seconds, got {self.judge_deadline}")
         at_least_0 = "max_prompt_tokens leak_penalty sft_steps rl_steps show_every prompts_per_pass lora_rank "
-        at_least_0 += "nce_weight beta eps_low eps_high"
+        at_least_0 += "nce_weight beta eps_low eps_high sft_epochs rl_epochs"
         for name in at_least_0.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be 0 or more, got {getattr(self, name)}")
@@ -371,9 +375,11 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
     if not cfg.selection:
         return samples
     chosen = run.folder / "select" / "selected.json"
-    if not chosen.exists():
+    already = chosen.exists()
+    run.accelerator.wait_for_everyone()  # before one of them writes it
+    if not already:
         scores_file = run.folder / "select" / "scores.jsonl"
-        scores = read_jsonl(scores_file)
+        scores = read_jsonl(scores_file, mend=run.is_main)
         done = {line["id"] for line in scores}
         waiting = sorted((s for s in samples if s.id not in done), key=data.length)  # alike in length: little padding
         size = cfg.select_batch * run.processes
@@ -381,8 +387,8 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
         bar = run.bar(len(samples), "select", "prompt", len(scores))
         for i in range(0, len(waiting), size):
             mine, lines = run.mine(waiting[i : i + size]), []
-            for part in run.parts(mine, 0, roll_out, policy, None, cfg, "select", cfg.responses):
-                rewards, _ = reward(part, judge, cfg)
+            parts = run.parts(mine, 0, roll_out, policy, None, cfg, "select", cfg.responses)
+            for part, (rewards, _) in zip(parts, reward(parts, judge, cfg)):
                 lines += score_lines(part.samples, rewards, cfg)
             lines = run.gather(lines)
             run.append(scores_file, lines)
@@ -533,32 +539,41 @@ def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | 
 
 def uniform_numbers(batch: list[data.Sample], n: int, length: int, when: str) -> Tensor:
     """The chance behind n responses to each prompt [B, n, T]: it depends on seed, update and prompt only, not on the
-    batch, the process or the device, so that the responses do not either."""
+    batch, the process or the device, so that the responses do not either, up to rounding."""
     streams = (torch.Generator().manual_seed(random.Random(f"{when}/{s.id}").randrange(2**63)) for s in batch)
     return torch.stack([torch.rand(n, length, dtype=torch.float64, generator=stream) for stream in streams])
 
 
-def reward(part: Rollouts, judge: CaptionReward | None, cfg: Config) -> tuple[dict[str, Tensor], list]:
-    """accuracy, format and caption reward of every response, by name [B, G] each, and the judge's replies."""
-    stages = [[reasoning.parse(text) for text in row] for row in part.text]
+def reward(parts: list[Rollouts], judge: CaptionReward | None, cfg: Config) -> list[tuple[dict[str, Tensor], list]]:
+    """For each part the accuracy, format and caption reward of every response, by name [B, G] each, and the judge's
+    replies. The judge is asked once for all parts."""
+    verdicts = [[] for _ in parts]
+    stages = [[[reasoning.parse(text) for text in row] for row in part.text] for part in parts]
+    if cfg.caption_reward:
+        items = [
+            [(s.question, p.caption, s.answer, s.problem_type) for s, row in zip(part.samples, rows) for p in row]
+            for part, rows in zip(parts, stages)
+        ]
+        flat = iter(judge([item for of_part in items for item in of_part]))
+        verdicts = [[next(flat) for _ in of_part] for of_part in items]
+    return [_rewards(*three, cfg) for three in zip(parts, stages, verdicts)]
+
+
+def _rewards(part: Rollouts, stages: list, verdicts: list, cfg: Config) -> tuple[dict[str, Tensor], list]:
     flat = [(s, t, p) for s, row, ps in zip(part.samples, part.text, stages, strict=True) for t, p in zip(row, ps)]
-    shape = (len(part.text), -1)
+    shape, n = (len(part.text), -1), len(part.text[0])
     correct = [
         answers.is_correct(answers.extract(p.answer, t), s.answer, s.problem_type, cfg.lenient) for s, t, p in flat
     ]
     formed = [reasoning.format_reward(t, cfg.four_stage) for _, t, _ in flat]
     rewards = {"accuracy": torch.tensor(correct).float().view(shape), "format": torch.tensor(formed).view(shape)}
-    replies = [None] * len(flat)
-    if cfg.caption_reward:
-        verdicts = judge([(s.question, p.caption, s.answer, s.problem_type) for s, _, p in flat])
+    replies = [reply for _, reply in verdicts] or [None] * len(flat)
+    if verdicts:
         rewards["caption"] = torch.tensor([verdict for verdict, _ in verdicts]).view(shape)
-        replies = [reply for _, reply in verdicts]
         leaks = [only_states_the_answer(p.caption, s.answer, s.problem_type) for s, _, p in flat]
         rewards["leak"] = 0.0 - torch.tensor(leaks).float().view(shape)
-    n = len(part.text[0])
-    return {k: v.to(part.mask.device) for k, v in rewards.items()}, [
-        replies[i : i + n] for i in range(0, len(replies), n)
-    ]
+    rewards = {name: table.to(part.mask.device) for name, table in rewards.items()}
+    return rewards, [replies[i : i + n] for i in range(0, len(replies), n)]
 
 
 def all_tokens_of_f(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list:
@@ -615,7 +630,9 @@ def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg
             pairs += run.gather(list(zip((s.id for s in mine), texts, strict=True)))
             bar.update(len(mine) * run.processes)
         texts = dict(pairs)
-        result[split] = evaluation.score(samples, [texts[s.id] for s in samples], names, cfg.four_stage, judge)
+        result[split] = evaluation.score(
+            samples, [texts[s.id] for s in samples], names, cfg.four_stage, judge if run.is_main else None
+        )
     bar.close()
     if run.is_main:
         evaluation.save_gallery(run.folder / "eval" / "gallery", held_out, cfg.fps, cfg.max_frames)
@@ -631,7 +648,7 @@ class Learner:
     """A policy under training in one stage: optimiser, schedule, checkpoints, metrics. Resumes by itself."""
 
     def __init__(self, stage: str, model: str, steps: int, lr: float, cfg: Config, run: "Run"):
-        self.stage, self.steps, self.cfg, self.run = stage, steps, cfg, run
+        self.stage, self.base, self.steps, self.cfg, self.run = stage, model, steps, cfg, run
         self.folder = run.folder / stage
         self.result = self.folder / "policy"
         self.finished = self.result.exists()
@@ -641,7 +658,7 @@ class Learner:
         run.reseed(stage, "initialisation")
         self.policy = run.load(model, trainable=True)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+        optimizer = AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay, fused=True)
         updates = steps * (cfg.iterations if stage == "rl" else 1)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * updates), updates)
         self.model, self.optimizer, self.schedule = run.accelerator.prepare(self.policy, optimizer, schedule)
@@ -671,11 +688,16 @@ class Learner:
             if step % self.cfg.save_every == 0 and step < self.steps:
                 self._save_checkpoint(step)
 
-    def backward(self, loss: Tensor, last: bool = True) -> None:
+    def passes(self, parts: list) -> Iterator[tuple[int, Any]]:
+        """The parts of an update with their numbers. The gradients of processes meet in the last one only; the context
+        spans forward and backward, because DDP looks at it in forward."""
+        for i, part in enumerate(parts):
+            with nullcontext() if part is parts[-1] else self.run.accelerator.no_sync(self.model):
+                yield i, part
+
+    def backward(self, loss: Tensor) -> None:
         """Add to the gradients. DDP averages over processes, hence the factor `run.processes` on sums."""
-        accelerator = self.run.accelerator
-        with nullcontext() if last else accelerator.no_sync(self.model):
-            accelerator.backward(loss)
+        self.run.accelerator.backward(loss)
 
     def update(self) -> None:
         norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
@@ -722,13 +744,16 @@ class Learner:
             self.run.write_folder(self.result, self._save)
             for checkpoint in self.folder.glob("checkpoint-*"):
                 self.run.remove(checkpoint)
+            self.run.tracked += self.steps
             self.run.accelerator.free_memory()  # or the next stage's checkpoints would hold this stage's model too
         return str(self.result)
 
     def _save(self, folder: str) -> None:
         """The policy and its model card. What RL starts from is whole, because RL's adapter is one of it."""
-        self.run.unwrap(self.model).save(folder, merge=self.cfg.merge or self.stage == "sft")
-        (Path(folder) / "README.md").write_text(model_card(self.stage, self.steps, self.cfg), encoding="utf-8")
+        merge = self.cfg.merge or self.stage == "sft"
+        self.run.unwrap(self.model).save(folder, merge)
+        card = model_card(self.stage, self.base, self.steps, bool(self.cfg.lora_rank) and not merge, self.cfg)
+        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
 
     def _save_checkpoint(self, step: int) -> None:
         older = list(self.folder.glob("checkpoint-*"))
@@ -739,6 +764,38 @@ class Learner:
     def _last_checkpoint(self) -> Path | None:
         found = [(int(p.name.split("-")[1]), p) for p in self.folder.glob("checkpoint-*") if p.suffix == ""]
         return max(found)[1] if found else None
+
+
+class AdamW(torch.optim.AdamW):
+    """AdamW on float32 copies of half-precision weights, as mixed precision has it: a step of 1e-6 is far below what
+    bfloat16 resolves at 0.02, and would be lost. The copies are in the state, and so in checkpoints."""
+
+    def __init__(self, params: list[Tensor], **options):
+        half = (torch.bfloat16, torch.float16)
+        self.weights = params
+        self.copies = [p.detach().float().requires_grad_() if p.dtype in half else p for p in params]
+        super().__init__(self.copies, **options)
+
+    def step(self, closure=None) -> None:
+        pairs = [(p, copy) for p, copy in zip(self.weights, self.copies) if p is not copy]
+        for p, copy in pairs:
+            copy.grad = None if p.grad is None else p.grad.float()
+        super().step(closure)
+        for p, copy in pairs:
+            if copy.grad is not None:
+                self.state[copy]["copy"] = copy.detach()
+                p.data.copy_(copy)
+                copy.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for p in self.weights:
+            p.grad = None
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)
+        for copy in self.copies:
+            if "copy" in self.state[copy]:
+                copy.data.copy_(self.state[copy]["copy"])
 
 
 class Reference:
@@ -762,21 +819,20 @@ class Reference:
             return policy(inputs, ids, mask).logp.flatten(0, 1)
 
 
-def model_card(stage: str, steps: int, cfg: Config) -> str:
+def model_card(stage: str, start: str, steps: int, adapter: bool, cfg: Config) -> str:
     """README.md of a trained policy: how it was trained, how to load it."""
-    base = cfg.model or "the embedded world's tiny policy"
-    settings = yaml.safe_dump(dataclasses.asdict(cfg), sort_keys=False)
+    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("data", "world", "output_dir", "judge")}
+    base = start if adapter else cfg.model or "the embedded world's tiny policy"
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["ground-what-you-see"]}
-    if cfg.model:
-        header["base_model"] = cfg.model
-    what = {"sft": "a supervised cold start", "rl": f"reinforcement learning (method {cfg.method}) after a cold start"}
+    header |= {"base_model": base} if cfg.model else {}
+    what = {"sft": "a supervised cold start", "rl": f"reinforcement learning (method {cfg.method})"}
+    of = f"\nAn adapter of the weights in `{start}`, and of no others: keep both, or train with `--merge true`.\n"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
-# {base}, after {what[stage]}
+# {Path(cfg.model).name or "The embedded world's policy"} after {what[stage]}
 
 Trained with the reference implementation of *Ground What You See* (arXiv 2601.06224), {steps} updates in this stage.
-Responses have the stages planning, caption, thinking and answer if `four_stage` is true below.
-
+{of if adapter else ""}
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
@@ -784,10 +840,10 @@ model = AutoModelForImageTextToText.from_pretrained(FOLDER)
 processor = AutoProcessor.from_pretrained(FOLDER)
 ```
 
-The whole configuration of the run:
+The configuration of the run, without its paths:
 
 ```yaml
-{settings}```
+{yaml.safe_dump(kept, sort_keys=False)}```
 """
 
 
@@ -824,6 +880,7 @@ class Run:
         transformers_logging.set_verbosity_error()
         transformers_logging.disable_progress_bar()
         self.accelerator = Accelerator(
+            cpu=torch.backends.mps.is_available(),  # Apple's GPUs know no float64, which sampling needs
             mixed_precision="no",  # --dtype decides: under autocast the policy would differ from its reference
             log_with=cfg.tracker or None,
             project_dir=cfg.output_dir,
@@ -837,6 +894,16 @@ class Run:
             torch.set_float32_matmul_precision("high")  # TF32 in float32 products; softmax and sums stay in float32
         self.cfg, self.processes = cfg, self.accelerator.num_processes
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
+        if self.accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
+            raise ConfigError(
+                f"accelerate: {self.accelerator.distributed_type.value} is not supported; use plain data parallelism "
+                "(accelerate config, or --multi_gpu), with LoRA where the model does not fit"
+            )
+        if cfg.method != "sft" and cfg.nce_weight and cfg.prompts_per_step < 2 * self.processes:
+            raise ConfigError(
+                f"prompts_per_step: Eq. 4 compares the prompts of a process (D-51), and {cfg.prompts_per_step} leave "
+                f"fewer than two to each of {self.processes}. Give at least {2 * self.processes}, or --nce_weight 0"
+            )
         for name in ("prompts_per_step", "sft_batch"):
             if getattr(cfg, name) % self.processes:
                 raise ConfigError(f"{name}: {getattr(cfg, name)} does not split over {self.processes} processes")
@@ -844,6 +911,8 @@ class Run:
         if cfg.tracker:
             self.accelerator.init_trackers("ground-what-you-see", config=dataclasses.asdict(cfg))
         self._orders: dict[tuple, list[int]] = {}
+        self.most = sys.maxsize  # prompts at a time for which memory has sufficed
+        self.tracked = 0  # updates of the stages before this one
         self.began = time.time()
         self.say(f"{cfg.method} on {self.processes} process(es), {self.accelerator.device}; run folder {self.folder}")
 
@@ -883,8 +952,12 @@ class Run:
         return sets
 
     def _check_lengths(self, sets: dict[str, list[data.Sample]]) -> None:
-        """A multimodal prompt is never truncated: one that is too long is a bad row."""
-        cfg, context, tokenizer = self.cfg, *vlm.context(self.model)
+        """A multimodal prompt is never truncated: one that is too long is a bad row, as is one with a control token."""
+        cfg = self.cfg
+        try:
+            context, tokenizer = vlm.context(self.model)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"model: cannot load {self.model}: {str(error).splitlines()[0]}") from error
         text_tokens = data.prompt_text_tokens(tokenizer, cfg.four_stage)
         most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
         problems = []
@@ -893,14 +966,20 @@ class Run:
             for s in rows:
                 tokens = text_tokens(s)
                 tokens += data.visual_tokens(s, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
-                if tokens <= most:
-                    fitting.append(s)
+                words = " ".join([s.problem, *s.options, s.answer, s.process or ""])
+                control = [token for token in tokenizer.all_special_tokens if token in words]
+                if control:
+                    problems.append(f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a command")
+                elif tokens > most:
+                    problems.append(
+                        f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}: a lower --max_pixels?"
+                    )
                 else:
-                    problems.append(f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}")
+                    fitting.append(s)
             sets[name] = fitting
-        remedy = "Lower --max_pixels or --max_frames, or leave them out with --on_bad_row skip"
         if problems and (cfg.on_bad_row == "error" or not all(sets.values())):
-            raise data.DataError("\n".join([*problems[:10], f"{len(problems)} prompts are too long. {remedy}"]))
+            remedy = "Mend them, or leave them out with --on_bad_row skip"
+            raise data.DataError("\n".join([*problems[:10], f"{len(problems)} rows cannot be used. {remedy}"]))
         for line in problems:
             self.say(f"skipped: {line}")
 
@@ -908,7 +987,7 @@ class Run:
         """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
         What it has replied is kept in the run folder, so that no question about a caption is asked twice."""
         cfg = self.cfg
-        if not cfg.caption_reward:
+        if not cfg.caption_reward or (self.folder / "eval" / "after.json").exists():
             return None
         name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
         if cfg.judge.startswith("http"):
@@ -920,7 +999,7 @@ class Run:
             judge = vlm.LocalJudge(name, self.accelerator.device)
         journal = Journal(self.folder / "judge" / f"{self.accelerator.process_index}.jsonl", name)
         self.accelerator.wait_for_everyone()  # all have read what there was before one writes
-        asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4] or sets["train"]
+        asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4]
         floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
         if floor is None:
             raise ConfigError(
@@ -938,6 +1017,7 @@ class Run:
     def parts(self, batch: list[data.Sample], size: int, work: Callable, *args) -> list:
         """work(rows, *args) on `size` rows of the batch at a time (0: all), prompts of a length together. Where memory
         does not suffice on half as many, with the same results."""
+        size = min(size or len(batch), self.most)
         if 0 < size < len(batch):
             even = sorted(batch, key=data.length)
             return [part for i in range(0, len(even), size) for part in self.parts(even[i : i + size], 0, work, *args)]
@@ -948,9 +1028,9 @@ class Run:
                 raise
         # not inside `except`: the error holds on to what the failed attempt allocated
         clear_device_cache(garbage_collection=True)
-        half = (len(batch) + 1) // 2
-        self.say(f"memory does not suffice for {len(batch)} prompts at a time: trying {half}")
-        return self.parts(batch, half, work, *args)
+        self.most = (len(batch) + 1) // 2  # from now on
+        self.say(f"memory does not suffice for {len(batch)} prompts at a time: trying {self.most}")
+        return self.parts(batch, 0, work, *args)
 
     # randomness
     def reseed(self, *where) -> None:
@@ -1040,7 +1120,7 @@ class Run:
         if self.cfg.tracker:
             self.accelerator.log(
                 {f"{stage}/{name}": value for name, value in metrics.items()},
-                step=step + (stage == "rl") * self.cfg.sft_steps,
+                step=self.tracked + step,
             )
 
     def finish(self) -> None:
@@ -1057,7 +1137,7 @@ class Journal(dict):
     processes are read at the start."""
 
     def __init__(self, file: Path, judge: str):
-        lines = [line for one in sorted(file.parent.glob("*.jsonl")) for line in read_jsonl(one)]
+        lines = [line for one in sorted(file.parent.glob("*.jsonl")) for line in read_jsonl(one, mend=one == file)]
         super().__init__({(x["question"], x["caption"]): x["reply"] for x in lines if x["judge"] == judge})
         self.file, self.judge = file, judge
 
@@ -1080,13 +1160,14 @@ def to_jsonl(lines: list[dict]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def read_jsonl(file: Path) -> list[dict]:
-    """The whole lines of a file that grows; a last line cut off by a crash is dropped, from the file as well."""
+def read_jsonl(file: Path, mend: bool = True) -> list[dict]:
+    """The whole lines of a file that grows; a last line that a crash cut off is dropped; mend: from the file too."""
     if not file.exists():
         return []
-    *whole, rest = file.read_text(encoding="utf-8").split("\n")  # not splitlines: a response may hold U+2028
-    if rest:
-        rewrite(file, "".join(line + "\n" for line in whole))
+    # bytes, because the cut may go through a character; not splitlines, because a response may hold U+2028
+    *whole, rest = file.read_bytes().split(b"\n")
+    if rest and mend:
+        rewrite(file, "".join(line.decode() + "\n" for line in whole))
     return [json.loads(line) for line in whole]
 
 

@@ -1,8 +1,9 @@
 """Everything that touches transformers: load, LoRA, encode, generate groups, score tokens, a text-only judge.
 
 The prompt of a vision-language model is long, its completions are short, and all of a group share it. So the prompt
-runs once per group, in generation (one prefill, its cache repeated) and in scoring (one row [prompt | y_1 | ... | y_K]
-whose branches see the prompt and themselves only). Both are exact; `score_plain` is the form they are tested against.
+runs once per group, in generation (its keys and values are held and read once) and in scoring (one row
+[prompt | y_1 | ... | y_K] whose branches see the prompt and themselves only). Both are exact; `score_plain` is the form
+they are tested against.
 
 Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T completion tokens (right-padded).
 """
@@ -11,6 +12,7 @@ import copy
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from types import MethodType
 from typing import NamedTuple
@@ -62,6 +64,20 @@ class TokenScores(NamedTuple):
     entropy: Tensor
     hidden: Tensor
     prompt: Tensor
+
+
+def _in_evaluation_mode(method):
+    """Gradient checkpointing, which acts in training mode, allows no cache. The mode comes back also after an error."""
+
+    @wraps(method)
+    def wrapped(self, *args, **kwargs):
+        was_training, _ = self.training, self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.train(was_training)
+
+    return wrapped
 
 
 class VLM(nn.Module):
@@ -147,6 +163,7 @@ class VLM(nn.Module):
         return embeds
 
     @torch.no_grad()
+    @_in_evaluation_mode
     def generate(
         self, inputs: BatchFeature, n: int, max_new_tokens: int, sample: bool = True, draws: Tensor | None = None
     ) -> Completions:
@@ -159,7 +176,6 @@ class VLM(nn.Module):
         """
         core, prompts, valid = self.core, inputs["input_ids"], inputs["attention_mask"]
         (b, p), device = prompts.shape, prompts.device
-        was_training, _ = self.training, self.eval()
         ends = torch.tensor(self.end_ids, device=device)
         if sample and draws is None:
             draws = torch.rand(b, n, max_new_tokens, dtype=torch.float64, device=device)
@@ -209,7 +225,6 @@ class VLM(nn.Module):
                 )
             new = sequences[:, p + start :].unflatten(0, kept.shape)
             ids[:, :, start:stop].scatter_(1, index[..., : new.shape[2]], new)
-        self.train(was_training)
         is_end = torch.isin(ids, ends)
         mask = (is_end.cumsum(2) - is_end.int()) == 0  # first end token kept, whatever follows it dropped
         length = mask.sum(2)
@@ -319,13 +334,15 @@ class VLM(nn.Module):
         self.processor.save_pretrained(folder)
 
 
-def log_prob(hidden: Tensor, weight: Tensor, ids: Tensor, banned: list[int], chunk: int = 2**22):
+def log_prob(hidden: Tensor, weight: Tensor, ids: Tensor, banned: list[int], chunk: int | None = None):
     """log pi(y_t) and the entropy H_t of pi_t = softmax(W h_t).   [N, d], [V, d], [N] -> [N], [N]
 
     The logits [N, V] are by far the largest tensor of a step, so they never exist: the head runs on chunk / V tokens at
     a time, and again in backward, where d log pi(y) / dz = e_y - pi. banned tokens have no probability. The entropy
-    carries no gradient. Half precision is widened before the softmax.
+    carries no gradient. Half precision is widened before the softmax. chunk: numbers in a chunk; by default what suited
+    a CPU's caches best, and on a GPU more, so that it is kept busy and a half-precision gradient of W has few summands.
     """
+    chunk = chunk or (2**22 if hidden.device.type == "cpu" else 2**26)
     return _LogProb.apply(hidden, weight, ids, banned, max(1, chunk // len(weight)))
 
 
@@ -414,11 +431,14 @@ class _Branches(DynamicLayer):
     """The cache of one layer: the prompts' keys and values once, and room for those of n completions of each, which are
     written in place where the plain layer copies all there is at every token."""
 
+    is_croppable = False
+
     def __init__(self, prompt: DynamicLayer, valid: Tensor, n: int, room: int):
         super().__init__()
-        self.prompt, self.filled, self.is_initialized = (prompt.keys, prompt.values), 0, True
+        # wide: scores in half precision would be off by percents, and the distribution sampled not the one scored
+        self.prompt, self.filled, self.is_initialized = (_wide(prompt.keys), _wide(prompt.values)), 0, True
         b, heads, self.before, d = prompt.keys.shape
-        self.keys, self.values = (x.new_empty(b * n, heads, room, d) for x in self.prompt)
+        self.keys, self.values = (x.new_empty(b * n, heads, room, d) for x in (prompt.keys, prompt.values))
         hidden = valid[:, None, None] == 0
         self.hidden = hidden if hidden.any() else None  # the padding [B, 1, 1, P]
 
@@ -441,7 +461,7 @@ class _Branches(DynamicLayer):
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float, **kwargs):
     """SDPA that knows which tokens share a prompt. Registered with transformers as "shared_prefix"."""
     if hasattr(key, "branches"):  # a new token in every completion
-        return _decode(query * scaling, key, value)[:, None], None
+        return _decode(_wide(query) * scaling, key, value)[:, None], None
     if not isinstance(mask, tuple):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     p = query.shape[2] - mask[1].shape[2]  # the prompt sees no branch: its rows need no columns of theirs
@@ -467,9 +487,9 @@ def _decode(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     shared = by_prompt(query) @ k.mT
     if hidden is not None:
         shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
-    weights = _wide(torch.cat([shared, by_prompt(query @ key.mT)], -1)).softmax(-1).to(value.dtype)
-    out = by_completion(weights[..., :p] @ v) + by_completion(weights[..., p:]) @ value
-    return out.reshape(rows, heads, d)
+    weights = torch.cat([shared, by_prompt(query @ _wide(key).mT)], -1).softmax(-1)
+    out = by_completion(weights[..., :p] @ v) + by_completion(weights[..., p:]) @ _wide(value)
+    return out.reshape(rows, heads, d).to(value.dtype)
 
 
 AttentionInterface.register("shared_prefix", _attend)
@@ -566,9 +586,9 @@ def load(
     max_pixels: int = 401_408,
     trainable: bool = True,
 ) -> VLM:
-    """A Qwen2.5-VL checkpoint or an adapter of one (folder or hub id). Full fine-tuning of the language model, or LoRA
-    on its linears; an adapter that is loaded is merged in first.
+    """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder), which is merged in first.
 
+    Full fine-tuning of the language model, or LoRA on its linears.
     The vision tower is frozen unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
     compiled: torch.compile of the language model, at its first use, once for all lengths.
     """
@@ -586,7 +606,8 @@ def load(
     if not train_vision:
         model.model.visual.requires_grad_(False)
     if gradient_checkpointing and trainable:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        new = getattr(model, "activation_checkpointing_enable", None)  # its name from transformers 5.x on
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
         model.enable_input_require_grads()
     if lora_rank and trainable:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
@@ -600,8 +621,9 @@ def load(
 class LocalJudge:
     """A text-only causal LM that answers prompts greedily: the judge of the Caption Reward (`caption_reward.Judge`)."""
 
-    def __init__(self, path: str, device: str | torch.device = "cpu", batch: int = 256, max_new_tokens: int = 16):
+    def __init__(self, path: str, device: str | torch.device = "cpu", batch: int = 64, max_new_tokens: int = 16):
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
         self.batch, self.max_new_tokens = batch, max_new_tokens
 

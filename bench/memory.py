@@ -2,11 +2,12 @@
 
     python bench/memory.py configs/*.yaml
 
-Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients and AdamW's two
-moments in the type of the preset (adapters in float32), the reference where full fine-tuning needs a copy, activations
-of one pass (with checkpointing: every layer's input, and one layer in full), keys and values of generation, the local
-judge. Seconds per update on one GPU of each kind, at 40 % of its bf16 rate for scoring and the update, and at the
-bandwidth of its memory for decoding: nothing can be faster, and Hugging Face's `generate` is several times slower.
+Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients, AdamW's two moments
+(in float32, with a float32 copy of half-precision weights), the reference where full fine-tuning needs a copy, the
+activations of one pass (with checkpointing: every layer's input, and one layer in full), keys and values of generation
+(the prompt's in float32), the weights of a local judge. Seconds per update on one GPU of each kind, were it at 40 % of
+its bf16 rate in scoring and the update, and at the bandwidth of its memory in decoding; Hugging Face's `generate` is
+several times slower than that.
 """
 
 import argparse
@@ -78,7 +79,10 @@ def needs(cfg) -> dict:
         training = {"gradients and optimiser": each * 4 * 4}
     else:
         trained = count["text"]
-        training = {"gradients and optimiser": trained * size * 3, "reference": (trained + count["vision"]) * size}
+        training = {
+            "gradients and optimiser": trained * (size + 4 * (3 if size == 2 else 2)),
+            "reference": (trained + count["vision"]) * size,
+        }
         if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
             training["Eq. 4"] = 3 * count["head"] * size
     tokens = (cfg.prompts_per_pass or cfg.prompts_per_step) * (prompt + cfg.group_size * cfg.max_new_tokens)
@@ -89,7 +93,7 @@ def needs(cfg) -> dict:
     groups = {"RL": (cfg.prompts_per_pass or cfg.prompts_per_step, cfg.group_size)}
     if cfg.selection:
         groups["selection"] = (cfg.select_batch, cfg.responses)
-    cache = {k: key * b * (prompt + n * cfg.max_new_tokens) for k, (b, n) in groups.items()}
+    cache = {k: key * b * (prompt * 4 // size + n * cfg.max_new_tokens) for k, (b, n) in groups.items()}
     parts = {"weights": (count["text"] + count["vision"]) * size, **training}
     parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**22
     parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
@@ -97,6 +101,7 @@ def needs(cfg) -> dict:
     generation = parts["weights"] + training.get("reference", 0) + parts["judge"] + max(cache.values())
     step = cfg.prompts_per_step * (prompt + cfg.group_size * cfg.max_new_tokens)
     passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
+    passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
     flops = 2 * step * passes * count["layers"] + 2 * step * (4 + 1) * count["head"]
     rounds = cfg.prompts_per_step // groups["RL"][0]
     read = rounds * cfg.max_new_tokens * ((count["layers"] + count["head"]) * size + cache["RL"] / 2)
@@ -110,7 +115,7 @@ def main() -> None:
     sys.path.insert(0, str(ROOT))
     import train
 
-    print("Computed, not measured. One process; sharding over N divides weights, gradients, optimiser and reference.\n")
+    print("Computed, not measured. One process.\n")
     columns = " | ".join(f"{card}: update, decoding, s" for card in CARDS)
     print(f"| preset | training, GB | of it | generation, GB | {columns} |")
     print("|---|---|---|---|" + "---|" * len(CARDS))

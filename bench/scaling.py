@@ -46,6 +46,7 @@ def point(folder: Path, what: str, value: int, steps: int) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--vary", nargs="+", choices=VARIED, default=list(VARIED), help="quantities [default all]")
     parser.add_argument("--steps", type=int, default=3, help="steps a point, the first is warm-up [default 3]")
     parser.add_argument("--out", type=Path, default=Path("bench-scaling"), help="folder for scaling.json and .png")
     args = parser.parse_args()
@@ -57,7 +58,8 @@ def main() -> None:
             "| | | generate, s | reference, s | update, s | step, s | above the loaded model, MB | step per doubling |"
         )
         print("|---|---|---|---|---|---|---|---|")
-        for what, values in VARIED.items():
+        for what in args.vary:
+            values = VARIED[what]
             for value in values:
                 found = results.setdefault(what, {})[value] = point(Path(folder), what, value, args.steps)
                 before = [v for v in values if v < value]
@@ -79,7 +81,10 @@ def plot(results: dict, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(results), figsize=(15, 3), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        1, len(results), figsize=(3 * len(results), 3), sharey=True, squeeze=False, layout="constrained"
+    )
+    axes = axes[0]
     for axis, (what, points) in zip(axes, results.items()):
         for name in ("generate", "reference", "update", "step"):
             seconds = [found[name] for found in points.values()]

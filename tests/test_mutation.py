@@ -96,7 +96,7 @@ FAULTS = [
     Fault("the wrong cache rows leave", "vlm", "layer.keep(rows.flatten())", "layer.keep(rows.flatten().flip(0))", "same_numbers"),
     Fault("numbers stay when completions leave", "vlm", "draws[..., start:stop].to(device).gather(1, index)", "draws[:, : index.shape[1], start:stop].to(device)", "same_numbers"),
     Fault("positions of the leaving", "vlm", "delta.repeat_interleave(left)", "delta.repeat(left)", "same_numbers"),
-    Fault("weights of the prompt for own tokens", "vlm", "by_completion(weights[..., p:]) @ value", "by_completion(weights[..., -1:] * 0 + weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ value", "greedy"),
+    Fault("weights of the prompt for own tokens", "vlm", "by_completion(weights[..., p:]) @ _wide(value)", "by_completion(weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ _wide(value)", "greedy"),
     Fault("plain rows start one early", "vlm", "hidden[:, p - 1 : -1].unflatten", "hidden[:, p - 2 : -2].unflatten", "4_d"),
     # how train.py puts them together
     Fault("targets shifted by one", "train", "self.branches[:, -scored:][where]", "self.branches.roll(1, -1)[:, -scored:][where]", "autograd_gradient"),
@@ -109,7 +109,7 @@ FAULTS = [
     Fault("mean of the passes' means", "train", "**cfg.grpo_options, **counts", "**cfg.grpo_options", "written_out"),
     Fault("old log-probs follow the policy", "train", "logp.detach() if part.old_logp is None else part.old_logp", "logp.detach()", "baselines_and_lora"),
     Fault("all prompts draw the same numbers", "train", "f\"{when}/{s.id}\"", "f\"{when}\"", "chance"),
-    Fault("half a batch is lost with memory", "train", "return self.parts(batch, half, work, *args)", "return self.parts(batch[:half], half, work, *args)", "memory"),
+    Fault("half a batch is lost with memory", "train", "return self.parts(batch, 0, work, *args)", "return self.parts(batch[: self.most], 0, work, *args)", "memory"),
     # the judge
     Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),
     Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),

@@ -201,9 +201,9 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
         parts.append(part)
         return part
 
-    def reward(part, judge, cfg):
-        shape = (len(part.samples), 3)
-        return {"accuracy": torch.randn(shape), "format": torch.zeros(shape)}, [[None] * 3] * 3
+    def reward(parts, judge, cfg):
+        shapes = [(len(part.samples), 3) for part in parts]
+        return [({"accuracy": torch.randn(s), "format": torch.zeros(s)}, [[None] * 3] * 3) for s in shapes]
 
     class Stop(Exception):
         pass
@@ -264,9 +264,11 @@ def test_where_memory_does_not_suffice_fewer_prompts_at_a_time_get_the_same_resp
 
     [whole] = run.parts(rows, 0, roll_out, 7)
     parts = run.parts(rows, 0, roll_out, 2)
-    assert sizes == [7, 7, 4, 2, 2, 3, 2, 1]
+    assert sizes == [7, 7, 4, 2, 2, 2, 1]
     pairs = [(s.id, text) for part in parts for s, text in zip(part.samples, part.text, strict=True)]
     assert sorted(pairs) == sorted(zip((s.id for s in whole.samples), whole.text, strict=True))
+    sizes.clear()
+    assert [len(part.samples) for part in run.parts(rows, 0, roll_out, 7)] == [2, 2, 2, 1]  # what sufficed is kept to
     with pytest.raises(RuntimeError, match="can't allocate"):
         run.parts(rows, 0, roll_out, 0)
     with pytest.raises(RuntimeError, match="another"):
@@ -386,7 +388,7 @@ def test_the_presets_hold_the_authors_numbers():
     for cfg in (seven, official):
         assert (cfg.sft_lr, cfg.sft_epochs, cfg.rl_lr, cfg.rl_epochs, cfg.weight_decay) == (1e-6, 2, 1e-6, 1, 0.01)
         assert (cfg.beta, cfg.group_size, cfg.max_new_tokens, cfg.max_pixels) == (0.04, 8, 768, 401_408)
-        assert (cfg.max_grad_norm, cfg.dtype, cfg.prompts_per_step, cfg.lora_rank) == (5, "bfloat16", 8, 0)
+        assert (cfg.max_grad_norm, cfg.dtype, cfg.lora_rank) == (5, "bfloat16", 0)
     assert (official.nce_feature, official.tau, official.nce_temperature) == ("hidden_mean", 0.5, 0.5)
     assert (seven.nce_feature, seven.tau, seven.nce_temperature) == ("reference", 0.54, 1.0)
 
@@ -404,7 +406,9 @@ def test_the_journal_remembers_replies_of_its_judge_whichever_process_wrote_them
     second["q", "another"] = ""
     train.Journal(tmp_path / "0.jsonl", "someone else")["q", "another"] = "B"
     with (tmp_path / "1.jsonl").open("a") as out:
-        out.write('{"judge": "judge", "question": "cut o')  # a crash
+        out.write('{"judge": "judge", "question": "caf')
+    with (tmp_path / "1.jsonl").open("ab") as out:
+        out.write("é".encode()[:1])  # a crash in the middle of a character
     again = train.Journal(tmp_path / "2.jsonl", "judge")
     assert again == {("q", "a\u2028caption"): "A", ("q", "another"): ""}
 
@@ -421,7 +425,7 @@ def test_a_judge_that_answers_nothing_stops_the_run_before_training(world, tmp_p
 def test_a_prompt_that_is_too_long_is_a_bad_row_before_the_model_is_loaded(world, tmp_path):
     options = ["--world", world, "--output_dir", tmp_path / "run", "--max_prompt_tokens", "20"]
     done = launch(*options, *SMALL, check=False)
-    assert done.returncode != 0 and "prompts are too long. Lower --max_pixels" in done.stderr
+    assert done.returncode != 0 and "rows cannot be used. Mend them, or leave" in done.stderr
     assert "cold_start (" in done.stderr and "tokens, more than 20" in done.stderr
 
 
@@ -433,11 +437,78 @@ def test_a_caption_that_only_states_the_answer_is_counted_and_may_cost(world):
     part.text = [[say.format(f"The answer is {sample.answer}.", sample.answer), say.format("a red circle", "x")]]
     cfg = train.Config(leak_penalty=0.5)
     judge = train.CaptionReward(lambda prompts: ["A" for _ in prompts])
-    rewards, _ = train.reward(part, judge, cfg)
+    [(rewards, _)] = train.reward([part], judge, cfg)
     assert rewards["leak"].tolist() == [[-1.0, 0.0]] and cfg.reward_weights["leak"] == 0.5
     [line] = train.score_lines(samples, rewards, cfg)
     total = [1 + 0.1 + rewards["caption"][0, 0].item() - 0.5, 0.1 + rewards["caption"][0, 1].item()]
     assert line["mean"] == pytest.approx(sum(total) / 2, abs=1e-5)
+
+
+def test_the_judge_is_asked_once_for_all_parts_of_a_step(world):
+    asked, samples = [], data.load(world / "data")["train"][:3]
+    say = "<prethink>x</prethink><caption>caption {}</caption><think>x</think><answer>A</answer>"
+    parts = [
+        SimpleNamespace(samples=[s], mask=torch.zeros(1), text=[[say.format(2 * i), say.format(2 * i + 1)]])
+        for i, s in enumerate(samples)
+    ]
+    judge = train.CaptionReward(lambda prompts: asked.append(len(prompts)) or [f"{p.split()[9]}" for p in prompts])
+    found = train.reward(parts, judge, train.Config())
+    assert asked == [6] and [replies for _, replies in found] == [[["0", "1"]], [["2", "3"]], [["4", "5"]]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_small_steps_on_half_precision_weights_add_up_and_survive_a_checkpoint(dtype):
+    """1000 steps of 1e-5 against float32 weights; plain AdamW on bfloat16 ones does not move at all."""
+    torch.manual_seed(0)
+    start, target = torch.randn(50).to(dtype), torch.randn(50)
+
+    def train_from(weight, optimizer, steps):
+        for _ in range(steps):
+            (weight.float() - target).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return weight.detach().float()
+
+    def fresh(kind, dtype=dtype):
+        weight = start.to(dtype).clone().requires_grad_()
+        return weight, kind([weight], lr=1e-5, fused=True)
+
+    want = train_from(*fresh(torch.optim.AdamW, torch.float32), 1000)
+    moved = (want - start.float()).abs().mean()
+    got = train_from(*fresh(train.AdamW), 1000)
+    assert (got - want).abs().max() <= (2**-8 * want.abs().max() if dtype == torch.bfloat16 else 0)
+    if dtype == torch.bfloat16:
+        lost = train_from(*fresh(torch.optim.AdamW), 1000)
+        assert (lost - start.float()).abs().mean() < 0.2 * moved < 0.5 * (got - start.float()).abs().mean()
+    weight, optimizer = fresh(train.AdamW)
+    train_from(weight, optimizer, 500)
+    again, resumed = fresh(train.AdamW)
+    again.data.copy_(weight)
+    resumed.load_state_dict(optimizer.state_dict())
+    assert torch.equal(train_from(again, resumed, 500), got)
+
+
+def test_generation_that_fails_leaves_the_policy_in_training_mode(world, monkeypatch):
+    policy = vlm.load(str(world / "policy"))
+    inputs = policy.encode(data.prompts(data.load(world / "data")["train"][:1], True, 2.0, 4))
+
+    def fail(*_, **__):
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr(policy.core, "generate", fail)
+    with pytest.raises(RuntimeError):
+        policy.generate(inputs, 2, 4)
+    assert policy.training  # or gradient checkpointing would be off from here on
+
+
+def test_a_row_with_a_control_token_is_bad_and_said_so_before_the_model_is_loaded(world, tmp_path):
+    rows = json.loads((world / "data/train.json").read_text())
+    for row in rows:
+        row["path"] = str(world / "data" / row["path"])
+    rows[1]["problem"] += " <|image_pad|>"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    done = launch("--data", tmp_path / "train.json", "--world", world, "--output_dir", tmp_path / "run", check=False)
+    assert done.returncode != 0 and "text: holds <|image_pad|>, which the model takes" in done.stderr
 
 
 def test_the_lenient_rule_is_an_option(world):
@@ -445,7 +516,7 @@ def test_the_lenient_rule_is_an_option(world):
     part = SimpleNamespace(samples=samples, mask=torch.zeros(1))
     part.text = [[f"<think>x</think><answer>The answer is ({samples[0].answer}).</answer>"] * 2]
     for lenient in (False, True):
-        rewards, _ = train.reward(part, None, train.Config(method="grpo", lenient=lenient))
+        [(rewards, _)] = train.reward([part], None, train.Config(method="grpo", lenient=lenient))
         assert rewards["accuracy"].tolist() == [[float(lenient)] * 2]
 
 
@@ -455,6 +526,11 @@ def test_the_lenient_rule_is_an_option(world):
         (["--method", "magic"], "method: 'magic' is not one of ours, grpo, sft"),
         (["--attention", "flash"], "attention: 'flash' is not one of sdpa, eager, flex_attention, flash_attention_2"),
         (["--attention", "flash_attention_2"], "attention: flash_attention_2 needs a GPU, pip install flash-attn"),
+        (["--judge", "https://me:secret@host/v1", "--judge_model", "m"], "judge: no key or password in its URL"),
+        (["--prompts_per_step", "1"], "prompts_per_step: Eq. 4 compares the prompts of a process"),
+        (["--min_pixels", "9999999"], "min_pixels: must lie in"),
+        (["--rl_epochs", "-1"], "rl_epochs: must be 0 or more"),
+        (["--model", "no/such-model", "--judge", "x", "--data", str(ROOT / "tests/no.json")], "no.json does not exist"),
         (["--nonsense", "1"], "unrecognized arguments: --nonsense"),
         (["--rl_steps", "many"], "invalid int value: 'many'"),
         (["--data", "/nowhere"], "/nowhere does not exist"),

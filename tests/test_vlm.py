@@ -21,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     GenerationConfig,
 )
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
@@ -709,7 +710,48 @@ def test_generation_leaves_the_training_mode_as_it_was_and_makes_no_graph(fresh)
     assert not fresh.training
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_decoding_attends_as_plain_attention_over_prompt_and_own_tokens_does(dtype):
+    """Grouped query heads, padding, two prompts of three completions; in half precision as close as PyTorch's own."""
+    torch.manual_seed(0)
+    b, n, heads, h, p, t, d = 2, 3, 8, 2, 9, 5, 32
+    prompt = DynamicLayer()
+    prompt.keys, prompt.values = (3 * torch.randn(b, h, p, d, dtype=dtype) for _ in range(2))
+    valid = torch.ones(b, p)
+    valid[1, :4] = 0
+    layer = vlm._Branches(prompt, valid, n, t + 2)
+    own = [3 * torch.randn(b * n, h, t, d, dtype=dtype) for _ in range(2)]
+    for at in range(t):
+        keys, values = layer.update(*(x[:, :, at : at + 1] for x in own))
+    assert layer.get_seq_length() == p + t
+    query = torch.randn(b * n, heads, 1, d, dtype=dtype)
+    got, _ = vlm._attend(None, query, keys, values, None, scaling=d**-0.5)
+
+    def plain(dtype):
+        k, v = (
+            torch.cat([shared.repeat_interleave(n, 0), mine], 2).repeat_interleave(heads // h, 1).to(dtype)
+            for shared, mine in zip((prompt.keys, prompt.values), own)
+        )
+        mask = torch.cat([valid.repeat_interleave(n, 0), torch.ones(b * n, t)], 1).bool()[:, None, None]
+        return torch.nn.functional.scaled_dot_product_attention(query.to(dtype), k, v, mask).transpose(1, 2).double()
+
+    want = plain(torch.float64)
+    assert got.shape == want.shape and got.dtype == dtype
+    error = (got.double() - want).abs().max()
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0}[dtype]
+    assert error <= max(tolerance, 1.1 * (plain(dtype) - want).abs().max())
+
+
 SHIPPED = {"repetition_penalty": 5.0, "temperature": 1e-6, "top_k": 1, "top_p": 0.01, "do_sample": True}
+
+
+def test_gradient_checkpointing_is_off_while_generating_and_on_again_after(world):
+    texts = []
+    for checkpointing in (False, True):
+        policy = vlm.load(str(world / "policy"), gradient_checkpointing=checkpointing)
+        texts.append(policy.generate(policy.encode([prompts()["a clip"]]), 2, 8, sample=False).text)
+        assert policy.training and policy.core.model.language_model.gradient_checkpointing == checkpointing
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("sample", [True, False])
