@@ -22,7 +22,7 @@ MIDDLE = {"visual": 144, "group": 8, "length": 48, "prompts": 4}
 VARIED = {
     "visual": [36, 144, 576, 1296],
     "group": [2, 8, 32, 64],
-    "length": [12, 48, 192, 384],
+    "length": [12, 48, 192],
     "prompts": [1, 4, 16],
     "processes": [1, 2],
 }
