@@ -19,9 +19,13 @@ LETTER = re.compile(r"\(?([A-Za-z])(?:\)?[.:]?|[.:]?)(?:(?<=[.:)])\s+(.+))?", re
 # in the text after a letter: another letter by itself. (So "B. vitamin C" is not taken, rather than "B. or C".)
 ANOTHER = re.compile(r"(?<![\w'])(?:[B-HJ-Z](?![\w'])|[A-Za-z](?:[.):](?=\s|$)|\)?$))")
 NUMBER = re.compile(r"(?<![\w.,^])[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?![\d,])|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?")
+# in the text after a letter: a choice among letters, or a remark on the letter
+DOUBT = re.compile(r"\b(?:or|nor|not)\s+\(?[A-Z](?!\w)|^(?:is|isn't|are)\b")
+# around a number, which is written # here: a sign that was not read with it, a range, a bound, a power, a fraction
 HEDGE = re.compile(
-    r"\b(?:no|not|never|neither|nor|or|either|maybe|wrong|incorrect|than|least|most|between|over|under|above|below|"
-    r"up to|minus|negative|half|thirds?|quarters?|hundred|thousand|[mb]illion)\b|n't\b|[-<>≤≥±+/^½¼¾]",
+    r"[-/]\s*[$€£]?\s*#|#\s*[-/]\s*#|#k\b|[<>≤≥±+*^½¼¾²³]|n't\b|"
+    r"\b(?:no|not|never|or|than|least|most|between|over|under|above|below|up to|minus|negative|hal(?:f|ves)|thirds?|"
+    r"quarters?|fifths?|dozens?|hundreds?|thousands?|(?:m|b|tr)illions?|\w+teen|(?:twen|thir|for|fif|six|seven|eigh|nine)ty)\b",
     re.IGNORECASE,
 )
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
@@ -83,7 +87,7 @@ def is_correct(prediction: str, solution: str, problem_type: str, lenient: bool 
 
 def without_lead_in(text: str) -> str:
     """'**The answer is: a cat**' -> 'a cat'"""
-    bare = text.replace("*", "").strip(" \t\n\"'`")
+    bare = text.replace("**", "").strip(" \t\n\"'`*")
     found = LEAD_IN.match(bare)
     return bare[found.end() :].strip() if found else bare
 
@@ -97,12 +101,12 @@ def read(text: str, problem_type: str) -> str | float | None:
     if problem_type == "multiple choice":
         found = LETTER.fullmatch(bare)
         rest = (found and found[2]) or ""
-        return None if not found or ANOTHER.search(rest) or HEDGE.search(rest) else found[1].upper()
+        return None if not found or ANOTHER.search(rest) or DOUBT.search(rest) else found[1].upper()
     words = re.findall(r"\w+", bare.casefold())
     if problem_type not in ("numerical", "regression"):
         return " ".join(words[words[:1] in (["a"], ["an"], ["the"]) :]) or None
-    bare = bare.replace("\N{MINUS SIGN}", "-")
-    numbers, rest = NUMBER.findall(bare), re.sub(r"[A-Za-z]\^?\d", "", NUMBER.sub("", bare))  # "cm2", "m^2": of a unit
+    bare = re.sub("[\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}\N{HYPHEN}]", "-", bare)
+    numbers, rest = NUMBER.findall(bare), re.sub(r"[A-Za-z]\^?\d", "", NUMBER.sub("#", bare))  # "cm2", "m^2": of a unit
     spelt = [word for word in re.findall(r"\w+", rest.casefold()) if word in WORDS]
     if len(numbers) + len(spelt) != 1 or HEDGE.search(rest) or re.search(r"\d", rest):
         return None

@@ -117,10 +117,12 @@ class EndpointJudge:
         gate = asyncio.Semaphore(self.concurrency)
         async with self.open() as client:
             calls = [asyncio.create_task(self._ask(client, gate, prompt)) for prompt in prompts]
-            done, late = await asyncio.wait(calls, timeout=self.deadline)
-            for call in late:
-                call.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
+            try:
+                done, _ = await asyncio.wait(calls, timeout=self.deadline)
+            finally:  # at the deadline, or at Ctrl-C: no call may outlive its client
+                for call in calls:
+                    call.cancel()
+                await asyncio.gather(*calls, return_exceptions=True)
         return [call.result() if call in done else None for call in calls]
 
     async def _ask(self, client, gate: asyncio.Semaphore, prompt: str) -> str | None:

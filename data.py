@@ -324,8 +324,8 @@ def _stream(medium: Media) -> Path | io.BytesIO:
 
 
 def _check_media(medium: Media, data_type: str) -> Size:
-    """Opens all of it."""
-    name = medium if isinstance(medium, Path | Embedded) else "what is given"
+    """Opens it: all of a picture, the key frames of a clip."""
+    name = _name(medium)
     if isinstance(medium, Path) and not medium.is_file():
         raise DataError(f"path: {medium} does not exist")
     try:
@@ -345,6 +345,10 @@ def _check_media(medium: Media, data_type: str) -> Size:
             "other. Cut it"
         )
     return size
+
+
+def _name(medium: Media) -> Path | Embedded | str:
+    return medium if isinstance(medium, Path | Embedded) else "what is given in its place"
 
 
 def _size_of_image(medium: Media) -> tuple[Size, int]:
@@ -414,9 +418,9 @@ def read_video(medium: Media, fps: float = 2.0, max_frames: int = 16) -> tuple[l
             frames = enumerate(container.decode(video=0))
             picked = [frame.to_image() for i, frame in frames if i in wanted]
     except (av.FFmpegError, OSError) as error:
-        raise DataError(f"path: cannot decode {medium} ({error}). Replace it, or leave its row out") from error
+        raise DataError(f"path: cannot decode {_name(medium)} ({error}). Replace it, or leave its row out") from error
     if not picked:
-        raise DataError(f"path: {medium} holds no frame")
+        raise DataError(f"path: {_name(medium)} holds no frame")
     return picked, rate * count / total
 
 

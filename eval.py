@@ -84,7 +84,12 @@ def score(
         rows.append(row)
     if judge and four_stage:
         asked = [(s.question, reasoning.parse(t).caption, s.answer, s.problem_type) for s, t in zip(samples, texts)]
-        verdicts = [v for i in range(0, len(asked), 256) for v in judge(asked[i : i + 256])]  # a deadline for each 256
+        verdicts: list[tuple[float, str | None]] = []
+        for i in range(0, len(asked), 256):  # a deadline for each 256
+            verdicts += judge(asked[i : i + 256])
+            if any(v != v for v, _ in verdicts[i:]) and not any(reply for _, reply in verdicts[i:]):
+                verdicts += [(float("nan"), None)] * (len(asked) - len(verdicts))  # it is gone: do not wait again
+                break
         for row, (verdict, reply) in zip(rows, verdicts, strict=True):
             row["answerable"], row["judge"] = (None if verdict != verdict else bool(verdict)), reply
     return {"metrics": metrics(samples, rows), "rows": rows}

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 import yaml
@@ -243,7 +244,8 @@ class Config:
                 raise ConfigError(f"{name}: a group of one has no variance and no advantage; give at least 2")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ConfigError(f"min_pixels: must lie in (0, max_pixels], got {self.min_pixels} and {self.max_pixels}")
-        if "@" in self.judge.split("//")[-1].split("/")[0] or "?" in self.judge:
+        url = urlsplit(self.judge)
+        if url.username or url.password or url.query:
             raise ConfigError("judge: no key or password in its URL, which is written down; it goes to OPENAI_API_KEY")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep: must lie in (0, 1], got {self.keep}")
@@ -650,6 +652,7 @@ class Learner:
     def __init__(self, stage: str, model: str, steps: int, lr: float, cfg: Config, run: "Run"):
         self.stage, self.base, self.steps, self.cfg, self.run = stage, model, steps, cfg, run
         self.folder = run.folder / stage
+        run.most = sys.maxsize  # another stage needs other memory
         self.result = self.folder / "policy"
         self.finished = self.result.exists()
         self.start = 0
@@ -676,8 +679,9 @@ class Learner:
             return
         run = self.run
         size = min(size, len(samples)) // run.processes * run.processes
-        if not size:
-            raise data.DataError(f"{self.stage}: {len(samples)} rows are too few for {run.processes} processes")
+        least = run.processes * (2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
+        if size < least:
+            raise data.DataError(f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update")
         self.bar = run.bar(self.steps, self.stage, "step", self.start)
         for step in range(self.start + 1, self.steps + 1):
             where = range((step - 1) * size, step * size)
@@ -744,13 +748,14 @@ class Learner:
             self.run.write_folder(self.result, self._save)
             for checkpoint in self.folder.glob("checkpoint-*"):
                 self.run.remove(checkpoint)
-            self.run.tracked += self.steps
             self.run.accelerator.free_memory()  # or the next stage's checkpoints would hold this stage's model too
+        self.run.tracked += self.steps
         return str(self.result)
 
     def _save(self, folder: str) -> None:
         """The policy and its model card. What RL starts from is whole, because RL's adapter is one of it."""
-        merge = self.cfg.merge or self.stage == "sft"
+        of_adapter = (Path(self.base) / "adapter_config.json").exists()  # which `load` has merged: no base on this disk
+        merge = self.cfg.merge or self.stage == "sft" or of_adapter
         self.run.unwrap(self.model).save(folder, merge)
         card = model_card(self.stage, self.base, self.steps, bool(self.cfg.lora_rank) and not merge, self.cfg)
         (Path(folder) / "README.md").write_text(card, encoding="utf-8")
@@ -768,7 +773,8 @@ class Learner:
 
 class AdamW(torch.optim.AdamW):
     """AdamW on float32 copies of half-precision weights, as mixed precision has it: a step of 1e-6 is far below what
-    bfloat16 resolves at 0.02, and would be lost. The copies are in the state, and so in checkpoints."""
+    bfloat16 resolves at 0.02, and would be lost. The copies are in the state, and so in checkpoints. Gradients are
+    summed over passes in half precision."""
 
     def __init__(self, params: list[Tensor], **options):
         half = (torch.bfloat16, torch.float16)
@@ -779,7 +785,7 @@ class AdamW(torch.optim.AdamW):
     def step(self, closure=None) -> None:
         pairs = [(p, copy) for p, copy in zip(self.weights, self.copies) if p is not copy]
         for p, copy in pairs:
-            copy.grad = None if p.grad is None else p.grad.float()
+            copy.grad, p.grad = None if p.grad is None else p.grad.float(), None
         super().step(closure)
         for p, copy in pairs:
             if copy.grad is not None:
@@ -793,9 +799,9 @@ class AdamW(torch.optim.AdamW):
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
-        for copy in self.copies:
-            if "copy" in self.state[copy]:
-                copy.data.copy_(self.state[copy]["copy"])
+        for p, copy in zip(self.weights, self.copies):
+            if p is not copy:
+                copy.data.copy_(self.state.get(copy, {}).get("copy", p))
 
 
 class Reference:
@@ -821,10 +827,10 @@ class Reference:
 
 def model_card(stage: str, start: str, steps: int, adapter: bool, cfg: Config) -> str:
     """README.md of a trained policy: how it was trained, how to load it."""
-    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("data", "world", "output_dir", "judge")}
-    base = start if adapter else cfg.model or "the embedded world's tiny policy"
+    paths = {"data", "world", "output_dir", "judge"} | ({"model"} if Path(cfg.model).exists() else set())
+    kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in paths}
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text", "tags": ["ground-what-you-see"]}
-    header |= {"base_model": base} if cfg.model else {}
+    header |= {"base_model": cfg.model} if cfg.model and not Path(cfg.model).exists() else {}
     what = {"sft": "a supervised cold start", "rl": f"reinforcement learning (method {cfg.method})"}
     of = f"\nAn adapter of the weights in `{start}`, and of no others: keep both, or train with `--merge true`.\n"
     return f"""---
@@ -1016,7 +1022,7 @@ class Run:
 
     def parts(self, batch: list[data.Sample], size: int, work: Callable, *args) -> list:
         """work(rows, *args) on `size` rows of the batch at a time (0: all), prompts of a length together. Where memory
-        does not suffice on half as many, with the same results."""
+        does not suffice on half as many, with the same results up to rounding."""
         size = min(size or len(batch), self.most)
         if 0 < size < len(batch):
             even = sorted(batch, key=data.length)

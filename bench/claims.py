@@ -59,7 +59,7 @@ def main() -> None:
             cfg.nce_feature = name
             train.set_seed(args.seed)  # the same responses for every choice
             part = train.roll_out(batch, policy, NO_REFERENCE, cfg)
-            part.rewards, _ = train.reward(part, judge, cfg)
+            [(part.rewards, _)] = train.reward([part], judge, cfg)
             part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
             with torch.no_grad():
                 scores = policy(part.inputs, part.branches)

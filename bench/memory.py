@@ -76,11 +76,12 @@ def needs(cfg) -> dict:
     width = 2 * d + 2 * shape["num_key_value_heads"] * (d // shape["num_attention_heads"])  # of q, k, v, o together
     if cfg.lora_rank:
         each = layers * cfg.lora_rank * (4 * d + width + 3 * (d + inner))  # in + out of the seven linears, about
-        training = {"gradients and optimiser": each * 4 * 4}
+        training = {"adapter and AdamW": each * 4 * 4}
     else:
         trained = count["text"]
         training = {
-            "gradients and optimiser": trained * (size + 4 * (3 if size == 2 else 2)),
+            "AdamW": trained * 4 * (3 if size == 2 else 2),  # moments, and a copy of half-precision weights
+            "gradients in the update": trained * 4,
             "reference": (trained + count["vision"]) * size,
         }
         if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
@@ -95,9 +96,12 @@ def needs(cfg) -> dict:
         groups["selection"] = (cfg.select_batch, cfg.responses)
     cache = {k: key * b * (prompt * 4 // size + n * cfg.max_new_tokens) for k, (b, n) in groups.items()}
     parts = {"weights": (count["text"] + count["vision"]) * size, **training}
-    parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**22
+    parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
     parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
-    most = sum(parts.values())
+    in_update = parts.get("gradients in the update", 0)
+    in_backward = in_update * size / 4 + parts["activations"] + parts.get("Eq. 4", 0)  # the one or the other
+    rest = sum(v for k, v in parts.items() if k not in ("gradients in the update", "activations", "Eq. 4"))
+    most = rest + max(in_update, in_backward)
     generation = parts["weights"] + training.get("reference", 0) + parts["judge"] + max(cache.values())
     step = cfg.prompts_per_step * (prompt + cfg.group_size * cfg.max_new_tokens)
     passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)

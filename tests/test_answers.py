@@ -175,7 +175,12 @@ def test_whole_numbers_are_right_only_when_equal(n, offset):
     + [
         "So, the answer is: B. a cat",
         "**The final answer is B**",
-        "B. a cat and a dog",
+        "B. a cat or a dog",
+        "B. above the table",
+        "B. No",
+        "B. No, it is not",
+        "B. None of the above",
+        "B. not visible",
         "Therefore the best choice is B",
     ],
 )
@@ -208,7 +213,7 @@ def test_a_letter_is_read_out_of_the_words_around_it(text):
         "A and B",
     ]
     + ["a cat", "A cat", "", "(", "()", "B (or A)", "I think A, but B", "option", "The answer is"]
-    + ["B. or A maybe", "B. is wrong", "B. a cat or a dog", "B. not sure"],
+    + ["B. or A maybe", "B. is wrong", "B. not A", "B. a cat, or C"],
 )
 def test_what_hedges_or_names_no_letter_is_wrong_whichever_letter_is_right(text):
     assert answers.read(text, "multiple choice") is None
@@ -220,7 +225,16 @@ def test_what_hedges_or_names_no_letter_is_wrong_whichever_letter_is_right(text)
     [("5", "5.0"), ("5.0", "5"), ("1,000", "1000"), ("$1,200", "1200"), ("50%", "50"), ("50 %", "50"), ("12 cm", "12")]
     + [("12 cm2", "12"), ("12 m^2", "12"), ("about 5", "5"), ("The answer is 5.", "5"), ("5 apples", "5"), ("+7", "7")]
     + [("Two", "2"), ("two cats.", "2"), ("There: 3", "3"), ("-4.50 degrees", "-4.5"), ("1e3", "1000"), (".5", "0.5")]
-    + [("\u22125", "-5"), ("$-5", "-5"), ("3", "3 apples"), ("The total is $2,345.67", "2345.67")],
+    + [
+        ("\u22125", "-5"),
+        ("$-5", "-5"),
+        ("\u20135", "-5"),
+        ("20 km/h", "20"),
+        ("3 T-shirts", "3"),
+        ("5-year-old", "5"),
+        ("3", "3 apples"),
+        ("The total is $2,345.67", "2345.67"),
+    ],
 )
 def test_a_number_is_read_out_of_units_commas_and_percent(text, solution):
     assert answers.is_correct(text, solution, "numerical", lenient=True)
@@ -232,7 +246,24 @@ def test_a_number_is_read_out_of_units_commas_and_percent(text, solution):
     ["5 or 6", "5, 6", "5-6", "1/2", "2:30", "3,14", "1,0000", "1.2.3", "not 5", "isn't 5", "at least 5", "more than 5"]
     + ["between 5", "two or three", "nan", "inf", "1e999", "H2O", "", "many", "5 apples and 6 pears", "5 5"]
     + ["-$5", "minus 5", "- 5", "10^6", "5 million", "five hundred", "two thirds", "12½", "over 5", ">5", "up to 5"]
-    + ["5+", "never 5", "5 or six", "five or 6", "half of 5", "5-year-old"],
+    + [
+        "5+",
+        "never 5",
+        "5 or six",
+        "five or 6",
+        "half of 5",
+        "forty two",
+        "twenty one",
+        "5 millions",
+        "5k",
+        "10 dozen",
+        "5²",
+        "3*4",
+        "two hundreds",
+        "one fifth",
+        "3 - 4",
+        "$ - 5",
+    ],
 )
 def test_two_numbers_a_bound_a_denial_or_none_is_no_number(text):
     assert answers.read(text, "numerical") is None

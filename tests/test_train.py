@@ -83,6 +83,15 @@ def test_the_same_command_again_only_reports(finished, world):
     assert metrics_of(folder) == before and "rl    1/9" not in done.stdout
 
 
+def test_the_papers_sentences_are_measured_on_a_finished_run(finished):
+    """bench/claims.py, the numbers of the README, in miniature."""
+    command = [sys.executable, str(ROOT / "bench/claims.py"), "--run", str(finished[0]), "--prompts", "4"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([*command, "--batches", "1"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "| all |" in done.stdout and all(f"`{name}`" in done.stdout for name in ntk_infonce.FEATURES)
+
+
 def test_another_configuration_is_refused_and_says_which_fields_differ(finished, world):
     folder, _ = finished
     done = launch("--world", world, "--output_dir", folder, *SMALL, "--beta", "0.5", check=False)
@@ -343,7 +352,8 @@ def test_a_lora_run_leaves_an_adapter_or_with_merge_whole_weights_that_plain_tra
         folder = run / "rl/policy"
         assert (folder / "adapter_config.json").exists() == (merge == "false")
         card = (folder / "README.md").read_text()
-        assert card.startswith("---\n") and "base_model: " in card and "lora_rank: 4" in card and "2 updates" in card
+        assert ("sft/policy" in card) == (merge == "false")
+        assert card.startswith("---\n") and str(world) not in card and "lora_rank: 4" in card and "2 updates" in card
         assert AutoProcessor.from_pretrained(folder).tokenizer.eos_token == "<|im_end|>"
         plain = AutoModelForImageTextToText.from_pretrained(folder).eval()
         ours = vlm.load(str(folder), trainable=False)
@@ -526,7 +536,7 @@ def test_the_lenient_rule_is_an_option(world):
         (["--method", "magic"], "method: 'magic' is not one of ours, grpo, sft"),
         (["--attention", "flash"], "attention: 'flash' is not one of sdpa, eager, flex_attention, flash_attention_2"),
         (["--attention", "flash_attention_2"], "attention: flash_attention_2 needs a GPU, pip install flash-attn"),
-        (["--judge", "https://me:secret@host/v1", "--judge_model", "m"], "judge: no key or password in its URL"),
+        (["--judge", "https://me:secret@host//v1", "--judge_model", "m"], "judge: no key or password in its URL"),
         (["--prompts_per_step", "1"], "prompts_per_step: Eq. 4 compares the prompts of a process"),
         (["--min_pixels", "9999999"], "min_pixels: must lie in"),
         (["--rl_epochs", "-1"], "rl_epochs: must be 0 or more"),
