@@ -66,7 +66,7 @@ class CaptionReward:
             if reply is None:
                 self.failed += 1  # not remembered: the next step asks again
             else:
-                self.replies[key] = reasoning.parse(reply).answer or reply.strip()
+                self.replies[key] = _answer_of(reply)
         return [self._verdict(*item) for item in items]
 
     def _verdict(self, question, caption, solution, problem_type) -> tuple[float, str | None]:
@@ -81,9 +81,17 @@ class CaptionReward:
         """How many of (question, solution, problem type) the judge gets right with no caption at all: what the reward
         must be read against. None where it answered none."""
         replies = self.judge([judge_prompt(question, "") for question, _, _ in items])
-        known = [(reply, *item[1:]) for reply, item in zip(replies, items, strict=True) if reply is not None]
-        right = [answers.is_correct(reasoning.parse(r).answer or r.strip(), s, t, lenient=True) for r, s, t in known]
+        right = [
+            answers.is_correct(_answer_of(reply), solution, problem_type, lenient=True)
+            for reply, (_, solution, problem_type) in zip(replies, items, strict=True)
+            if reply is not None
+        ]
         return sum(right) / len(right) if right else None
+
+
+def _answer_of(reply: str) -> str:
+    """The answer stage, where the judge writes one, or all that it says."""
+    return reasoning.parse(reply).answer or reply.strip()
 
 
 class EndpointJudge:

@@ -70,8 +70,8 @@ def main(cfg: "Config") -> None:
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
             parts = run.parts(batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step)
-            for part, rewards in zip(parts, reward(parts, judge, cfg)):
-                part.rewards, part.replies = rewards  # accuracy, format, caption   [B, G] each
+            for part, (rewards, replies) in zip(parts, reward(parts, judge, cfg)):
+                part.rewards, part.replies = rewards, replies  # accuracy, format, caption   [B, G] each
                 part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
             counts = run.count(parts)  # of the global batch
 
@@ -662,8 +662,8 @@ class Learner:
         self.policy = run.load(model, trainable=True)
         trainable = [p for p in self.policy.parameters() if p.requires_grad]
         optimizer = AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay, fused=True)
-        updates = steps * (cfg.iterations if stage == "rl" else 1)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * updates), updates)
+        total = steps * (cfg.iterations if stage == "rl" else 1)
+        schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * total), total)
         self.model, self.optimizer, self.schedule = run.accelerator.prepare(self.policy, optimizer, schedule)
         if checkpoint := self._last_checkpoint():
             run.accelerator.load_state(str(checkpoint))
@@ -991,7 +991,7 @@ class Run:
 
     def open_judge(self, sets: dict[str, list[data.Sample]]) -> CaptionReward | None:
         """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
-        What it has replied is kept in the run folder, so that no question about a caption is asked twice."""
+        What it has replied is kept in the run folder, so that a resumed run does not ask again."""
         cfg = self.cfg
         if not cfg.caption_reward or (self.folder / "eval" / "after.json").exists():
             return None

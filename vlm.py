@@ -81,7 +81,7 @@ def _in_evaluation_mode(method):
 
 
 class VLM(nn.Module):
-    """A Qwen2.5-VL and its processor. `forward` is scoring, so that DDP and FSDP wrap the pass that has a backward."""
+    """A Qwen2.5-VL and its processor. `forward` is scoring, so that DDP wraps the pass that has a backward."""
 
     def __init__(self, model: nn.Module, processor, min_pixels: int, max_pixels: int):
         super().__init__()
@@ -262,11 +262,8 @@ class VLM(nn.Module):
         tokens to be scored, by default all; what follows a branch's last one is not fed, and the head runs on these
         tokens only. Elsewhere log-prob and entropy are 0. Attention that takes no 4-D mask scores plain rows.
         """
-        body, prompts, attention = (
-            self.core.model,
-            inputs["input_ids"],
-            self.core.config.text_config._attn_implementation,
-        )
+        body, prompts = self.core.model, inputs["input_ids"]
+        attention = self.core.config.text_config._attn_implementation
         p, t = prompts.shape[1], ids.shape[2]
         mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         if attention not in ("shared_prefix", "eager", "sdpa", "flex_attention"):
