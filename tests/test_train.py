@@ -414,7 +414,8 @@ def test_the_journal_remembers_replies_of_its_judge_whichever_process_wrote_them
     assert not list(tmp_path.iterdir())  # nothing before the first reply
     first["q", "a\u2028caption"] = "A"
     second["q", "another"] = ""
-    train.Journal(tmp_path / "0.jsonl", "someone else")["q", "another"] = "B"
+    someone_else = train.Journal(tmp_path / "0.jsonl", "someone else")
+    someone_else["q", "another"] = someone_else["q", "a third"] = "B"
     with (tmp_path / "1.jsonl").open("a") as out:
         out.write('{"judge": "judge", "question": "caf')
     with (tmp_path / "1.jsonl").open("ab") as out:
