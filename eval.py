@@ -51,14 +51,23 @@ def vocabulary(sets: dict[str, list[data.Sample]]) -> list[str]:
     return sorted({name for samples in sets.values() for s in samples for name in s.objects or ()})
 
 
-def score(
+def score(samples: list[data.Sample], texts: list[str], names: list[str], four_stage=True, judge=None) -> dict:
+    """{"metrics": ..., "rows": ...} of one set; `names` from `vocabulary`."""
+    return summary(samples, verdicts(samples, texts, names, four_stage, judge))
+
+
+def summary(samples: list[data.Sample], rows: list[dict]) -> dict:
+    return {"metrics": metrics(samples, rows), "rows": rows}
+
+
+def verdicts(
     samples: list[data.Sample],
     texts: list[str],
     names: list[str],
     four_stage: bool = True,
     judge: CaptionReward | None = None,
-) -> dict:
-    """{"metrics": ..., "rows": ...} of one set; `names` from `vocabulary`. Rows keep all that was said."""
+) -> list[dict]:
+    """What was said to each sample, and whether it is right."""
     rows = []
     for sample, text in zip(samples, texts, strict=True):
         stages = reasoning.parse(text)
@@ -92,7 +101,7 @@ def score(
                 break
         for row, (verdict, reply) in zip(rows, verdicts, strict=True):
             row["answerable"], row["judge"] = (None if verdict != verdict else bool(verdict)), reply
-    return {"metrics": metrics(samples, rows), "rows": rows}
+    return rows
 
 
 def metrics(samples: list[data.Sample], rows: list[dict]) -> dict:

@@ -193,14 +193,19 @@ def tensor_sketch(
 
 
 def hidden_mean(hidden: Tensor, segment: Tensor, n: int) -> Tensor:
-    """cos of the mean hidden states: the official code's stand-in for f_i (D-50).   [N, d], [N] -> [n, n]
+    """The mean hidden states, the official code's stand-in for f_i (D-50).   [N, d], [N] -> [n, d]
 
-    No log-prob and no gradient is in it, and on measured models it does not follow the cosine of Eq. 4.
+    No log-prob and no gradient is in it, and on measured models its cosine does not follow that of Eq. 4.
     """
     _check_tokens(hidden, None, segment, segment, n)
-    hidden = _wide(hidden)
-    total = hidden.new_zeros(n, hidden.shape[1]).index_add(0, segment.long(), hidden)
-    unit = F.normalize(total)  # a mean is parallel to its sum
+    hidden, segment = _wide(hidden), segment.long()
+    total = hidden.new_zeros(n, hidden.shape[1]).index_add(0, segment, hidden)
+    return total / segment.bincount(minlength=n).clamp_min(1)[:, None]
+
+
+def cosine(features: Tensor) -> Tensor:
+    """cos(f_i, f_j) of features that are one vector each (`tensor_sketch`, `hidden_mean`).   [n, m] -> [n, n]"""
+    unit = F.normalize(features)
     return unit @ unit.T
 
 

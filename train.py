@@ -20,23 +20,20 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import timedelta
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-from accelerate.utils import gather_object, set_seed
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
-from tqdm import tqdm
+from torch.utils.checkpoint import checkpoint
 from transformers import BatchFeature, HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import is_flash_attn_2_available
-from transformers.utils import logging as transformers_logging
 
 import answers
 import data
@@ -49,12 +46,13 @@ import shapes
 import variance_select
 import vlm
 from caption_reward import CaptionReward, EndpointJudge, only_states_the_answer
+from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl
 
 
 def main(cfg: "Config") -> None:
     run = Run(cfg)
-    sets = run.open_data()
-    judge = run.open_judge(sets)
+    sets = open_data(cfg, run)
+    judge = open_judge(sets, cfg, run)
 
     # Redefine the Reasoning Paradigm: a supervised cold start teaches planning, caption, thinking and answer.
     start = cold_start(sets, cfg, run)
@@ -66,17 +64,18 @@ def main(cfg: "Config") -> None:
 
         # Reinforcement learning: GRPO with the Caption Reward, and the conflict regulariser.
         steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step)
-        learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run)
+        learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, partial(held_out_reward, sets, judge, cfg, run))
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
-            parts = run.parts(batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step)
+            with run.whole(learner.policy):
+                parts = run.parts(batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step)
             for part, (rewards, replies) in zip(parts, reward(parts, judge, cfg)):
                 part.rewards, part.replies = rewards, replies  # accuracy, format, caption   [B, G] each
                 part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
-            counts = run.count(parts)  # of the global batch
+            counts = count(parts, run)  # of the global batch
 
             for _ in range(cfg.iterations):
-                tokens_of_f = all_tokens_of_f(learner.policy, parts, cfg)
+                conflict = Conflict(parts, learner, cfg, run)
                 for i, part in learner.passes(parts):
                     scores = learner.model(part.inputs, part.branches, part.fed)  # G responses and the answer
                     logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
@@ -86,18 +85,17 @@ def main(cfg: "Config") -> None:
                     )
                     nce = loss.new_zeros(())
                     if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head, y_i the reference answer
-                        everyone = [*tokens_of_f[:i], part.tokens_of_f(scores, cfg.nce_feature), *tokens_of_f[i + 1 :]]
-                        cosine = similarity(everyone, cfg.nce_feature, learner.policy.head(trained=part is parts[-1]))
+                        cosine = conflict.cosine(i, scores)  # among all prompts of the global batch
                         tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile) if cfg.tau_quantile else cfg.tau
                         nce, part.nce_stats = ntk_infonce.info_nce(cosine, tau, cfg.nce_temperature)
-                    learner.backward(loss * run.processes + cfg.nce_weight * nce)
+                    learner.backward(loss + cfg.nce_weight * nce)
                     part.record(scores, loss, nce)
                 learner.update()
-            learner.log_rollouts(step, parts)
+            learner.log_rollouts(parts)
         policy = learner.finish()
         evaluate("after", policy, sets, judge, cfg, run)
 
-    run.finish()
+    finish(run)
 
 
 # --- configuration --------------------------------------------------------------------------------------------------
@@ -116,21 +114,6 @@ MECHANISMS = {  # what --method stands for; each switch can be set by itself
 ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 FEW = 64  # questions on which the judge is tried
 DENSE_LOGITS = 2**26  # numbers; beyond it Eq. 4 takes the vocabulary in chunks
-PATIENCE = timedelta(hours=1)  # after which processes that wait for another give up
-FREE_TO_CHANGE = (
-    "output_dir",
-    "judge_concurrency",
-    "judge_deadline",
-    "quiet",
-    "tracker",
-    "show_every",
-    "save_every",
-    "eval_batch",
-    "select_batch",
-    "prompts_per_pass",
-    "gradient_checkpointing",
-    "compile",
-)  # between a run and its resumption
 
 
 @dataclass
@@ -162,7 +145,7 @@ class Config:
     max_frames: int = option(16, "most frames taken from a clip [Video-R1]")
     max_prompt_tokens: int = option(0, "longer prompts are bad rows; 0: what the model takes [choice]")
 
-    dtype: str = option("float32", "float32 or bfloat16 [official code: bfloat16]")
+    dtype: str = option("float32", "float32, bfloat16 or float64 [official code: bfloat16]")
     attention: str = option("sdpa", f"{', '.join(ATTENTION)}; the last shares no prompt in scoring [choice]")
     lora_rank: int = option(0, "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
     merge: bool = option(False, "with LoRA: write whole weights at the end of RL, not the adapter alone [choice]")
@@ -208,10 +191,17 @@ class Config:
     tau: float = option(0.54, "cosine threshold of Eq. 4, D-54 [paper, Figure 5a]")
     tau_quantile: float = option(0.0, "above 0: tau is this quantile of the batch's cosines instead [choice]")
     nce_temperature: float = option(1.0, "temperature of Eq. 4, D-53 [paper: none]")
+    nce_sketch: int = option(0, "above 0: f_i as a TensorSketch of so many numbers, for a y_i of many tokens [choice]")
 
     eval_batch: int = option(64, "rows per evaluation batch in each process [choice]")
     show_every: int = option(10, "print a sampled response every so many updates, 0: never [choice]")
     save_every: int = option(20, "checkpoint every so many updates [choice; official code: 100]")
+    keep_last: int = option(1, "checkpoints kept while a stage runs [choice]")
+    held_out_rows: int = option(
+        64, "test rows on which RL's checkpoints are compared, to keep the best; 0: no [choice]"
+    )
+    max_skipped: int = option(5, "stop after so many updates in a row with a loss or gradient not finite [choice]")
+    max_truncated: float = option(0.25, "warn where a greater share of responses is cut at max_new_tokens [choice]")
     tracker: str = option("", "also log to tensorboard or wandb, through accelerate [choice]")
     quiet: bool = option(False, "print only the result [choice]")
 
@@ -220,7 +210,7 @@ class Config:
         choices = {
             "method": tuple(MECHANISMS),
             "on_bad_row": ("error", "skip"),
-            "dtype": ("float32", "bfloat16"),
+            "dtype": ("float32", "bfloat16", "float64"),
             "attention": ATTENTION,
             "kl_kind": grpo.KL_KINDS,
             "loss_norm": ("sequence", "token", "constant"),
@@ -234,7 +224,8 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         positive = (
-            "judge_concurrency prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every"
+            "judge_concurrency prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every "
+            "keep_last max_skipped"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
@@ -270,7 +261,7 @@ class Config:
         if not 0 < self.judge_deadline < PATIENCE.total_seconds():
             raise ConfigError(f"judge_deadline: must lie in (0, {PATIENCE.seconds}) seconds, got {self.judge_deadline}")
         at_least_0 = "max_prompt_tokens leak_penalty sft_steps rl_steps show_every prompts_per_pass lora_rank "
-        at_least_0 += "nce_weight beta eps_low eps_high sft_epochs rl_epochs"
+        at_least_0 += "nce_sketch held_out_rows nce_weight beta eps_low eps_high sft_epochs rl_epochs"
         for name in at_least_0.split():
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: must be 0 or more, got {getattr(self, name)}")
@@ -279,8 +270,14 @@ class Config:
                 raise ConfigError(f"{name}: must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup: is a share of a stage's updates and must lie in [0, 1), got {self.warmup}")
+        if self.method != "sft" and self.nce_weight and self.prompts_per_step < 2:
+            raise ConfigError("prompts_per_step: Eq. 4 compares prompts; give at least 2, or --nce_weight 0")
         given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
         self.output_dir = self.output_dir or "runs/" + "-".join(filter(None, (self.method, *given)))
+
+    @property
+    def start(self) -> str:
+        return self.model or str(Path(self.world) / "policy")
 
     @property
     def reward_weights(self) -> dict[str, float]:
@@ -293,10 +290,6 @@ class Config:
     def grpo_options(self) -> dict[str, Any]:
         names = ("beta", "eps_low", "eps_high", "kl_kind", "loss_norm")
         return {name: getattr(self, name) for name in names} | {"max_tokens": self.max_new_tokens}
-
-
-class ConfigError(ValueError):
-    """A setting that cannot work, in one line."""
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -338,19 +331,18 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
     rows = [s for s in sets.get("cold_start", sets["train"]) if s.process]
     if not rows or not (cfg.sft_steps or cfg.sft_epochs):
         run.say("cold start: skipped" + ("" if rows else " (no row has a reference response in `process`)"))
-        return run.model
+        return cfg.start
     for sample in rows:
         reference_response(sample, cfg.four_stage)  # a bad one is found before the model is loaded
     steps = updates(cfg.sft_steps, cfg.sft_epochs, len(rows), cfg.sft_batch)
-    learner = Learner("sft", run.model, steps, cfg.sft_lr, cfg, run)
+    learner = Learner("sft", cfg.start, steps, cfg.sft_lr, cfg, run)
     for step, batch in learner.batches(rows, cfg.sft_batch):
         inputs = learner.policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
         ids, mask = learner.policy.encode_responses([reference_response(s, cfg.four_stage) for s in batch])
-        tokens = run.total(mask.sum())
-        loss = -learner.model(inputs, ids, mask).logp.sum() / tokens
-        learner.backward(loss * run.processes)
+        loss = -learner.model(inputs, ids, mask).logp.sum() / run.total(mask.sum())
+        learner.backward(loss)
         learner.update()
-        learner.log(step, {"loss": (loss.item(), 0)}, show=step % 10 == 0)
+        learner.log({"loss": (loss.item(), 0)}, show=step % 10 == 0)
     return learner.finish()
 
 
@@ -383,16 +375,21 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
         scores_file = run.folder / "select" / "scores.jsonl"
         scores = read_jsonl(scores_file, mend=run.is_main)
         done = {line["id"] for line in scores}
-        waiting = sorted((s for s in samples if s.id not in done), key=data.length)  # alike in length: little padding
-        size = cfg.select_batch * run.processes
-        policy = run.load(start, trainable=False) if waiting else None
+        even, size = (
+            sorted(samples, key=data.length),
+            cfg.select_batch * run.processes,
+        )  # alike in length: little padding
+        chunks = [even[i : i + size] for i in range(0, len(even), size)]  # whole ones, so that padding stays the same
+        todo = [chunk for chunk in chunks if not done.issuperset(s.id for s in chunk)]
+        policy = load(start, False, cfg, run) if todo else None
         bar = run.bar(len(samples), "select", "prompt", len(scores))
-        for i in range(0, len(waiting), size):
-            mine, lines = run.mine(waiting[i : i + size]), []
+        for chunk in todo:
+            mine, lines = run.mine(chunk), []
             parts = run.parts(mine, 0, roll_out, policy, None, cfg, "select", cfg.responses)
             for part, (rewards, _) in zip(parts, reward(parts, judge, cfg)):
                 lines += score_lines(part.samples, rewards, cfg)
-            lines = run.gather(lines)
+            place = {s.id: i for i, s in enumerate(chunk)}
+            lines = sorted((x for x in run.gather(lines) if x["id"] not in done), key=lambda x: place[x["id"]])
             run.append(scores_file, lines)
             scores += lines
             bar.update(len(lines))
@@ -578,40 +575,94 @@ def _rewards(part: Rollouts, stages: list, verdicts: list, cfg: Config) -> tuple
     return rewards, [replies[i : i + n] for i in range(0, len(replies), n)]
 
 
-def all_tokens_of_f(policy: vlm.VLM, parts: list[Rollouts], cfg: Config) -> list:
-    """The tokens of Eq. 4 of every pass of this update, without gradient; `main` puts the live pass's in place.
+class Conflict:
+    """The cosines of Eq. 4 among all prompts of an update, which memory splits into passes, and processes share.
 
-    Eq. 4 compares all prompts of the batch, also when memory splits it into passes: each pass then carries the
-    gradient of the whole loss with respect to its own prompts, and the passes add up to the exact gradient.
+    f_i travels as a table: the rows [hidden | weight | target | prompt] of its tokens, from which every process gets the
+    exact cosines with its own head, or, with --nce_sketch and for hidden_mean, one row for each prompt. A pass sees its
+    own f_i with gradient and the others' without. So each carries the gradient of the whole loss with respect to its
+    own prompts, and passes and processes add up to the exact gradient; what is common to all tokens, the head, is
+    trained in one of them.
     """
-    if not cfg.nce_weight or len(parts) == 1:
-        return [None] * len(parts)
-    first = 0 if cfg.nce_feature in ("best", "advantage") else -1  # the others need the last branch only
-    with torch.no_grad():
-        scores = (policy(part.inputs, part.branches[:, first:], part.fed[:, first:]) for part in parts)
-        return [part.tokens_of_f(s, cfg.nce_feature) for part, s in zip(parts, scores, strict=True)]
+
+    def __init__(self, parts: list[Rollouts], learner: "Learner", cfg: Config, run: Run):
+        self.parts, self.learner, self.cfg, self.run = parts, learner, cfg, run
+        self.rows = cfg.nce_feature == "hidden_mean" or cfg.nce_sketch > 0  # one for each prompt
+        self.tables: list[Tensor] | None = None
+        if cfg.nce_weight and len(parts) > 1:  # the first pass needs those of the last
+            first = 0 if cfg.nce_feature in ("best", "advantage") else -1  # the others need the last branch only
+            with torch.no_grad():
+                scores = (learner.policy(part.inputs, part.branches[:, first:], part.fed[:, first:]) for part in parts)
+                self.tables = self._exchange([self._table(part, s) for part, s in zip(parts, scores, strict=True)])
+
+    def cosine(self, i: int, scores: vlm.TokenScores) -> Tensor:
+        """[n, n], with gradient to pass i of this process. A prompt without any token in f_i is not among them."""
+        live = self._table(self.parts[i], scores)
+        tables = list(self.tables or self._exchange([live]))
+        tables[self.run.rank * len(self.parts) + i] = live
+        if self.rows:
+            return ntk_infonce.cosine(torch.cat(tables))
+        offset, segments = 0, []
+        for table in tables:
+            segments.append(table[:, -1].long() + offset)
+            offset += int(table[:, -1].max()) + 1 if len(table) else 0
+        found, segment = torch.cat(segments).unique(return_inverse=True)
+        trained = self.run.is_main and i == len(self.parts) - 1
+        weight, bias = self.learner.policy.head(trained)
+        table, n = torch.cat(tables), max(1, len(found))
+        hidden, scale, targets = table[:, :-3].to(weight.dtype), table[:, -3], table[:, -2].long()
+        if len(hidden) * len(weight) <= DENSE_LOGITS:  # few tokens: smaller than the chunked form's gradients of W
+            logits = hidden @ weight.T + bias
+            return ntk_infonce.gradient_cosine(hidden * scale[:, None], logits, targets, segment, n)
+        return ntk_infonce.gradient_cosine_chunked(hidden, weight, targets, segment, n, bias, scale=scale)
+
+    def _table(self, part: Rollouts, scores: vlm.TokenScores) -> Tensor:
+        hidden, scale, targets, prompt = part.tokens_of_f(scores, self.cfg.nce_feature)
+        wide = hidden.to(torch.promote_types(hidden.dtype, torch.float32))  # holds any token's number
+        if not self.rows:
+            return torch.cat([wide, *(x[:, None].to(wide) for x in (scale, targets, prompt))], 1)
+        found, segment = prompt.unique(return_inverse=True)
+        if self.cfg.nce_feature == "hidden_mean":
+            return ntk_infonce.hidden_mean(hidden, segment, len(found))
+        weight, bias = self.learner.policy.head()
+        seed = random.Random(f"{self.cfg.seed}/{self.learner.step}").randrange(2**31)  # one hash for all processes
+
+        def sketch(h: Tensor, w: Tensor, y: Tensor, at: Tensor) -> Tensor:
+            logits = h @ weight.T + bias
+            return ntk_infonce.tensor_sketch(h * w[:, None], logits, y, at, len(found), self.cfg.nce_sketch, seed)
+
+        size = max(1, DENSE_LOGITS // len(weight))
+        chunks = zip(*(x.split(size) for x in (hidden, scale, targets, segment)))
+        return sum(checkpoint(sketch, *chunk, use_reentrant=False) for chunk in chunks)
+
+    def _exchange(self, tables: list[Tensor]) -> list[Tensor]:
+        """The tables of every pass of every process, in one order."""
+        packed = torch.cat([torch.nn.functional.pad(table, (0, 1), value=k) for k, table in enumerate(tables)])
+        everyone = self.run.exchange(packed)
+        return [rows[rows[:, -1] == k, :-1] for rows in everyone for k in range(len(tables))]
 
 
-def similarity(
-    passes: list[tuple[Tensor, Tensor, Tensor, Tensor]], feature: str, head: tuple[Tensor, Tensor]
-) -> Tensor:
-    """The cosines of Eq. 4 among the prompts of all passes; a prompt without any token in f_i is not among them.
+def count(parts: list[Rollouts], run: Run) -> dict[str, float]:
+    """Responses and response tokens of the global batch: the denominators of the loss."""
+    here = torch.stack([sum(len(p.mask) for p in parts) + 0 * parts[0].mask.sum(), sum(p.mask.sum() for p in parts)])
+    return dict(zip(("sequences", "tokens"), run.total(here).tolist(), strict=True))
 
-    The head is common to all passes: `main` lets its gradient through in the last one, for all of them at once.
-    """
-    offset, segments = 0, []
-    for *_, segment in passes:
-        segments.append(segment + offset)
-        offset = offset + int(segment.max()) + 1 if len(segment) else offset
-    found, segment = torch.cat(segments).unique(return_inverse=True)
-    hidden, scale, targets = (torch.cat([tokens[k] for tokens in passes]) for k in range(3))
-    if feature == "hidden_mean":
-        return ntk_infonce.hidden_mean(hidden, segment, len(found))
-    (weight, bias), n = head, max(1, len(found))
-    if len(hidden) * len(weight) <= DENSE_LOGITS:  # few tokens: smaller than the chunked form's gradients of W
-        logits = hidden @ weight.T + bias
-        return ntk_infonce.gradient_cosine(hidden * scale[:, None], logits, targets, segment, n)
-    return ntk_infonce.gradient_cosine_chunked(hidden, weight, targets, segment, n, bias, scale=scale)
+
+def held_out_reward(sets: dict, judge: CaptionReward | None, cfg: Config, run: Run, policy: vlm.VLM) -> float | None:
+    """Mean total reward of greedy responses to some rows that are not trained on; None without such rows."""
+    rows = sets.get("validation") or next((rows for name, rows in sets.items() if name.startswith("test")), [])
+    rows = rows[:: max(1, len(rows) // max(1, cfg.held_out_rows))][: cfg.held_out_rows]
+    if not rows:
+        return None
+    mine, rewards = run.mine(rows), []
+    for i in range(0, len(mine), cfg.eval_batch):
+        some = mine[i : i + cfg.eval_batch]
+        texts = evaluation.respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
+        part = SimpleNamespace(samples=some, text=[[text] for text in texts], mask=torch.zeros(1))
+        [(table, _)] = reward([part], judge, cfg)
+        rewards += grpo.total_reward(table, cfg.reward_weights)[:, 0].tolist()
+    known = [r for r in run.gather(rewards) if r == r]
+    return sum(known) / max(1, len(known))
 
 
 def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg: Config, run: "Run") -> None:
@@ -622,19 +673,17 @@ def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg
         if not held_out:
             run.say("evaluation: skipped (the data have no test*.json)")
         return
-    policy, names, result = run.load(model, trainable=False), evaluation.vocabulary(held_out), {}
+    policy, names, result = load(model, False, cfg, run), evaluation.vocabulary(held_out), {}
     bar = run.bar(sum(map(len, held_out.values())), f"evaluate {name}", "row")
     for split, samples in held_out.items():
-        pairs = []
-        for i in range(0, len(samples), cfg.eval_batch * run.processes):
-            mine = run.mine(samples[i : i + cfg.eval_batch * run.processes])
-            texts = evaluation.respond(policy, mine, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
-            pairs += run.gather(list(zip((s.id for s in mine), texts, strict=True)))
-            bar.update(len(mine) * run.processes)
-        texts = dict(pairs)
-        result[split] = evaluation.score(
-            samples, [texts[s.id] for s in samples], names, cfg.four_stage, judge if run.is_main else None
-        )
+        mine, texts = run.mine(samples), []
+        for i in range(0, len(mine), cfg.eval_batch):
+            some = mine[i : i + cfg.eval_batch]
+            texts += evaluation.respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
+            bar.update(len(some) * run.processes)
+        scored = run.gather(evaluation.verdicts(mine, texts, names, cfg.four_stage, judge))
+        rows = {row["id"]: row for row in scored}
+        result[split] = evaluation.summary(samples, [rows[s.id] for s in samples])
     bar.close()
     if run.is_main:
         evaluation.save_gallery(run.folder / "eval" / "gallery", held_out, cfg.fps, cfg.max_frames)
@@ -649,28 +698,39 @@ def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg
 class Learner:
     """A policy under training in one stage: optimiser, schedule, checkpoints, metrics. Resumes by itself."""
 
-    def __init__(self, stage: str, model: str, steps: int, lr: float, cfg: Config, run: "Run"):
-        self.stage, self.base, self.steps, self.cfg, self.run = stage, model, steps, cfg, run
+    def __init__(
+        self,
+        stage: str,
+        model: str,
+        steps: int,
+        lr: float,
+        cfg: Config,
+        run: Run,
+        held_out: Callable[[vlm.VLM], float | None] = lambda _: None,
+    ):
+        self.stage, self.base, self.steps, self.cfg, self.run, self.held_out = stage, model, steps, cfg, run, held_out
         self.folder = run.folder / stage
         run.most = sys.maxsize  # another stage needs other memory
         self.result = self.folder / "policy"
         self.finished = self.result.exists()
-        self.start = 0
+        self.step, self.losses, self.skipped, self.policy = 0, [], 0, None
         if self.finished:
             return
         run.reseed(stage, "initialisation")
-        self.policy = run.load(model, trainable=True)
-        trainable = [p for p in self.policy.parameters() if p.requires_grad]
-        optimizer = AdamW(trainable, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+        policy = load(model, True, cfg, run)
+        self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
+        trained = [p for p in policy.parameters() if p.requires_grad]
+        run.widen(trained)
+        optimizer = AdamW(trained, lr=lr, weight_decay=cfg.weight_decay, fused=True)
         total = steps * (cfg.iterations if stage == "rl" else 1)
         schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * total), total)
-        self.model, self.optimizer, self.schedule = run.accelerator.prepare(self.policy, optimizer, schedule)
-        if checkpoint := self._last_checkpoint():
-            run.accelerator.load_state(str(checkpoint))
-            self.start = int(checkpoint.name.split("-")[1])
-            run.say(f"{stage}: resumed after update {self.start}")
-        run.forget_after(self.folder / "metrics.jsonl", self.start)
-        run.forget_after(self.folder / "rollouts.jsonl", self.start)
+        self.model, self.optimizer, self.schedule = run.prepare(policy, optimizer, schedule)
+        self.policy = run.accelerator.unwrap_model(self.model)
+        if last := max(self.checkpoints(), default=None, key=number):
+            self._load_checkpoint(last)
+            run.say(f"{stage}: resumed after update {self.step}")
+        for name in ("metrics", "rollouts", "held_out", "skipped"):
+            run.forget_after(self.folder / f"{name}.jsonl", self.step)
 
     def batches(self, samples: list[data.Sample], size: int) -> Iterator[tuple[int, list[data.Sample]]]:
         """(update number from 1, this process's share of its batch). Which rows, and the random numbers drawn while
@@ -679,55 +739,75 @@ class Learner:
             return
         run = self.run
         size = min(size, len(samples)) // run.processes * run.processes
-        least = run.processes * (2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
+        least = max(run.processes, 2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
         if size < least:
             raise data.DataError(f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update")
-        self.bar = run.bar(self.steps, self.stage, "step", self.start)
-        for step in range(self.start + 1, self.steps + 1):
-            where = range((step - 1) * size, step * size)
+        self.bar = run.bar(self.steps, self.stage, "step", self.step)
+        while self.step < self.steps:
+            where = range(self.step * size, (self.step + 1) * size)
+            self.step += 1
             batch = [samples[run.order(self.stage, i // len(samples), len(samples))[i % len(samples)]] for i in where]
-            run.reseed(self.stage, step)
-            yield step, run.mine(batch)
+            self.ids = [sample.id for sample in batch]
+            run.reseed(self.stage, self.step)
+            yield self.step, run.mine(batch)
             self.bar.update()
-            if step % self.cfg.save_every == 0 and step < self.steps:
-                self._save_checkpoint(step)
+            if self.step % self.cfg.save_every == 0 and self.step < self.steps:
+                self._save_checkpoint()
 
     def passes(self, parts: list) -> Iterator[tuple[int, Any]]:
-        """The parts of an update with their numbers. The gradients of processes meet in the last one only; the context
-        spans forward and backward, because DDP looks at it in forward."""
-        for i, part in enumerate(parts):
-            with nullcontext() if part is parts[-1] else self.run.accelerator.no_sync(self.model):
-                yield i, part
+        """The parts of an update with their numbers."""
+        return self.run.passes(self.model, parts)
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients. DDP averages over processes, hence the factor `run.processes` on sums."""
-        self.run.accelerator.backward(loss)
+        """Add to the gradients: `loss` is what this process adds to the loss of the global batch. Gradients are
+        averaged over processes, hence the factor."""
+        self.losses.append(loss.detach())
+        self.run.accelerator.backward(loss * self.run.processes)
 
     def update(self) -> None:
-        norm = self.run.accelerator.clip_grad_norm_(self.model.parameters(), self.cfg.max_grad_norm)
-        self.gradient_norm, self.rate = float(norm), self.schedule.get_last_lr()[0]
-        self.optimizer.step()
+        """One step of the optimiser; none where the loss or the gradient of any process is not finite: what is lost is
+        one batch, and not the weights."""
+        run, cfg = self.run, self.cfg
+        self.gradient_norm, self.rate = run.clip(self.model, cfg.max_grad_norm), self.schedule.get_last_lr()[0]
+        bad = not (math.isfinite(self.gradient_norm) and torch.stack(self.losses).isfinite().all())
+        if run.total(torch.tensor(bad, device=run.accelerator.device)) == 0:
+            self.optimizer.step()
+            self.skipped = 0
+        else:
+            self.skipped += 1
+            file = self.folder / "skipped.jsonl"
+            run.append(file, [{"step": self.step, "ids": self.ids}])
+            run.say(f"{self.stage} {self.step}: loss or gradient is not finite; update skipped, its rows are in {file}")
         self.schedule.step()
         self.optimizer.zero_grad()
+        self.losses = []
+        if self.skipped >= cfg.max_skipped:
+            raise Diverged(
+                f"{self.stage}: {self.skipped} updates in a row had a loss or gradient that is not finite; the rows of "
+                f"each are in {file}. A lower --{self.stage}_lr or --max_grad_norm, or other rows? The last checkpoint "
+                "is from before them"
+            )
 
-    def log(self, step: int, numbers: dict[str, tuple[float, float]], show: bool = True) -> None:
+    def log(self, numbers: dict[str, tuple[float, float]], show: bool = True) -> dict[str, float]:
         """(sum, count) by name -> means over all processes; one line in metrics.jsonl, one on screen."""
-        metrics = {"step": step, **self.run.average(numbers), "grad_norm": self.gradient_norm, "lr": self.rate}
+        metrics = self.run.average(numbers) | {"grad_norm": self.gradient_norm, "lr": self.rate}
+        metrics = {"step": self.step, **finite(metrics)} | ({"skipped": self.skipped} if self.skipped else {})
         self.run.append(self.folder / "metrics.jsonl", [metrics])
-        self.run.track(self.stage, metrics, step)
+        self.run.track(self.stage, metrics, self.step)
         if show:
-            self.run.say(f"{self.stage} {step:>4}/{self.steps}  {readable(metrics)}")
+            self.run.say(f"{self.stage} {self.step:>4}/{self.steps}  {readable(metrics)}")
+        return metrics
 
-    def log_rollouts(self, step: int, parts: list[Rollouts]) -> None:
+    def log_rollouts(self, parts: list[Rollouts]) -> None:
         numbers: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
         for part in parts:
-            for name, (value, count) in part.numbers.items():
+            for name, (value, n) in part.numbers.items():
                 numbers[name][0] += value
-                numbers[name][1] += count
-        self.log(step, numbers)
+                numbers[name][1] += n
+        metrics, cfg = self.log(numbers), self.cfg
         lines = [
             {
-                "step": step,
+                "step": self.step,
                 "id": sample.id,
                 "text": part.text[i],
                 **as_json(part.rewards, i),
@@ -736,39 +816,113 @@ class Learner:
             for part in parts
             for i, sample in enumerate(part.samples)
         ]
-        self.run.append(self.folder / "rollouts.jsonl", self.run.gather(lines))
-        if self.cfg.show_every and step % self.cfg.show_every == 0:
-            sample, text = parts[0].samples[0], parts[0].text[0][0]
-            self.run.say(f"  {sample.problem} [{sample.answer}]\n  {text}")
+        place = {name: i for i, name in enumerate(self.ids)}
+        self.run.append(self.folder / "rollouts.jsonl", sorted(self.run.gather(lines), key=lambda x: place[x["id"]]))
+        if metrics["tied"] == 1:
+            self.run.say(
+                "  all responses to each prompt earn the same: no advantage, nothing learned from rewards here"
+            )
+        if cfg.show_every and (self.step % cfg.show_every == 0 or self.step == 1):
+            if metrics["truncated"] > cfg.max_truncated:
+                cut = f"{metrics['truncated']:.0%} of responses were cut at --max_new_tokens {cfg.max_new_tokens}"
+                self.run.say(f"  warning: {cut}, before their answer: give more, or train the cold start longer")
+            if self.step > 1:
+                sample, text = parts[0].samples[0], parts[0].text[0][0]
+                self.run.say(f"  {sample.problem} [{sample.answer}]\n  {text}")
 
     def finish(self) -> str:
         """Write the trained policy, whole or not at all, and drop the checkpoints. Returns its folder."""
         if not self.finished:
             self.bar.close()
-            self.run.write_folder(self.result, self._save)
-            for checkpoint in self.folder.glob("checkpoint-*"):
+            self._compare(last=True)
+            self._write_policy(self.result)
+            for checkpoint in self.checkpoints():
                 self.run.remove(checkpoint)
             self.run.accelerator.free_memory()  # or the next stage's checkpoints would hold this stage's model too
         self.run.tracked += self.steps
         return str(self.result)
 
-    def _save(self, folder: str) -> None:
+    def _write_policy(self, folder: Path) -> None:
+        weights = self.run.gathered(self._weights()) if self.run.sharded else {}
+        self.run.write_folder(folder, partial(self._save, weights))
+
+    def _save(self, weights: dict[str, Tensor], folder: Path) -> None:
         """The policy and its model card. What RL starts from is whole, because RL's adapter is one of it."""
         of_adapter = (Path(self.base) / "adapter_config.json").exists()  # which `load` has merged: no base on this disk
         merge = self.cfg.merge or self.stage == "sft" or of_adapter
-        self.run.unwrap(self.model).save(folder, merge)
-        card = model_card(self.stage, self.base, self.steps, bool(self.cfg.lora_rank) and not merge, self.cfg)
-        (Path(folder) / "README.md").write_text(card, encoding="utf-8")
+        policy = self.policy
+        if weights:  # this process has a share of them only
+            policy = load(self.base, True, self.cfg, self.run)
+            policy.load_state_dict(weights, strict=False)
+        policy.save(folder, merge)
+        card = model_card(self.stage, self.base, self.step, bool(self.cfg.lora_rank) and not merge, self.cfg)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
-    def _save_checkpoint(self, step: int) -> None:
-        older = list(self.folder.glob("checkpoint-*"))
-        self.run.write_folder(self.folder / f"checkpoint-{step}", self.run.accelerator.save_state, by_all=True)
-        for checkpoint in older:
-            self.run.remove(checkpoint)
+    # checkpoints
+    def checkpoints(self, kind: str = "checkpoint") -> list[Path]:
+        return sorted(self.folder.glob(f"{kind}-*"), key=number)
 
-    def _last_checkpoint(self) -> Path | None:
-        found = [(int(p.name.split("-")[1]), p) for p in self.folder.glob("checkpoint-*") if p.suffix == ""]
-        return max(found)[1] if found else None
+    def _weights(self) -> dict[str, Tensor]:
+        parameters = dict(self.policy.named_parameters())
+        return {name: parameters[name] for name in self.names}
+
+    def _save_checkpoint(self) -> None:
+        """All that the rest of the stage depends on: weights, optimiser, schedule, place in the data. Random numbers
+        follow from the seed and the place (`Run.reseed`)."""
+        self._compare()
+        tensors = {f"weight/{name}": p for name, p in self._weights().items()}
+        for name, slot in zip(self.names, self.optimizer.param_groups[0]["params"], strict=True):
+            tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(slot, {}).items()}
+        schedule = {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"}
+        state = {"stage": self.stage, "step": self.step, "seed": self.cfg.seed, "skipped": self.skipped}
+        self.run.save_checkpoint(self.folder / f"checkpoint-{self.step}", state | {"schedule": schedule}, tensors)
+        for old in self.checkpoints()[: -self.cfg.keep_last]:
+            self.run.remove(old)
+        self.run.accelerator.wait_for_everyone()
+
+    def _load_checkpoint(self, folder: Path) -> None:
+        weights = self._weights()
+        state, tensors = self.run.load_checkpoint(folder, weights)
+        self.step, self.skipped = state["step"], state["skipped"]
+        now = self.optimizer.state_dict()
+        for group in now["param_groups"]:
+            group["lr"] = state["schedule"]["_last_lr"][0]
+        of = {name: i for i, name in enumerate(self.names)}
+        kept: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if kind == "weight":
+                weights[name].data.copy_(value)
+            else:
+                kept[of[name]][kind] = value
+        self.optimizer.load_state_dict({"state": dict(kept), "param_groups": now["param_groups"]})
+        self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None]})
+
+    def _compare(self, last: bool = False) -> None:
+        """Score the policy on held-out rows; keep it as best-N while none is better."""
+        with self.run.whole(self.policy):
+            score = self.held_out(self.policy)
+        if score is None:
+            return
+        file = self.folder / "held_out.jsonl"
+        best = max((line["reward"] for line in read_jsonl(file, mend=self.run.is_main)), default=-math.inf)
+        self.run.accelerator.wait_for_everyone()  # all have read before one writes
+        self.run.append(file, [{"step": self.step, "reward": score}])
+        self.run.say(f"{self.stage} {self.step:>4}/{self.steps}  held-out reward {score:.3f}")
+        if score > best and not last:
+            self._write_policy(self.folder / f"best-{self.step}")
+        if score > best:  # or the last is as good as any: it is the result
+            for older in self.checkpoints("best"):
+                if last or number(older) != self.step:
+                    self.run.remove(older)
+
+
+def number(folder: Path) -> int:
+    return int(folder.name.rpartition("-")[2])
+
+
+class Diverged(RuntimeError):
+    """Training has stopped because its numbers are not finite any more."""
 
 
 class AdamW(torch.optim.AdamW):
@@ -794,6 +948,7 @@ class AdamW(torch.optim.AdamW):
                 copy.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
         for p in self.weights:
             p.grad = None
 
@@ -811,7 +966,7 @@ class Reference:
     def __init__(self, start: str, learner: Learner, cfg: Config):
         self.learner, self.needed, self.frozen = learner, cfg.beta > 0 and not learner.finished, None
         if self.needed and not cfg.lora_rank:
-            self.frozen = learner.run.load(start, trainable=False)
+            self.frozen = load(start, False, cfg, learner.run)
 
     @torch.no_grad()
     def logp(self, inputs: BatchFeature, ids: Tensor, mask: Tensor) -> Tensor | None:
@@ -853,11 +1008,6 @@ The configuration of the run, without its paths:
 """
 
 
-def load_options(cfg: Config) -> dict[str, Any]:
-    names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
-    return {name: getattr(cfg, name) for name in names.split()} | {"compiled": cfg.compile}
-
-
 def readable(metrics: dict[str, float]) -> str:
     """One line of metrics that a person can read."""
     shown = {
@@ -876,305 +1026,90 @@ def readable(metrics: dict[str, float]) -> str:
     return "  ".join(form.format(metrics[name]) for name, form in shown.items() if name in metrics)
 
 
-# --- processes, files, screen: everything else that is not the method -----------------------------------------------
+# --- what a run works on ---------------------------------------------------------------------------------------------
 
 
-class Run:
-    """One run: its folder, its processes and its screen. The only place that knows about ranks."""
+def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
+    """Check every row and every file before any model is loaded; then build the embedded world where needed."""
+    given = data.load(cfg.data, cfg.on_bad_row, run.say) if cfg.data else None
+    if not (cfg.data and cfg.model and (cfg.judge or not cfg.caption_reward)):
+        if run.is_main:
+            shapes.build(Path(cfg.world), cfg.quiet)
+        run.accelerator.wait_for_everyone()
+    sets = given or data.load(Path(cfg.world) / "data")
+    _check_lengths(sets, cfg, run)
+    if "train" not in sets:
+        raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
+    run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
+    return sets
 
-    def __init__(self, cfg: Config):
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
-        self.accelerator = Accelerator(
-            cpu=torch.backends.mps.is_available(),  # Apple's GPUs know no float64, which sampling needs
-            mixed_precision="no",  # --dtype decides: under autocast the policy would differ from its reference
-            log_with=cfg.tracker or None,
-            project_dir=cfg.output_dir,
-            step_scheduler_with_optimizer=False,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
-        )
-        if self.accelerator.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")  # TF32 in float32 products; softmax and sums stay in float32
-        self.cfg, self.processes = cfg, self.accelerator.num_processes
-        self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
-        if self.accelerator.distributed_type.value not in ("NO", "MULTI_CPU", "MULTI_GPU"):
-            raise ConfigError(
-                f"accelerate: {self.accelerator.distributed_type.value} is not supported; use plain data parallelism "
-                "(accelerate config, or --multi_gpu), with LoRA where the model does not fit"
-            )
-        if cfg.method != "sft" and cfg.nce_weight and cfg.prompts_per_step < 2 * self.processes:
-            raise ConfigError(
-                f"prompts_per_step: Eq. 4 compares the prompts of a process (D-51), and {cfg.prompts_per_step} leave "
-                f"fewer than two to each of {self.processes}. Give at least {2 * self.processes}, or --nce_weight 0"
-            )
-        for name in ("prompts_per_step", "sft_batch"):
-            if getattr(cfg, name) % self.processes:
-                raise ConfigError(f"{name}: {getattr(cfg, name)} does not split over {self.processes} processes")
-        self._claim_folder()
-        if cfg.tracker:
-            self.accelerator.init_trackers("ground-what-you-see", config=dataclasses.asdict(cfg))
-        self._orders: dict[tuple, list[int]] = {}
-        self.most = sys.maxsize  # prompts at a time for which memory has sufficed
-        self.tracked = 0  # updates of the stages before this one
-        self.began = time.time()
-        self.say(f"{cfg.method} on {self.processes} process(es), {self.accelerator.device}; run folder {self.folder}")
 
-    def _claim_folder(self) -> None:
-        """Start or go on in the run folder; refuse one that was made with another configuration."""
-        file, now = self.folder / "config.yaml", dataclasses.asdict(self.cfg)
-        begun = self.folder.exists() and any(path != file for path in self.folder.iterdir())
-        if file.exists() and begun:  # a run that was stopped before its first result binds no one
-            then = yaml.safe_load(file.read_text())
-            differ = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
-            if differ:
-                changes = "; ".join(f"{k}: {then.get(k)!r} there, {now[k]!r} now" for k in differ)
-                raise ConfigError(
-                    f"output_dir: {self.folder} belongs to a run with another configuration ({changes}). "
-                    "Give another --output_dir, or the same options to go on, or delete the folder to start again"
-                )
-        elif begun:
-            raise ConfigError(f"output_dir: {self.folder} is not empty and not a run folder. Give another --output_dir")
-        self.accelerator.wait_for_everyone()
-        self.write(file, now)
+def _check_lengths(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> None:
+    """A multimodal prompt is never truncated: one that is too long is a bad row, as is one with a control token."""
+    try:
+        context, tokenizer = vlm.context(cfg.start)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model: cannot load {cfg.start}: {str(error).splitlines()[0]}") from error
+    text_tokens = data.prompt_text_tokens(tokenizer, cfg.four_stage)
+    most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
+    problems = []
+    for name, rows in sets.items():
+        fitting = []
+        for s in rows:
+            tokens = text_tokens(s)
+            tokens += data.visual_tokens(s, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
+            words = " ".join([s.problem, *s.options, s.answer, s.process or ""])
+            control = [token for token in tokenizer.all_special_tokens if token in words]
+            if control:
+                problems.append(f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a command")
+            elif tokens > most:
+                problems.append(f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}: a lower --max_pixels?")
+            else:
+                fitting.append(s)
+        sets[name] = fitting
+    if problems and (cfg.on_bad_row == "error" or not all(sets.values())):
+        remedy = "Mend them, or leave them out with --on_bad_row skip"
+        raise data.DataError("\n".join([*problems[:10], f"{len(problems)} rows cannot be used. {remedy}"]))
+    for line in problems:
+        run.say(f"skipped: {line}")
 
-    # what the run works on
-    def open_data(self) -> dict[str, list[data.Sample]]:
-        """Check every row and every file before any model is loaded; then build the embedded world where needed."""
-        cfg = self.cfg
-        given = data.load(cfg.data, cfg.on_bad_row, self.say) if cfg.data else None
-        if not (cfg.data and cfg.model and (cfg.judge or not cfg.caption_reward)):
-            if self.is_main:
-                shapes.build(Path(cfg.world), cfg.quiet)
-            self.accelerator.wait_for_everyone()
-        self.model = cfg.model or str(Path(cfg.world) / "policy")
-        sets = given or data.load(Path(cfg.world) / "data")
-        self._check_lengths(sets)
-        if "train" not in sets:
-            raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
-        self.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
-        return sets
 
-    def _check_lengths(self, sets: dict[str, list[data.Sample]]) -> None:
-        """A multimodal prompt is never truncated: one that is too long is a bad row, as is one with a control token."""
-        cfg = self.cfg
+def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> CaptionReward | None:
+    """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
+    What it has replied is kept in the run folder, so that a resumed run does not ask again."""
+    if not cfg.caption_reward or (run.folder / "eval" / "after.json").exists():
+        return None
+    name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
+    if cfg.judge.startswith("http"):
         try:
-            context, tokenizer = vlm.context(self.model)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"model: cannot load {self.model}: {str(error).splitlines()[0]}") from error
-        text_tokens = data.prompt_text_tokens(tokenizer, cfg.four_stage)
-        most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
-        problems = []
-        for name, rows in sets.items():
-            fitting = []
-            for s in rows:
-                tokens = text_tokens(s)
-                tokens += data.visual_tokens(s, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
-                words = " ".join([s.problem, *s.options, s.answer, s.process or ""])
-                control = [token for token in tokenizer.all_special_tokens if token in words]
-                if control:
-                    problems.append(f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a command")
-                elif tokens > most:
-                    problems.append(
-                        f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}: a lower --max_pixels?"
-                    )
-                else:
-                    fitting.append(s)
-            sets[name] = fitting
-        if problems and (cfg.on_bad_row == "error" or not all(sets.values())):
-            remedy = "Mend them, or leave them out with --on_bad_row skip"
-            raise data.DataError("\n".join([*problems[:10], f"{len(problems)} rows cannot be used. {remedy}"]))
-        for line in problems:
-            self.say(f"skipped: {line}")
-
-    def open_judge(self, sets: dict[str, list[data.Sample]]) -> CaptionReward | None:
-        """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
-        What it has replied is kept in the run folder, so that a resumed run does not ask again."""
-        cfg = self.cfg
-        if not cfg.caption_reward or (self.folder / "eval" / "after.json").exists():
-            return None
-        name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
-        if cfg.judge.startswith("http"):
-            try:
-                judge = EndpointJudge(cfg.judge, name, concurrency=cfg.judge_concurrency, deadline=cfg.judge_deadline)
-            except Exception as error:  # no client library, or no key
-                raise ConfigError(f"judge: {error}") from error
-        else:
-            judge = vlm.LocalJudge(name, self.accelerator.device)
-        journal = Journal(self.folder / "judge" / f"{self.accelerator.process_index}.jsonl", name)
-        self.accelerator.wait_for_everyone()  # all have read what there was before one writes
-        asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4]
-        floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
-        if floor is None:
-            raise ConfigError(
-                f"judge: {name} answered none of {len(few)} questions. Is it up, and does it know the key?"
-            )
-        self.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without any caption")
-        return asked
-
-    def load(self, model: str, trainable: bool) -> vlm.VLM:
-        return vlm.load(model, **load_options(self.cfg), trainable=trainable).to(self.accelerator.device)
-
-    def unwrap(self, model) -> vlm.VLM:
-        return self.accelerator.unwrap_model(model)
-
-    def parts(self, batch: list[data.Sample], size: int, work: Callable, *args) -> list:
-        """work(rows, *args) on `size` rows of the batch at a time (0: all), prompts of a length together. Where memory
-        does not suffice on half as many, with the same results up to rounding."""
-        size = min(size or len(batch), self.most)
-        if 0 < size < len(batch):
-            even = sorted(batch, key=data.length)
-            return [part for i in range(0, len(even), size) for part in self.parts(even[i : i + size], 0, work, *args)]
-        try:
-            return [work(batch, *args)] if batch else []
-        except RuntimeError as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
-                raise
-        # not inside `except`: the error holds on to what the failed attempt allocated
-        clear_device_cache(garbage_collection=True)
-        self.most = (len(batch) + 1) // 2  # from now on
-        self.say(f"memory does not suffice for {len(batch)} prompts at a time: trying {self.most}")
-        return self.parts(batch, 0, work, *args)
-
-    # randomness
-    def reseed(self, *where) -> None:
-        """Every random number follows from (seed, stage, step, rank): nothing to store, and resuming is exact."""
-        set_seed(random.Random(f"{self.cfg.seed}/{where}/{self.accelerator.process_index}").randrange(2**31))
-
-    def order(self, stage: str, epoch: int, n: int) -> list[int]:
-        """The rows' order in an epoch, the same on every process."""
-        key = (stage, epoch, n)
-        if key not in self._orders:
-            self._orders[key] = random.Random(f"{self.cfg.seed}/{key}").sample(range(n), n)
-        return self._orders[key]
-
-    # processes
-    def mine(self, items: list) -> list:
-        return items[self.accelerator.process_index :: self.processes]
-
-    def gather(self, items: list) -> list:
-        return gather_object(items) if self.processes > 1 else items
-
-    def total(self, value: Tensor) -> Tensor:
-        return self.accelerator.reduce(value.float(), "sum")
-
-    def count(self, parts: list[Rollouts]) -> dict[str, float]:
-        """Responses and response tokens of the global batch: the denominators of the loss."""
-        here = torch.stack(
-            [sum(len(p.mask) for p in parts) + 0 * parts[0].mask.sum(), sum(p.mask.sum() for p in parts)]
-        )
-        return dict(zip(("sequences", "tokens"), self.total(here).tolist(), strict=True))
-
-    def average(self, numbers: dict[str, tuple[float, float]]) -> dict[str, float]:
-        """Sums and counts by name -> sum / count over all processes. Nothing counted, no value; `loss` is a sum."""
-        names = sorted(numbers)
-        table = torch.tensor([numbers[name] for name in names], dtype=torch.float64)
-        if self.processes > 1:
-            table = self.accelerator.reduce(table.to(self.accelerator.device), "sum")
-        sums = dict(zip(names, table.tolist(), strict=True))
-        return {name: value / (count or 1) for name, (value, count) in sums.items() if count or name == "loss"}
-
-    # files: written beside and renamed, so that what is there is whole
-    def write(self, file: Path, value: Any) -> None:
-        if self.is_main:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            text = yaml.safe_dump(value, sort_keys=False) if file.suffix == ".yaml" else json.dumps(value, indent=1)
-            rewrite(file, text)
-        self.accelerator.wait_for_everyone()
-
-    def write_folder(self, folder: Path, save, by_all: bool = False) -> None:
-        beside = folder.with_name(f".{folder.name}.unfinished")
-        if self.is_main:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        if by_all or self.is_main:
-            save(str(beside))
-        self.accelerator.wait_for_everyone()
-        if self.is_main:
-            os.replace(beside, folder)
-        self.accelerator.wait_for_everyone()
-
-    def remove(self, folder: Path) -> None:
-        if self.is_main:
-            shutil.rmtree(folder, ignore_errors=True)
-
-    def append(self, file: Path, lines: list[dict]) -> None:
-        if self.is_main:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with file.open("a", encoding="utf-8") as out:
-                out.write(to_jsonl(lines))
-
-    def forget_after(self, file: Path, step: int) -> None:
-        """Drop the lines of updates that a resumed stage will do again."""
-        if self.is_main and file.exists():
-            kept = [line for line in read_jsonl(file) if line["step"] <= step]
-            rewrite(file, to_jsonl(kept))
-
-    # screen
-    def say(self, text: str) -> None:
-        if self.is_main and not self.cfg.quiet:
-            tqdm.write(text)
-
-    def bar(self, total: int, name: str, unit: str, done: int = 0) -> tqdm:
-        hidden = True if self.cfg.quiet or not self.is_main else None  # None: shown on a terminal only
-        return tqdm(total=total, initial=done, desc=name, unit=unit, disable=hidden, dynamic_ncols=True)
-
-    def track(self, stage: str, metrics: dict[str, float], step: int) -> None:
-        if self.cfg.tracker:
-            self.accelerator.log(
-                {f"{stage}/{name}": value for name, value in metrics.items()},
-                step=self.tracked + step,
-            )
-
-    def finish(self) -> None:
-        """The report, the table, and where everything is."""
-        if self.is_main:
-            page = report.write(self.folder)
-            print(report.table(self.folder))
-            print(f"{time.time() - self.began:.0f} s. Run folder: {self.folder}   Report: {page}")
-        self.accelerator.end_training()
+            judge = EndpointJudge(cfg.judge, name, concurrency=cfg.judge_concurrency, deadline=cfg.judge_deadline)
+        except Exception as error:  # no client library, or no key
+            raise ConfigError(f"judge: {error}") from error
+    else:
+        judge = vlm.LocalJudge(name, run.accelerator.device)
+    journal = Journal(run.folder / "judge" / f"{run.rank}.jsonl", name)
+    run.accelerator.wait_for_everyone()  # all have read what there was before one writes
+    asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4]
+    floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
+    if floor is None:
+        raise ConfigError(f"judge: {name} answered none of {len(few)} questions. Is it up, and does it know the key?")
+    run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without any caption")
+    return asked
 
 
-class Journal(dict):
-    """(question, caption) -> the judge's reply, also on disk: one line a reply, in a file of this process; lines of all
-    processes are read at the start."""
-
-    def __init__(self, file: Path, judge: str):
-        lines = [line for one in sorted(file.parent.glob("*.jsonl")) for line in read_jsonl(one, mend=one == file)]
-        super().__init__({(x["question"], x["caption"]): x["reply"] for x in lines if x["judge"] == judge})
-        self.file, self.judge = file, judge
-
-    def __setitem__(self, key: tuple[str, str], reply: str) -> None:
-        super().__setitem__(key, reply)
-        line = {"judge": self.judge, "question": key[0], "caption": key[1], "reply": reply}
-        self.file.parent.mkdir(parents=True, exist_ok=True)  # not before: a start that fails leaves nothing behind
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(to_jsonl([line]))
+def load(model: str, trainable: bool, cfg: Config, run: Run) -> vlm.VLM:
+    names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
+    options = {name: getattr(cfg, name) for name in names.split()} | {"compiled": cfg.compile}
+    return vlm.load(model, **options, trainable=trainable).to(run.accelerator.device)
 
 
-def rewrite(file: Path, text: str) -> None:
-    """Replace a file's content, whole or not at all."""
-    beside = file.with_name(f".{file.name}.unfinished")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
-
-
-def to_jsonl(lines: list[dict]) -> str:
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-
-
-def read_jsonl(file: Path, mend: bool = True) -> list[dict]:
-    """The whole lines of a file that grows; a last line that a crash cut off is dropped; mend: from the file too."""
-    if not file.exists():
-        return []
-    # bytes, because the cut may go through a character; not splitlines, because a response may hold U+2028
-    *whole, rest = file.read_bytes().split(b"\n")
-    if rest and mend:
-        rewrite(file, "".join(line.decode() + "\n" for line in whole))
-    return [json.loads(line) for line in whole]
+def finish(run: Run) -> None:
+    """The report, the table, and where everything is."""
+    if run.is_main:
+        page = report.write(run.folder)
+        print(report.table(run.folder))
+        print(f"{time.time() - run.began:.0f} s. Run folder: {run.folder}   Report: {page}")
+    run.accelerator.end_training()
 
 
 def cli() -> None:
@@ -1184,15 +1119,31 @@ def cli() -> None:
         cfg = parse_config(sys.argv[1:])
         folder = Path(cfg.output_dir)
         main(cfg)
-    except (ConfigError, data.DataError) as error:
-        sys.exit(f"error: {error}")
+    except (ConfigError, data.DataError, Diverged) as error:
+        stop(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted. The same command goes on from what is finished and the last checkpoint")
+        stop("\ninterrupted. The same command goes on from what is finished and the last checkpoint")
     except Exception as error:
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            hint = "a lower --prompts_per_pass, --sft_batch or --max_pixels, --gradient_checkpointing true"
+            stop(
+                f"error: memory does not suffice ({str(error).splitlines()[0]}). Try {hint}; the last checkpoint stays"
+            )
         # torch and safetensors report a full disk in their own ways
         if "No space left" not in str(error) and (not folder.exists() or shutil.disk_usage(folder).free > 2**20):
             raise
-        sys.exit(f"error: the disk is full ({error}). Free some space; the same command goes on where it was")
+        stop(
+            f"error: the disk is full ({error}). What was there before, the last checkpoint among it, is whole. Free some "
+            "space; the same command goes on where it was"
+        )
+
+
+def stop(message: str) -> None:
+    """Exit with a message: once, where all processes meet the same error."""
+    if rank := int(os.environ.get("RANK", 0)):
+        time.sleep(10)  # then the first one has said it, and the launcher has ended this process
+        message = f"process {rank}: {message}"
+    sys.exit(message)
 
 
 if __name__ == "__main__":

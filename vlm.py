@@ -83,6 +83,8 @@ def _in_evaluation_mode(method):
 class VLM(nn.Module):
     """A Qwen2.5-VL and its processor. `forward` is scoring, so that DDP wraps the pass that has a backward."""
 
+    _no_split_modules = ("Qwen2_5_VLDecoderLayer",)  # what FSDP2 makes shards of
+
     def __init__(self, model: nn.Module, processor, min_pixels: int, max_pixels: int):
         super().__init__()
         self.model, self.processor = model, processor
