@@ -20,6 +20,7 @@ import shutil
 import socket
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -28,7 +29,7 @@ from typing import Any
 
 import torch
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
@@ -81,13 +82,10 @@ class Run:
             project_dir=cfg.output_dir,
             step_scheduler_with_optimizer=False,
             fsdp_plugin=plugin if not on_cpu else None,
-            kwargs_handlers=[
-                InitProcessGroupKwargs(timeout=PATIENCE),
-                DistributedDataParallelKwargs(broadcast_buffers=False),
-            ],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
         )
         if plugin and on_cpu and self.accelerator.num_processes > 1:  # accelerate shards on GPUs only; torch does here
-            self.accelerator.state.distributed_type = DistributedType.FSDP
+            PartialState().distributed_type = self.accelerator.state.distributed_type = DistributedType.FSDP
             self.accelerator.state.fsdp_plugin = plugin
         if self.accelerator.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 in float32 products; softmax and sums stay in float32
@@ -146,6 +144,8 @@ class Run:
         """The policy as this launch wraps it, its optimiser and its schedule."""
         prepared = self.accelerator.prepare(policy, *others)
         if self.sharded:
+            # parts of a tensor are returned, and not changed in place
+            warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
             for name in ("encode", "generate"):  # they use weights of the outermost shard, as `forward` does
                 register_fsdp_forward_method(policy, name)
         return prepared

@@ -75,7 +75,7 @@ def main(cfg: "Config") -> None:
             counts = count(parts, run)  # of the global batch
 
             for _ in range(cfg.iterations):
-                conflict = Conflict(parts, learner, cfg, run)
+                conflict = Conflict(parts, learner.policy, cfg, run, step)
                 for i, part in learner.passes(parts):
                     scores = learner.model(part.inputs, part.branches, part.fed)  # G responses and the answer
                     logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
@@ -578,28 +578,29 @@ def _rewards(part: Rollouts, stages: list, verdicts: list, cfg: Config) -> tuple
 class Conflict:
     """The cosines of Eq. 4 among all prompts of an update, which memory splits into passes, and processes share.
 
-    f_i travels as a table: the rows [hidden | weight | target | prompt] of its tokens, from which every process gets the
-    exact cosines with its own head, or, with --nce_sketch and for hidden_mean, one row for each prompt. A pass sees its
-    own f_i with gradient and the others' without. So each carries the gradient of the whole loss with respect to its
-    own prompts, and passes and processes add up to the exact gradient; what is common to all tokens, the head, is
-    trained in one of them.
+    f_i travels as a table: the rows [hidden | weight | target | prompt] of its tokens, from which every process gets
+    the exact cosines with its own head; or, with --nce_sketch and for hidden_mean, as one row for each prompt. A pass
+    sees its own f_i with gradient and the others' without: it carries the gradient of the whole loss with respect to
+    its own prompts, and passes and processes add up to the exact gradient. What is common to all tokens, the head, is
+    trained in one of them. run = None: a process alone.
     """
 
-    def __init__(self, parts: list[Rollouts], learner: "Learner", cfg: Config, run: Run):
-        self.parts, self.learner, self.cfg, self.run = parts, learner, cfg, run
+    def __init__(self, parts: list[Rollouts], policy: vlm.VLM, cfg: Config, run: Run | None = None, step: int = 0):
+        self.parts, self.policy, self.cfg, self.run = parts, policy, cfg, run
+        self.seed = random.Random(f"{cfg.seed}/{step}").randrange(2**31)  # one hash for all processes
         self.rows = cfg.nce_feature == "hidden_mean" or cfg.nce_sketch > 0  # one for each prompt
         self.tables: list[Tensor] | None = None
         if cfg.nce_weight and len(parts) > 1:  # the first pass needs those of the last
             first = 0 if cfg.nce_feature in ("best", "advantage") else -1  # the others need the last branch only
             with torch.no_grad():
-                scores = (learner.policy(part.inputs, part.branches[:, first:], part.fed[:, first:]) for part in parts)
+                scores = (policy(part.inputs, part.branches[:, first:], part.fed[:, first:]) for part in parts)
                 self.tables = self._exchange([self._table(part, s) for part, s in zip(parts, scores, strict=True)])
 
     def cosine(self, i: int, scores: vlm.TokenScores) -> Tensor:
         """[n, n], with gradient to pass i of this process. A prompt without any token in f_i is not among them."""
         live = self._table(self.parts[i], scores)
         tables = list(self.tables or self._exchange([live]))
-        tables[self.run.rank * len(self.parts) + i] = live
+        tables[(self.run.rank if self.run else 0) * len(self.parts) + i] = live
         if self.rows:
             return ntk_infonce.cosine(torch.cat(tables))
         offset, segments = 0, []
@@ -607,8 +608,8 @@ class Conflict:
             segments.append(table[:, -1].long() + offset)
             offset += int(table[:, -1].max()) + 1 if len(table) else 0
         found, segment = torch.cat(segments).unique(return_inverse=True)
-        trained = self.run.is_main and i == len(self.parts) - 1
-        weight, bias = self.learner.policy.head(trained)
+        trained = (not self.run or self.run.is_main) and i == len(self.parts) - 1
+        weight, bias = self.policy.head(trained)
         table, n = torch.cat(tables), max(1, len(found))
         hidden, scale, targets = table[:, :-3].to(weight.dtype), table[:, -3], table[:, -2].long()
         if len(hidden) * len(weight) <= DENSE_LOGITS:  # few tokens: smaller than the chunked form's gradients of W
@@ -624,12 +625,11 @@ class Conflict:
         found, segment = prompt.unique(return_inverse=True)
         if self.cfg.nce_feature == "hidden_mean":
             return ntk_infonce.hidden_mean(hidden, segment, len(found))
-        weight, bias = self.learner.policy.head()
-        seed = random.Random(f"{self.cfg.seed}/{self.learner.step}").randrange(2**31)  # one hash for all processes
+        weight, bias = self.policy.head()
 
         def sketch(h: Tensor, w: Tensor, y: Tensor, at: Tensor) -> Tensor:
             logits = h @ weight.T + bias
-            return ntk_infonce.tensor_sketch(h * w[:, None], logits, y, at, len(found), self.cfg.nce_sketch, seed)
+            return ntk_infonce.tensor_sketch(h * w[:, None], logits, y, at, len(found), self.cfg.nce_sketch, self.seed)
 
         size = max(1, DENSE_LOGITS // len(weight))
         chunks = zip(*(x.split(size) for x in (hidden, scale, targets, segment)))
@@ -638,7 +638,7 @@ class Conflict:
     def _exchange(self, tables: list[Tensor]) -> list[Tensor]:
         """The tables of every pass of every process, in one order."""
         packed = torch.cat([torch.nn.functional.pad(table, (0, 1), value=k) for k, table in enumerate(tables)])
-        everyone = self.run.exchange(packed)
+        everyone = self.run.exchange(packed) if self.run else [packed.detach()]
         return [rows[rows[:, -1] == k, :-1] for rows in everyone for k in range(len(tables))]
 
 
@@ -1133,8 +1133,8 @@ def cli() -> None:
         if "No space left" not in str(error) and (not folder.exists() or shutil.disk_usage(folder).free > 2**20):
             raise
         stop(
-            f"error: the disk is full ({error}). What was there before, the last checkpoint among it, is whole. Free some "
-            "space; the same command goes on where it was"
+            f"error: the disk is full ({error}). What was there before, the last checkpoint among it, is whole. Free "
+            "some space; the same command goes on where it was"
         )
 
 

@@ -215,6 +215,7 @@ class VLM(nn.Module):
                     attention_mask=torch.cat([valid.repeat_interleave(left, 0), torch.ones_like(said)], 1),
                     past_key_values=branches,
                     logits_processor=[_NextToken(self.banned_ids, self.end_ids[0], ended.flatten(), numbers)],
+                    synced_gpus=False,  # by itself it would keep step with other processes wherever FSDP is in use
                     # spelled out: released checkpoints ship a repetition penalty and T = 1e-6 in their
                     # generation_config, and log-probs are those of the plain distribution
                     generation_config=GenerationConfig(

@@ -40,7 +40,13 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if not (args.run / "sft" / "policy").exists():
         raise SystemExit(f"error: {args.run} has no finished cold start (sft/policy)")
-    policy = vlm.load(str(args.run / "sft" / "policy"), **train.load_options(cfg), trainable=False).to(device)
+    policy = vlm.load(
+        str(args.run / "sft" / "policy"),
+        dtype=cfg.dtype,
+        min_pixels=cfg.min_pixels,
+        max_pixels=cfg.max_pixels,
+        trainable=False,
+    ).to(device)
     judge = None
     if cfg.caption_reward and cfg.judge.startswith("http"):
         judge = CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model))
@@ -49,7 +55,7 @@ def main() -> None:
     cfg.nce_weight = 1.0  # whatever the run's own: every feature is to be there
     samples = data.load(cfg.data or world / "data")["train"]
 
-    train.set_seed(args.seed)
+    torch.manual_seed(args.seed)
     order = torch.randperm(len(samples)).tolist()[: args.prompts * args.batches]
     batches = [[samples[k] for k in order[i : i + args.prompts]] for i in range(0, len(order), args.prompts)]
     cosines = {name: [] for name in ntk_infonce.FEATURES}
@@ -57,13 +63,13 @@ def main() -> None:
     for batch in batches:
         for name in ntk_infonce.FEATURES:
             cfg.nce_feature = name
-            train.set_seed(args.seed)  # the same responses for every choice
+            torch.manual_seed(args.seed)  # the same responses for every choice
             part = train.roll_out(batch, policy, NO_REFERENCE, cfg)
             [(part.rewards, _)] = train.reward([part], judge, cfg)
             part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
             with torch.no_grad():
                 scores = policy(part.inputs, part.branches)
-            cosines[name].append(train.similarity([part.tokens_of_f(scores, name)], name, policy.head()))
+            cosines[name].append(train.Conflict([part], policy, cfg).cosine(0, scores))
             if name == "reference":
                 weight, bias = policy.head()
                 hidden = scores.hidden[:, : cfg.group_size].flatten(0, 1)[part.mask]

@@ -78,7 +78,6 @@ def ours(folder: Path, steps: int, work: dict) -> dict:
 
     import grpo
     import ntk_infonce
-    import train
     import vlm
 
     processes, size, group, length = int(os.environ.get("WORLD_SIZE", 1)), work["size"], work["group"], work["length"]
@@ -121,9 +120,9 @@ def ours(folder: Path, steps: int, work: dict) -> dict:
                 if nce:
                     where = F.pad(answer_mask[:, 0], pad)
                     segment = torch.arange(n)[:, None].expand_as(where)[where]
-                    hidden = scores.hidden[:, -1][where]
-                    tokens = hidden, torch.ones(len(hidden)), F.pad(answer, pad)[:, 0][where], segment
-                    cosine = train.similarity([tokens], "reference", policy.head())
+                    hidden, (weight, bias) = scores.hidden[:, -1][where], policy.head()
+                    targets = F.pad(answer, pad)[:, 0][where]
+                    cosine = ntk_infonce.gradient_cosine(hidden, hidden @ weight.T + bias, targets, segment, n)
                     loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
                 loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)

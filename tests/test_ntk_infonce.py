@@ -16,6 +16,7 @@ from torch.func import functional_call, jacrev
 
 import ntk_infonce
 from ntk_infonce import (
+    cosine,
     descend,
     empirical_ntk,
     feature_weights,
@@ -568,22 +569,26 @@ def test_two_processes_that_gather_their_sketches_get_the_gradient_of_the_whole_
 def test_the_mean_of_hidden_states_by_hand_and_against_a_loop():
     hidden, segment = tensor([[1, 0], [3, 0], [0, 2], [1, 1]]), torch.tensor([0, 0, 1, 2])
     half = math.sqrt(0.5)
-    close(hidden_mean(hidden, segment, 3), tensor([[1, 0, half], [0, 1, half], [half, half, 1]]), 1e-12)
+    close(cosine(hidden_mean(hidden, segment, 3)), tensor([[1, 0, half], [0, 1, half], [half, half, 1]]), 1e-12)
     hidden, segment = torch.randn(9, 5), torch.tensor([0, 1, 2, 0, 1, 2, 0, 0, 2])
     means = torch.stack([hidden[segment == i].mean(0) for i in range(3)])
-    close(hidden_mean(hidden, segment, 3), cosines(means), 1e-12)
+    close(hidden_mean(hidden, segment, 3), means, 1e-12)
+    close(cosine(means), cosines(means), 1e-12)
+    assert hidden_mean(hidden[:2], segment[:2], 4)[2:].abs().sum() == 0, "a prompt without tokens"
 
 
 def test_limitation_the_official_feature_is_not_the_gradient_cosine():
     """It knows neither y nor pi: two answers to one prompt are alike to it, to the gradient they can be opposite."""
     hidden, logits = torch.randn(1, 5).expand(2, 5), torch.zeros(2, 2)
     y, segment = torch.tensor([0, 1]), torch.arange(2)
-    close(hidden_mean(hidden, segment, 2)[0, 1], 1.0)
+    close(cosine(hidden_mean(hidden, segment, 2))[0, 1], 1.0)
     close(gradient_cosine(hidden, logits, y, segment, 2)[0, 1], -1.0)
     model, (x, y, segment) = Model(d=16, vocabulary=60), sample([6] * 40, vocabulary=60)
     hidden, logits = (t.detach() for t in model(x))
     off = ~torch.eye(40, dtype=torch.bool)
-    pair = torch.stack([hidden_mean(hidden, segment, 40)[off], gradient_cosine(hidden, logits, y, segment, 40)[off]])
+    pair = torch.stack(
+        [cosine(hidden_mean(hidden, segment, 40))[off], gradient_cosine(hidden, logits, y, segment, 40)[off]]
+    )
     assert pair.corrcoef()[0, 1].abs() < 0.5
 
 

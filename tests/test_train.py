@@ -158,7 +158,7 @@ def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world,
     part = train.roll_out(batch, policy, SimpleNamespace(logp=lambda *_: None), cfg)
     part.adv = torch.tensor([[1.0, -1.2, 0.2], [-0.5, 0.7, -0.2], [0.1, 0.4, -0.5]])
     with torch.no_grad():
-        got = train.similarity([part.tokens_of_f(policy(part.inputs, part.branches), feature)], feature, policy.head())
+        got = train.Conflict([part], policy, cfg).cosine(0, policy(part.inputs, part.branches))
     mask, rows = part.mask.unflatten(0, (n, 3)), []
     for i, sample in enumerate(batch):
         responses = [part.branches[i, g][mask[i, g]] for g in range(3)]
@@ -184,10 +184,11 @@ def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world,
     torch.testing.assert_close(got, want, atol=1e-6, rtol=0)
     monkeypatch.setattr(train, "DENSE_LOGITS", 0)
     with torch.no_grad():
-        chunked = train.similarity(
-            [part.tokens_of_f(policy(part.inputs, part.branches), feature)], feature, policy.head()
-        )
+        chunked = train.Conflict([part], policy, cfg).cosine(0, policy(part.inputs, part.branches))
+        cfg.nce_sketch = 2**16  # in one chunk a token: DENSE_LOGITS is 0
+        sketched = train.Conflict([part], policy, cfg).cosine(0, policy(part.inputs, part.branches))
     torch.testing.assert_close(chunked, want, atol=1e-6, rtol=0)
+    torch.testing.assert_close(sketched, want, atol=6 * 1.4 / 2**8, rtol=0)  # six standard deviations
     assert got.triu(1).abs().max() > 1e-3
 
 
@@ -303,10 +304,11 @@ def test_the_chance_behind_a_response_depends_on_seed_update_and_prompt_only(wor
     assert ((0 <= table) & (table < 1)).all() and table.dtype == torch.float64 and len(table.unique()) == 30
 
 
+@pytest.mark.parametrize("sketch", [0, 64])
 @pytest.mark.parametrize("feature", ntk_infonce.FEATURES)
-def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(world, feature):
+def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(world, feature, sketch):
     policy = vlm.load(str(world / "policy"), dtype="float64")
-    cfg = train.Config(nce_feature=feature, tau_quantile=0.5, group_size=3, max_new_tokens=6)
+    cfg = train.Config(nce_feature=feature, nce_sketch=sketch, tau_quantile=0.5, group_size=3, max_new_tokens=6)
     torch.manual_seed(0)
     batch, no_kl = data.load(world / "data")["train"][:5], SimpleNamespace(logp=lambda *_: None)
     adv = torch.tensor([[1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, 1.0], [0.7, 0.3, -1.0], [-1.0, 1.0, 0.0]])
@@ -323,10 +325,9 @@ def test_every_choice_of_f_has_a_gradient_and_passes_of_a_batch_add_up_to_it(wor
             part.beside_mask = whole.beside_mask[rows]
             parts, start = [*parts, part], start + size
         policy.zero_grad()
-        fixed = train.all_tokens_of_f(policy, parts, cfg)
+        conflict = train.Conflict(parts, policy, cfg)
         for i, part in enumerate(parts):
-            live = part.tokens_of_f(policy(part.inputs, part.branches), feature)
-            cosine = train.similarity([*fixed[:i], live, *fixed[i + 1 :]], feature, policy.head(part is parts[-1]))
+            cosine = conflict.cosine(i, policy(part.inputs, part.branches))
             assert len(cosine) == (4 if feature == "advantage" else 5)  # the tied prompt has no direction
             loss, stats = ntk_infonce.info_nce(cosine, ntk_infonce.quantile_tau(cosine, 0.5))
             assert stats["active"] > 0
@@ -538,7 +539,7 @@ def test_the_lenient_rule_is_an_option(world):
         (["--attention", "flash"], "attention: 'flash' is not one of sdpa, eager, flex_attention, flash_attention_2"),
         (["--attention", "flash_attention_2"], "attention: flash_attention_2 needs a GPU, pip install flash-attn"),
         (["--judge", "https://me:secret@host//v1", "--judge_model", "m"], "judge: no key or password in its URL"),
-        (["--prompts_per_step", "1"], "prompts_per_step: Eq. 4 compares the prompts of a process"),
+        (["--prompts_per_step", "1"], "prompts_per_step: Eq. 4 compares prompts; give at least 2"),
         (["--min_pixels", "9999999"], "min_pixels: must lie in"),
         (["--rl_epochs", "-1"], "rl_epochs: must be 0 or more"),
         (["--model", "no/such-model", "--judge", "x", "--data", str(ROOT / "tests/no.json")], "no.json does not exist"),

@@ -1,12 +1,13 @@
 """What one process of test_processes.py runs: train.main with rewards that are known, and a record of what it did.
 
-    torchrun --nproc_per_node P tests/worker.py OUT.json VARIANTS.json
+    accelerate launch --config_file FILE tests/worker.py OUT.json VARIANTS.json
 
-VARIANTS: {name: options}. OUT: {name: {"processes", "collectives" of each process, "updates": [...]}}; the gradients of
-every update and the weights after it go to OUT.NAME.safetensors.
+VARIANTS: {name: [options of train.py..., FAULT=...]}. OUT: {name: what was seen}; gradients and weights of every update
+go to OUT.json.NAME.safetensors.
 """
 
 import json
+import os
 import random
 import sys
 from pathlib import Path
@@ -16,26 +17,75 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import run as run_module
 import train
+import vlm
 
 torch.set_num_threads(1)
+REWARDS = ("accuracy", "format", "caption")
+ORIGINAL = {
+    "update": train.Learner.update,
+    "roll_out": train.roll_out,
+    "reward": train.reward,
+    "order": train.Run.order,
+}
 
 
-def known_reward(parts, judge, cfg):
-    """Three rewards that follow from prompt and response number; some unknown, some groups tied."""
-    found = []
-    for part in parts:
-        names, n = ("accuracy", "format", "caption"), len(part.text[0])
-        tables = {name: torch.zeros(len(part.samples), n, dtype=torch.float64) for name in names}
-        for i, sample in enumerate(part.samples):
-            chance = random.Random(sample.id)
-            for name in names:
-                tables[name][i] = torch.tensor([chance.choice((0.0, 1.0, 1.0, float("nan"))) for _ in range(n)])
-            if sample.id in TIED or TIED == ["all"]:
-                tables = {name: table.index_fill(0, torch.tensor(i), 1.0) for name, table in tables.items()}
-        found.append((tables, [[None] * n for _ in part.samples]))
-    return found
+class Variant:
+    """One run of train.main, with what `faults` ask for."""
+
+    def __init__(self, options: list[str]):
+        self.faults = dict(word.split("=") for word in options if word[0].isupper())
+        self.cfg = train.parse_config([word for word in options if not word[0].isupper()])
+        self.updates, self.tensors, self.run = [], {}, None
+        self.start = collectives()
+
+    def play(self) -> dict:
+        train.Learner.update = lambda learner: self.update(learner)
+        train.reward = self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
+        train.roll_out = self.roll_out
+        train.Run.order = lambda run, *where: self.order(run, *where)
+        train.main(self.cfg)
+        counts = self.run.gather([collectives() - self.start])
+        return {"processes": len(counts), "collectives": counts, "sharded": self.run.sharded, "updates": self.updates}
+
+    def update(self, learner) -> None:
+        """Keep what the optimiser is given and what it makes of it."""
+        self.run, k = learner.run, len(self.updates)
+        for name, p in learner._weights().items():
+            self.tensors[f"gradient/{k}/{name}"] = full(p.grad)
+        ORIGINAL["update"](learner)
+        self.updates.append({"stage": learner.stage, "norm": learner.gradient_norm})
+        for name, p in learner._weights().items():
+            self.tensors[f"weight/{k}/{name}"] = full(p)
+
+    def reward(self, parts, judge, cfg):
+        """Three rewards that follow from prompt and response number; some are unknown, some groups tied."""
+        found = []
+        for part in parts:
+            n = len(part.text[0])
+            tables = {name: torch.zeros(len(part.samples), n, dtype=torch.float64) for name in REWARDS}
+            for i, sample in enumerate(part.samples):
+                chance = random.Random(sample.id)
+                for table in tables.values():
+                    table[i] = torch.tensor([chance.choice((0.0, 1.0, 1.0, float("nan"))) for _ in range(n)])
+                    if sample.data_type == self.faults.get("TIED"):
+                        table[i] = 1.0
+            found.append((tables, [[None] * n for _ in part.samples]))
+        return found
+
+    def roll_out(self, batch, *args):
+        if rank() == 1 and len(batch) > int(self.faults.get("MEMORY", 10**9)):
+            raise RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+            )
+        part = ORIGINAL["roll_out"](batch, *args)
+        if "JUDGE" in self.faults:  # an untrained policy writes no captions
+            form = "<prethink>x</prethink><caption>{} {}</caption><think>y</think><answer>A</answer>"
+            part.text = [[form.format(s.id, k) for k in range(len(row))] for s, row in zip(part.samples, part.text)]
+        return part
+
+    def order(self, run, stage, epoch, n):
+        return list(range(n)) if "UNSHUFFLED" in self.faults else ORIGINAL["order"](run, stage, epoch, n)
 
 
 def full(tensor):
@@ -43,33 +93,8 @@ def full(tensor):
     return (tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor).clone()
 
 
-def main(out: Path, variants: dict[str, list[str]]) -> None:
-    global TIED
-    results = {}
-    accelerate.Accelerator.end_training = lambda self: None  # it would take the process group from the next variant
-    for name, options in variants.items():
-        TIED = [word.split("=")[1] for word in options if word.startswith("TIED=")]
-        cfg = train.parse_config([word for word in options if not word.startswith("TIED=")])
-        updates, tensors, before = [], {}, collectives()
-
-        def update(learner, original=ORIGINAL):
-            k = len(updates)
-            for n, p in learner._weights().items():
-                tensors[f"{k}/gradient/{n}"] = full(p.grad)
-            loss = learner.run.gather([sum(loss.item() for loss in learner.losses)])
-            original(learner)
-            updates.append({"stage": learner.stage, "loss": sum(loss), "norm": learner.gradient_norm})
-            for n, p in learner._weights().items():
-                tensors[f"{k}/weight/{n}"] = full(p)
-
-        train.Learner.update, train.reward = update, known_reward
-        train.main(cfg)
-        run = run_module.Run(cfg)
-        counts = run.gather([collectives() - before])
-        results[name] = {"processes": run.processes, "collectives": counts, "updates": updates, "sharded": run.sharded}
-        if run.is_main:
-            save_file(tensors, f"{out}.{name}.safetensors")
-            out.write_text(json.dumps(results))
+def rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
 
 def collectives() -> int:
@@ -78,8 +103,33 @@ def collectives() -> int:
     return group._get_sequence_number_for_group() if group else 0
 
 
-TIED: list[str] = []
-ORIGINAL = train.Learner.update
+def dying(judge: vlm.LocalJudge, prompts: list[str], original=vlm.LocalJudge.__call__) -> list[str | None]:
+    """A judge that is reached when it is tried, and afterwards in one process no more."""
+    judge.asked = getattr(judge, "asked", 0) + 1
+    return [None] * len(prompts) if judge.asked > 2 and rank() == 1 else original(judge, prompts)
+
+
+def launch(argv: list[str], log: str) -> None:
+    """train.py's command line, in a process that a test forks and kills; what it prints goes to a file."""
+    with open(log, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    sys.argv = ["train.py", *argv]
+    train.cli()
+
+
+def main(out: Path, variants: dict[str, list[str]]) -> None:
+    results = {}
+    accelerate.Accelerator.end_training = lambda self: None  # it would take the process group from the next variant
+    for name, options in variants.items():
+        variant = Variant(options)
+        if variant.faults.get("JUDGE") == "dies":
+            vlm.LocalJudge.__call__ = dying
+        results[name] = variant.play()
+        if rank() == 0:
+            save_file(variant.tensors, f"{out}.{name}.safetensors")
+            out.write_text(json.dumps(results))
+
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), json.loads(Path(sys.argv[2]).read_text()))

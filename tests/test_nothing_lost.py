@@ -1,0 +1,377 @@
+"""A run that is killed, whose disk fills or whose numbers break loses minutes at most; what it keeps is safe to read.
+
+pytest -m soak tests/test_nothing_lost.py      # a hundred kills, twenty in each stage (minutes)
+"""
+
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import worker
+from safetensors.torch import load_file
+from test_processes import accelerate
+
+import run
+import train
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--sft_steps 8 --sft_batch 4 --sft_lr 3e-3 --responses 4 --select_batch 2 --rl_steps 8 --prompts_per_step 4 "
+    "--group_size 4 --save_every 2 --keep_last 2 --max_new_tokens 24 --rl_lr 1e-3 --held_out_rows 4 --quiet true"
+).split()
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+    """Starts train.py with options in a process that has imported everything already, which prints to `fork.log`."""
+    log = tmp_path_factory.mktemp("log") / "log"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["worker"])
+
+    def start(*options):
+        process = context.Process(target=worker.launch, args=(list(map(str, options)), str(log)))
+        process.start()
+        return process
+
+    start.log = log
+    return start
+
+
+@pytest.fixture(scope="module")
+def able(world, tmp_path_factory, fork):
+    """A policy after a real cold start: responses differ in their rewards, so that selection has something to keep."""
+    folder = tmp_path_factory.mktemp("able") / "run"
+    steps = "--method sft --sft_steps 60 --sft_batch 8 --sft_lr 3e-3 --max_new_tokens 40 --quiet true".split()
+    process = fork("--world", world, "--output_dir", folder, *steps)
+    process.join()
+    assert process.exitcode == 0
+    return ["--model", folder / "sft/policy", "--judge", world / "judge", "--data", world / "data", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(able, tmp_path_factory, fork):
+    folder = tmp_path_factory.mktemp("undisturbed") / "run"
+    process = fork("--output_dir", folder, *able)
+    process.join()
+    assert process.exitcode == 0
+    return folder
+
+
+def lines_in(file):
+    return file.read_text().count("\n") if file.exists() else 0
+
+
+STAGES = {  # when a stage is under way
+    "cold start": lambda folder: lines_in(folder / "sft/metrics.jsonl") >= 1,
+    "scoring": lambda folder: lines_in(folder / "select/scores.jsonl") >= 2,
+    "selection": lambda folder: lines_in(folder / "select/scores.jsonl") >= 12,
+    "rl": lambda folder: lines_in(folder / "rl/metrics.jsonl") >= 1,
+    "checkpoint": lambda folder: bool(list(folder.glob("*/.checkpoint-*"))) or (folder / "rl/metrics.jsonl").exists(),
+}
+SPAN = {"cold start": 0.6, "scoring": 0.5, "selection": 0.05, "rl": 0.8, "checkpoint": 0.03}
+
+
+def assert_same(folder, other):
+    """Bit for bit: weights, metrics, responses, rewards, scores, evaluation."""
+    names = ["rl/policy/model.safetensors", "sft/policy/model.safetensors", "rl/metrics.jsonl", "sft/metrics.jsonl"]
+    names += [
+        "rl/rollouts.jsonl",
+        "rl/held_out.jsonl",
+        "select/scores.jsonl",
+        "select/selected.json",
+        "eval/after.json",
+    ]
+    for name in names:
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    assert [p.name for p in folder.glob("rl/best-*")] == [p.name for p in other.glob("rl/best-*")]
+    assert not [path for path in folder.rglob(".*") if path.is_dir() or path.suffix in (".unfinished", ".gone")]
+
+
+def kill_in_every_stage(fork, options, folder, chance):
+    """Kill -9 once in each stage, at a random moment of it. Returns the stages in which it met a run."""
+    killed = []
+    for stage, under_way in STAGES.items():
+        process = fork("--output_dir", folder, *options)
+        while not under_way(folder) and process.is_alive():
+            time.sleep(0.0005)
+        time.sleep(chance.random() * SPAN[stage])
+        process.kill()
+        process.join()
+        killed += [stage] if process.exitcode == -9 else []
+    process = fork("--output_dir", folder, *options)
+    process.join()
+    assert process.exitcode == 0
+    return killed
+
+
+def test_a_run_that_is_killed_in_every_stage_ends_as_if_it_had_not_been(fork, able, undisturbed, tmp_path):
+    killed = kill_in_every_stage(fork, able, tmp_path / "run", random.Random(0))
+    assert len(killed) >= 4
+    assert_same(tmp_path / "run", undisturbed)
+
+
+@pytest.mark.soak
+def test_a_hundred_kills(fork, able, undisturbed, tmp_path):
+    seed = random.randrange(10**6)
+    print("seed", seed)
+    chance, killed = random.Random(seed), []
+    for i in range(20):
+        killed += kill_in_every_stage(fork, able, tmp_path / str(i), chance)
+        assert_same(tmp_path / str(i), undisturbed)
+        shutil.rmtree(tmp_path / str(i))
+    counts = {stage: killed.count(stage) for stage in STAGES}
+    print(counts)
+    assert min(counts.values()) >= 18
+
+
+@pytest.fixture(scope="module")
+def pair(able, tmp_path_factory):
+    """(the end of a run of two processes, one of which one was killed in its fifth update of RL, options)"""
+    options = [*able, "--sft_steps", "0", "--dtype", "float64", "--save_every", "4"]
+    whole, killed = (tmp_path_factory.mktemp("pair") / name for name in ("whole", "killed"))
+    done = accelerate("cpu2", 2, ROOT / "train.py", "--output_dir", whole, *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    begun = time.time()
+    done = accelerate("cpu2", 2, ROOT / "tests/stops.py", "5", "--output_dir", killed, *options)
+    assert done.returncode != 0 and time.time() - begun < 120, "the launcher ends the other one"
+    assert (killed / "rl/checkpoint-4").exists() and lines_in(killed / "rl/metrics.jsonl") == 4
+    return whole, killed, options
+
+
+def test_a_run_one_process_of_which_is_killed_goes_on_to_the_same_end(pair, tmp_path):
+    whole, killed, options = pair
+    shutil.copytree(killed, tmp_path / "run")
+    done = accelerate("cpu2", 2, ROOT / "train.py", "--output_dir", tmp_path / "run", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("rl/policy/model.safetensors", "rl/metrics.jsonl", "rl/rollouts.jsonl", "eval/after.json"):
+        assert (tmp_path / "run" / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+def test_another_number_of_processes_goes_on_and_says_what_is_not_exact(pair, tmp_path, fork):
+    whole, killed, options = pair
+    folder = tmp_path / "run"
+    shutil.copytree(killed, folder)
+    process = fork("--output_dir", folder, *options, "--quiet", "false")
+    process.join()
+    assert process.exitcode == 0
+    assert "note: checkpoint-4 is of 2 process(es), now 1: rows and responses stay the same" in fork.log.read_text()
+    ends = [load_file(run / "rl/policy/model.safetensors") for run in (whole, folder)]
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, atol=1e-6, rtol=0)
+    assert not all(torch.equal(ends[1][name], value) for name, value in ends[0].items())
+
+
+def test_scores_of_two_processes_are_continued_by_one(pair, tmp_path, fork):
+    whole, _, options = pair
+    folder, scores = tmp_path / "run", (whole / "select/scores.jsonl").read_text()
+    shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("rl", "selected.json", "after.json"))
+    cut = "".join(scores.splitlines(keepends=True)[:5]) + scores.splitlines()[5][:40]  # killed while it wrote
+    (folder / "select/scores.jsonl").write_text(cut)
+    process = fork("--output_dir", folder, *options, "--rl_steps", "8")
+    process.join()
+    assert process.exitcode == 0
+    assert (folder / "select/scores.jsonl").read_text().startswith(cut[:-40])
+    read = [
+        sorted(map(json.loads, (run / "select/scores.jsonl").read_text().splitlines()), key=str)
+        for run in (whole, folder)
+    ]
+    assert read[0] == read[1] and len(read[0]) == 12
+    assert (folder / "select/selected.json").read_bytes() == (whole / "select/selected.json").read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 20 MB, on which a checkpoint of the tiny policy (12 MB) fits once."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(disk)]
+    if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a small file system")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_disk_that_fills_during_a_checkpoint_keeps_the_last_one(world, small_disk):
+    options = ["--world", world, "--output_dir", small_disk / "run", *SMALL, "--method", "sft"]
+    command = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode != 0 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
+    assert [path.name for path in (small_disk / "run/sft").glob("*checkpoint-*")] == ["checkpoint-2"]
+    assert "the last checkpoint among it, is whole" in done.stderr and not (small_disk / "run/sft/policy").exists()
+    subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
+    done = subprocess.run([*command, "--quiet", "false"], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0 and "resumed after update 2" in done.stdout, done.stderr
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """(a run, a checkpoint of two weights, what it holds)"""
+    here = run.Run(train.Config(output_dir=str(tmp_path / "run"), quiet=True))
+    tensors = {f"{kind}/{name}": torch.randn(3, 2) for kind in ("weight", "exp_avg") for name in ("a", "b")}
+    tensors |= {"step/a": torch.tensor(3.0), "step/b": torch.tensor(3.0)}
+    folder = tmp_path / "run/rl/checkpoint-3"
+    here.save_checkpoint(folder, {"step": 3}, tensors)
+    return here, folder, tensors
+
+
+def test_a_checkpoint_gives_back_what_it_was_given(stored):
+    here, folder, tensors = stored
+    state, found = here.load_checkpoint(folder, {"a": torch.zeros(3, 2), "b": torch.zeros(3, 2)})
+    assert state["step"] == 3 and found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], value) for name, value in tensors.items())
+
+
+@pytest.mark.parametrize(
+    ("breaks", "says"),
+    [
+        (lambda f: (f / "state.safetensors").write_bytes((f / "state.safetensors").read_bytes()[:-9]), "is not whole"),
+        (lambda f: (f / "state.safetensors").unlink(), "is not whole"),
+        (lambda f: (f / "state.json").unlink(), "is not whole"),
+        (lambda f: (f / "state.json").write_text('{"step": 3'), "is not whole"),
+    ],
+)
+def test_half_a_checkpoint_is_refused_in_one_line_that_says_what_to_do(stored, breaks, says):
+    here, folder, _ = stored
+    breaks(folder)
+    with pytest.raises(
+        run.ConfigError, match=f"checkpoint-3 {says}.*Delete .*checkpoint-3 to go on from the one before"
+    ):
+        here.load_checkpoint(folder, {"a": torch.zeros(3, 2), "b": torch.zeros(3, 2)})
+
+
+@pytest.mark.parametrize("like", [{"a": (3, 2)}, {"a": (3, 2), "c": (3, 2)}, {"a": (3, 2), "b": (4, 2)}])
+def test_a_checkpoint_of_another_model_is_refused(stored, like):
+    here, folder, _ = stored
+    with pytest.raises(run.ConfigError, match="checkpoint-3 is of another model"):
+        here.load_checkpoint(folder, {name: torch.zeros(shape) for name, shape in like.items()})
+
+
+def test_a_checkpoint_that_fails_leaves_the_one_before_and_no_rest(stored, monkeypatch):
+    here, folder, tensors = stored
+    monkeypatch.setattr(run, "save_file", lambda *_: (_ for _ in ()).throw(OSError("No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        here.save_checkpoint(folder.with_name("checkpoint-6"), {"step": 6}, tensors)
+    assert [path.name for path in folder.parent.iterdir()] == ["checkpoint-3"]
+
+
+# --- guards ----------------------------------------------------------------------------------------------------------
+
+
+def broken_loss(monkeypatch, steps):
+    """Eq. 1 is not a number in the given calls."""
+    calls, original = [], train.grpo.grpo_loss
+
+    def loss(*args, **options):
+        calls.append(len(calls) + 1)
+        value, stats = original(*args, **options)
+        return (value * float("nan") if calls[-1] in steps else value), stats
+
+    monkeypatch.setattr(train.grpo, "grpo_loss", loss)
+
+
+def guarded(world, folder, *options):
+    where = ["--world", str(world), "--output_dir", str(folder), "--sft_steps", "0", "--selection", "false"]
+    more = [
+        "--rl_steps",
+        "4",
+        "--prompts_per_step",
+        "2",
+        "--group_size",
+        "2",
+        "--max_new_tokens",
+        "6",
+        "--save_every",
+        "1",
+    ]
+    train.main(train.parse_config([*where, *more, "--held_out_rows", "0", *options]))
+
+
+def test_an_update_that_is_not_finite_changes_no_weight_and_is_counted(world, tmp_path, monkeypatch, capsys):
+    broken_loss(monkeypatch, {2})
+    kept = []
+    monkeypatch.setattr(
+        train.Learner, "_save_checkpoint", lambda self: kept.append(self.policy.core.lm_head.weight.clone())
+    )
+    guarded(world, tmp_path / "run", "--nce_weight", "1", "--tau_quantile", "0.5")
+    assert len(kept) == 3 and torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
+    lines = [json.loads(line) for line in (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped") for line in lines] == [None, 1, None, None]
+    assert "loss" not in lines[1] and all(
+        isinstance(v, (int, float)) and v == v for line in lines for v in line.values()
+    )
+    [skipped] = [json.loads(line) for line in (tmp_path / "run/rl/skipped.jsonl").read_text().splitlines()]
+    assert skipped["step"] == 2 and len(skipped["ids"]) == 2
+    printed = capsys.readouterr().out
+    assert "rl 2: loss or gradient is not finite; update skipped" in printed
+    assert "all responses to each prompt earn the same" in printed
+    assert "100% of responses were cut at --max_new_tokens 6" in printed
+
+
+def test_a_run_whose_numbers_stay_broken_stops_with_its_rows(world, tmp_path, monkeypatch):
+    broken_loss(monkeypatch, {2, 3, 4})
+    with pytest.raises(train.Diverged, match=r"rl: 2 updates in a row.*skipped.jsonl.*--rl_lr"):
+        guarded(world, tmp_path / "run", "--max_skipped", "2")
+    assert len((tmp_path / "run/rl/skipped.jsonl").read_text().splitlines()) == 2
+    assert (tmp_path / "run/rl/checkpoint-2").exists() and not (tmp_path / "run/rl/policy").exists()
+
+
+def test_the_best_policy_is_kept_and_the_last_where_it_is_as_good(world, tmp_path, monkeypatch):
+    scores = iter([0.2, 0.5, 0.1, 0.4])
+    monkeypatch.setattr(train, "held_out_reward", lambda *_: next(scores))
+    guarded(world, tmp_path / "a", "--keep_last", "2")
+    assert [path.name for path in (tmp_path / "a/rl").glob("best-*")] == ["best-2"]
+    assert (tmp_path / "a/rl/best-2/model.safetensors").exists()
+    scores = iter([0.2, 0.5, 0.1, 0.6])
+    guarded(world, tmp_path / "b")
+    assert not list((tmp_path / "b/rl").glob("best-*"))
+
+
+def test_as_many_checkpoints_are_kept_as_asked_for(world, tmp_path, monkeypatch):
+    broken_loss(monkeypatch, {4})
+    with pytest.raises(train.Diverged):
+        guarded(world, tmp_path / "run", "--keep_last", "2", "--max_skipped", "1")
+    assert sorted(path.name for path in (tmp_path / "run/rl").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+# --- safe to read, safe to share -------------------------------------------------------------------------------------
+
+
+def test_nothing_is_unpickled_no_remote_code_runs_and_no_secret_is_written(world, tmp_path):
+    """A run is stopped and resumed under an audit hook that reports every class that pickle looks up."""
+    hook = "import sys\nsys.addaudithook(lambda name, args: name == 'pickle.find_class' and print('UNPICKLED', args))"
+    (tmp_path / "sitecustomize.py").write_text(hook)
+    secret = "sk-0123456789-not-to-be-seen"
+    environment = os.environ | {
+        "PYTHONPATH": str(tmp_path),
+        "OPENAI_API_KEY": secret,
+        "HF_TOKEN": secret,
+        "OMP_NUM_THREADS": "1",
+    }
+    options = ["--world", world, "--output_dir", tmp_path / "run", *SMALL, "--sft_steps", "3", "--selection", "false"]
+    control = [sys.executable, "-c", "import pathlib, pickle; pickle.loads(pickle.dumps(pathlib.Path()))"]
+    assert "UNPICKLED" in subprocess.run(control, capture_output=True, text=True, env=environment).stdout
+    printed = ""
+    for script in ("tests/stops.py", "train.py"):
+        command = [sys.executable, str(ROOT / script), *(["3"] if "stops" in script else []), *map(str, options)]
+        done = subprocess.run(
+            [*command, "--quiet", "false"], capture_output=True, text=True, env=environment, timeout=200
+        )
+        printed += done.stdout + done.stderr
+    assert done.returncode == 0 and "resumed after update 2" in printed and "UNPICKLED" not in printed
+    assert secret not in printed
+    for file in (tmp_path / "run").rglob("*"):
+        assert file.is_dir() or secret.encode() not in file.read_bytes(), file
+        assert file.suffix not in (".bin", ".pt", ".pth", ".pkl", ".pickle"), file
+    for source in ROOT.glob("*.py"):
+        assert "trust_remote_code=True" not in source.read_text() and "pickle" not in source.read_text(), source

@@ -1,0 +1,173 @@
+"""Many processes: the update of one, as many collectives in each, launch files; and a run that is killed goes on.
+
+`pytest -m soak` kills a run at random moments a hundred times (see `test_a_run_that_is_killed...`).
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from safetensors.torch import load_file
+
+import run
+
+ROOT = Path(__file__).parent.parent
+LAUNCH = ROOT / "configs" / "accelerate"
+TINY = (
+    "--dtype float64 --selection false --sft_steps 0 --sft_batch 8 --rl_steps 3 --prompts_per_step 8 --group_size 4 "
+    "--max_new_tokens 16 --rl_lr 1e-2 --warmup 0 --held_out_rows 6 --nce_weight 2 --tau_quantile 0.5 --beta 0.2 "
+    "--quiet true"
+).split()
+VARIANTS = {
+    "plain": ["--sft_steps", "2"],
+    "passes": "--prompts_per_pass 1 --iterations 2 --nce_feature advantage --nce_sketch 64".split(),
+    "memory": "--prompts_per_pass 4 --nce_feature best MEMORY=1".split(),
+    # pictures here and clips there, one of them with tied rewards only, and an odd number of prompts
+    "unlike": "--prompts_per_step 4 --train_vision true UNSHUFFLED=1 TIED=video".split(),
+    "judge": "--nce_weight 0 --prompts_per_step 4 JUDGE=dies REWARD=real".split(),
+}
+CASES = [(launch, variant) for launch in ("two", "sharded") for variant in VARIANTS] + [("four", "plain")]
+LAUNCHES = {"one": (1, "gpu1"), "two": (2, "cpu2"), "four": (4, "cpu2"), "sharded": (2, "fsdp2")}
+
+
+def accelerate(file, processes, *command, **options):
+    line = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.accelerate_cli",
+        "launch",
+        "--config_file",
+        LAUNCH / f"{file}.yaml",
+    ]
+    line += ["--num_processes", processes, *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=280, env=environment, **options)
+
+
+@pytest.fixture(scope="module")
+def mixed(world, tmp_path_factory):
+    """Seven prompts, pictures and clips in turn."""
+    folder = tmp_path_factory.mktemp("mixed")
+    rows = [
+        row | {"path": str(world / "data" / row["path"])} for row in json.loads((world / "data/train.json").read_text())
+    ]
+    images, videos = ([row for row in rows if row["data_type"] == kind] for kind in ("image", "video"))
+    turns = [(videos if i % 2 else images)[i // 2 % len(videos if i % 2 else images)] for i in range(7)]
+    (folder / "train.json").write_text(json.dumps([row | {"problem_id": str(i)} for i, row in enumerate(turns)]))
+    shutil.copytree(world / "data" / "test", folder / "test")
+    shutil.copy(world / "data" / "test.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def launched(world, mixed, tmp_path_factory):
+    """(what each launch saw, its tensors, its run folders): every variant, by the number of processes."""
+    seen = {}
+    for name, (processes, file) in LAUNCHES.items():
+        folder = tmp_path_factory.mktemp(name)
+        variants = {}
+        for variant, options in VARIANTS.items() if name != "four" else [("plain", VARIANTS["plain"])]:
+            data = ["--data", str(mixed)] if variant == "unlike" else []
+            where = ["--world", str(world), "--output_dir", str(folder / variant)]
+            variants[variant] = [*TINY, *where, *data, *options]
+        (folder / "variants.json").write_text(json.dumps(variants))
+        done = accelerate(file, processes, ROOT / "tests/worker.py", folder / "out.json", folder / "variants.json")
+        assert done.returncode == 0, done.stderr[-5000:]
+        tensors = {variant: load_file(f"{folder}/out.json.{variant}.safetensors") for variant in variants}
+        seen[name] = json.loads((folder / "out.json").read_text()), tensors, folder
+    return seen
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("launch", "variant"), [case for case in CASES if case[1] != "judge"])
+def test_several_processes_make_the_update_of_one(launched, launch, variant):
+    """The same loss, gradients and weights, with three rewards some of which are unknown, the KL and Eq. 4."""
+    (_, one, folder), (seen, several, other) = launched["one"], launched[launch]
+    assert seen[variant]["processes"] == LAUNCHES[launch][0] and seen[variant]["sharded"] == (launch == "sharded")
+    assert len(seen[variant]["updates"]) >= 3 and one[variant].keys() == several[variant].keys()
+    for name, value in one[variant].items():
+        torch.testing.assert_close(several[variant][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
+    gradients = torch.stack([value.abs().max() for name, value in one[variant].items() if name.startswith("gradient/")])
+    assert gradients.max() > 1e-2
+    for a, b in zip(metrics(folder / variant), metrics(other / variant), strict=True):
+        assert b == pytest.approx(a, abs=1e-6)
+        assert a["nce/active"] > 0 and a["nce"] > 1e-3 and a["unknown"] > 0
+    assert metrics(folder / variant)[-1]["kl"] > 1e-3
+
+
+def test_what_is_compared_is_not_constant(launched):
+    """The three updates differ, so do the variants; and half of the prompts in `unlike` are tied."""
+    _, tensors, folder = launched["one"]
+    for values in tensors.values():
+        name = next(name.partition("/0/")[2] for name in values if name.startswith("weight/0/") and "lm_head" in name)
+        assert not torch.equal(values[f"weight/0/{name}"], values[f"weight/1/{name}"])
+    assert {0.5, 0.25} & {line["tied"] for line in metrics(folder / "unlike")}
+
+
+@pytest.mark.parametrize(("launch", "variant"), CASES)
+def test_every_process_takes_part_in_as_many_collectives(launched, launch, variant):
+    seen = launched[launch][0][variant]
+    assert len(set(seen["collectives"])) == 1 and seen["collectives"][0] > 20
+
+
+def test_a_judge_that_dies_in_one_process_leaves_its_rewards_unknown(launched):
+    """It answers when it is tried and once more; then half of each batch's captions are unknown, and none is wrong."""
+    lines = [json.loads(line) for line in (launched["two"][2] / "judge/rl/rollouts.jsonl").read_text().splitlines()]
+    assert len(metrics(launched["two"][2] / "judge")) == 3
+    for step in (2, 3):
+        unknown = [line["caption"].count(None) for line in lines if line["step"] == step]
+        assert sorted(unknown) == [0, 0, 4, 4]
+    assert all(line["judge"] == [None] * 4 for line in lines if None in line["caption"])
+
+
+# --- launch files and refusals ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_launch_file_is_one_to_accelerate(file):
+    config = load_config_from_file(str(file))
+    assert config.num_processes == yaml.safe_load(file.read_text())["num_processes"]
+    command = file.read_text().splitlines()[1]
+    assert f"--config_file configs/accelerate/{file.name}" in command and "train.py" in command
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "cores", "says"),
+    [
+        ({"LOCAL_WORLD_SIZE": "8"}, 2, 64, "8 processes on a machine with 2 GPUs"),
+        ({"LOCAL_WORLD_SIZE": "8"}, 0, 2, "8 processes on a machine with no GPU and 2 CPU cores"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, 8, 64, "fsdp_version: 2"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, 8, 64, "DEEPSPEED is not supported"),
+    ],
+)
+def test_a_launch_file_that_does_not_fit_is_refused(environment, gpus, cores, says):
+    run.check_launch({}, gpus, cores)
+    run.check_launch({"LOCAL_WORLD_SIZE": "2"}, gpus, cores)
+    with pytest.raises(run.ConfigError, match=says):
+        run.check_launch(environment, gpus, cores)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--prompts_per_step", "3"], "prompts_per_step: 3 does not split over 2 processes"),
+        (["--data", "/nowhere"], "/nowhere does not exist"),
+    ],
+)
+def test_what_is_refused_is_said_once_and_ends_every_process(world, tmp_path, options, says):
+    begun = time.time()
+    options = ["--world", world, "--output_dir", tmp_path / "run", *options]
+    done = accelerate("cpu2", 2, ROOT / "train.py", *options)
+    assert done.returncode != 0 and done.stderr.count(says) == 1 and time.time() - begun < 60
+    assert f"error: {says}" in done.stderr or "error: data" in done.stderr
