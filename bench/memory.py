@@ -1,6 +1,7 @@
 """What a preset of configs/ needs, computed from the model's shapes and not measured: memory by part, floors of time.
 
-    python bench/memory.py configs/*.yaml
+    python bench/memory.py configs/*.yaml               # one process, or each of several under DDP
+    python bench/memory.py configs/*.yaml --shards 8    # each of eight under FSDP2
 
 Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients, AdamW's two moments
 (in float32, with a float32 copy of half-precision weights), the reference where full fine-tuning needs a copy, the
@@ -11,6 +12,7 @@ several times slower than that.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -66,8 +68,8 @@ def parameters(name: str) -> dict[str, float]:
     }
 
 
-def needs(cfg) -> dict:
-    """GB by part, and the work of one update."""
+def needs(cfg, shards: int = 1) -> dict:
+    """GB by part, and the work of one update of one process."""
     name = cfg.model.split("/")[-1]
     shape, count = TEXT[name], parameters(name)
     size = 2 if cfg.dtype == "bfloat16" else 4
@@ -80,8 +82,8 @@ def needs(cfg) -> dict:
     else:
         trained = count["text"]
         training = {
-            "AdamW": trained * 4 * (3 if size == 2 else 2),  # moments, and a copy of half-precision weights
-            "gradients in the update": trained * 4,
+            "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,  # moments, and a copy of half-precision weights
+            "gradients in the update": trained * 4 / shards,
             "reference": (trained + count["vision"]) * size,
         }
         if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
@@ -95,19 +97,22 @@ def needs(cfg) -> dict:
     if cfg.selection:
         groups["selection"] = (cfg.select_batch, cfg.responses)
     cache = {k: key * b * (prompt * 4 // size + n * cfg.max_new_tokens) for k, (b, n) in groups.items()}
-    parts = {"weights": (count["text"] + count["vision"]) * size, **training}
+    whole = (count["text"] + count["vision"]) * size  # what sampling needs in any case
+    outermost = (count["text"] - count["layers"] + count["vision"] + 2 * count["layers"] / layers) * size
+    parts = {"weights": whole if shards == 1 else outermost, **training}  # sharded: two layers at a time
     parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
     parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
     in_update = parts.get("gradients in the update", 0)
     in_backward = in_update * size / 4 + parts["activations"] + parts.get("Eq. 4", 0)  # the one or the other
     rest = sum(v for k, v in parts.items() if k not in ("gradients in the update", "activations", "Eq. 4"))
     most = rest + max(in_update, in_backward)
-    generation = parts["weights"] + training.get("reference", 0) + parts["judge"] + max(cache.values())
-    step = cfg.prompts_per_step * (prompt + cfg.group_size * cfg.max_new_tokens)
+    generation = whole + training.get("reference", 0) + parts["judge"] + max(cache.values())
+    generation += training["AdamW"] if shards > 1 and not cfg.lora_rank else 0
+    step = cfg.prompts_per_step / shards * (prompt + cfg.group_size * cfg.max_new_tokens)
     passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
     passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
     flops = 2 * step * passes * count["layers"] + 2 * step * (4 + 1) * count["head"]
-    rounds = cfg.prompts_per_step // groups["RL"][0]
+    rounds = math.ceil(cfg.prompts_per_step / shards / groups["RL"][0])
     read = rounds * cfg.max_new_tokens * ((count["layers"] + count["head"]) * size + cache["RL"] / 2)
     return {"parts": parts, "training": most, "generation": generation, "flops": flops, "read": read, "rounds": rounds}
 
@@ -115,17 +120,18 @@ def needs(cfg) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("presets", nargs="+", type=Path)
+    parser.add_argument("--shards", type=int, default=1, help="processes that share the policy under FSDP2 [default 1]")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import train
 
-    print("Computed, not measured. One process.\n")
+    print(f"Computed, not measured. {'One process' if args.shards == 1 else f'Each of {args.shards} processes'}.\n")
     columns = " | ".join(f"{card}: update, decoding, s" for card in CARDS)
     print(f"| preset | training, GB | of it | generation, GB | {columns} |")
     print("|---|---|---|---|" + "---|" * len(CARDS))
     for file in args.presets:
         cfg = train.parse_config(["--config", str(file)])
-        need = needs(cfg)
+        need = needs(cfg, args.shards)
         parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7)
         times = " | ".join(f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}" for f, b in CARDS.values())
         print(f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | {need['generation'] / 1e9:.0f} | {times} |")
