@@ -1,11 +1,14 @@
 """Score a checkpoint on held-out rows: right answers, hallucinated captions.
 
     python eval.py --model RUN_OR_CHECKPOINT --data DIR
+    accelerate launch eval.py --model RUN_OR_CHECKPOINT --benchmarks pope=DIR mmvu=DIR     # as published, or a hub id
+    python eval.py --compare RUN_A/benchmarks RUN_B/benchmarks
 
 A run folder stands for its trained policy (or its cold start, when RL has not finished). DIR is a dataset in the
-schema of data.py; its test*.json are evaluated, or train.json when there are none.
+schema of data.py; its test*.json are evaluated, or train.json when there are none. Benchmarks (benchmarks.py) are
+scored by their official rule and by the paper's; several processes share the rows, and a run that stops goes on.
 
-Measures, each with what it needs of the rows:
+Measures on own rows, each with what it needs of the rows:
     accuracy        by `category`, with Wilson 95 % intervals
     existence       POPE's measures on yes/no questions: accuracy, precision, recall, F1, share of "yes"
     paired          VideoHallucer's: both rows of a `pair` right
@@ -16,12 +19,17 @@ Measures, each with what it needs of the rows:
 """
 
 import argparse
+import dataclasses
+import functools
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import benchmarks
 import torch
 import yaml
 from PIL import Image
@@ -32,7 +40,8 @@ import answers
 import data
 import reasoning
 import vlm
-from caption_reward import CaptionReward
+from caption_reward import CaptionReward, EndpointJudge
+from run import ConfigError, Run, read_jsonl, rewrite, stop, to_jsonl
 
 
 def respond(policy: vlm.VLM, samples: list[data.Sample], four_stage=True, max_new_tokens=768, fps=2.0, max_frames=16):
@@ -211,36 +220,239 @@ def checkpoint_of(path: Path) -> tuple[Path, dict]:
     sys.exit(f"error: {path} is a run folder without a finished stage; let train.py finish its cold start first")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="run folder, or checkpoint folder or hub id")
-    parser.add_argument("--data", type=Path, required=True, help="dataset folder or file")
-    parser.add_argument("--judge", help="text-only judge: folder or hub id. Adds the share of answerable captions")
-    parser.add_argument("--two_stage", action="store_true", help="prompt for thinking and answer only")
-    parser.add_argument("--max_new_tokens", type=int, help="longest response (default: the run's, or 768)")
-    parser.add_argument("--batch", type=int, default=64, help="rows at a time")
-    parser.add_argument("--out", type=Path, help="also write scores and responses to this JSON file")
-    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out")
-    args = parser.parse_args()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+# --- benchmarks ------------------------------------------------------------------------------------------------------
+
+
+def on_benchmarks(args: argparse.Namespace) -> None:
+    """Ask every row of every benchmark, score by both protocols, print the table. Goes on from what is there."""
+    model, settings = checkpoint_of(Path(args.model))
+    names, media = pairs(args.benchmarks), pairs(args.media or [])
+    for name in [*names, *media]:
+        if name not in benchmarks.TABLE:
+            raise data.DataError(f"--benchmarks: {name!r} is not one of {', '.join(benchmarks.TABLE)}")
+    four_stage = args.four_stage or (settings.get("four_stage", True) and not args.direct)
+    template = Path(args.template).read_text() if args.template else ""
+    if template and "{Question}" not in template:
+        raise data.DataError(f"--template: {args.template} has no {{Question}}")
+    default = Path(args.model) / "benchmarks" if settings else Path("runs") / f"eval-{Path(args.model).name}"
+    known = ("dtype", "attention", "min_pixels", "max_pixels", "fps", "max_frames", "max_new_tokens")
+    given = {name: settings[name] for name in known if name in settings}
+    given |= {name: value for name in known if (value := getattr(args, name, None)) is not None}
+    options = {"dtype": "float32", "fps": 2.0, "max_frames": 16, "max_new_tokens": 768} | given
+    cfg = SimpleNamespace(
+        output_dir=str(args.output_dir or default),
+        model=str(model),
+        benchmarks={name: path or benchmarks.TABLE[name].hub[0] for name, path in names.items()},
+        asked="template" if template else "four_stage" if four_stage else "direct",
+        template=template,
+        sample=args.sample,
+        seed=args.seed,
+        limit=args.limit,
+        eval_batch=args.batch,
+        tracker="",
+        quiet=False,
+        **options,
+    )
+    sets = {}
+    for name, path in cfg.benchmarks.items():  # every file and every row is looked at before anything is loaded
+        rows = benchmarks.read(name, path, media.get(name), args.on_bad_row)
+        sets[name] = rows[: args.limit or None]
+    run = Run(cfg)
+    policy = functools.cache(lambda: load(str(model), options, run.accelerator.device))
+    judge = open_judge(args, run.accelerator.device) if run.is_main else None
+    results, counts = {}, {}
+    for name, rows in sets.items():
+        if cfg.asked == "direct":
+            texts = {row.id: benchmarks.prompt(name, row) for row in rows}
+        else:
+            texts = {row.id: paper_prompt(name, row, template) for row in rows}
+        samples = [benchmarks.sample(name, row) for row in rows]
+
+        def ask(some: list[data.Sample], texts=texts) -> list[dict]:
+            turns = [data.messages(s, texts[s.id], cfg.fps, cfg.max_frames) for s in some]
+            chance = (
+                vlm.uniform_numbers([s.id for s in some], 1, cfg.max_new_tokens, str(cfg.seed)) if cfg.sample else None
+            )
+            said = policy().generate(policy().encode(turns), 1, cfg.max_new_tokens, sample=cfg.sample, draws=chance)
+            return [{"id": s.id, "prompt": texts[s.id], "output": row[0]} for s, row in zip(some, said.text)]
+
+        def answer(mine: list[data.Sample], ask=ask) -> list[dict]:
+            return [line for lines in run.parts(mine, 0, ask) for line in lines]
+
+        lines = run.each(run.folder / "outputs" / f"{name}.jsonl", samples, cfg.eval_batch, answer, name)
+        if run.is_main:
+            found = scored(name, rows, lines, cfg.asked != "direct", judge)
+            rewrite(run.folder / f"{name}.jsonl", to_jsonl(verdict_lines(found, rows, lines)))
+            results[name] = {protocol: as_json(score) for protocol, score in found.items()}
+            counts[name] = {protocol: counts_as_json(score) for protocol, score in found.items()}
+            print(table(name, results[name]), flush=True)
+            for line in dict.fromkeys(line for score in found.values() for line in score.notes()):
+                print(f"  {line}")
+    run.write(run.folder / "counts.json", counts)
+    run.write(run.folder / "scores.json", results)
+    run.say(f"rows, verdicts and scores: {run.folder}")
+    run.accelerator.end_training()
+
+
+def pairs(words: list[str]) -> dict[str, str]:
+    """['pope=DIR', 'mmvu'] -> {'pope': 'DIR', 'mmvu': ''}"""
+    return {name: path for name, _, path in (word.partition("=") for word in words)}
+
+
+def paper_prompt(name: str, row: benchmarks.Row, template: str) -> str:
+    """The prompt of training, or with a template the wording of another checkpoint (the authors')."""
+    if template:
+        return benchmarks.prompt(name, row, "paper", template=template)
+    sample = benchmarks.sample(name, row)
+    return reasoning.prompt(sample.problem, sample.options, sample.problem_type)
+
+
+def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
+    names = ("dtype", "attention", "min_pixels", "max_pixels")
+    try:
+        return vlm.load(model, trainable=False, **{k: options[k] for k in names if k in options}).to(device)
+    except (OSError, ValueError) as error:
+        raise data.DataError(f"--model: cannot load {model} ({str(error).splitlines()[0]})") from error
+
+
+def open_judge(args: argparse.Namespace, device: torch.device):
+    """A judge that answers prompts: of a causal LM or behind a URL."""
+    if not args.judge:
+        return None
+    if args.judge.startswith("http"):
+        return EndpointJudge(args.judge, args.judge_model, max_tokens=256)
+    return vlm.LocalJudge(args.judge, device, max_new_tokens=256)
+
+
+def scored(name: str, rows: list, lines: list[dict], lettered: bool, judge) -> dict[str, benchmarks.Score]:
+    """The score by each protocol. lettered: yes/no questions were asked as A and B."""
+    outputs, tools = {line["id"]: line["output"] for line in lines}, {}
+    if any(row.kind == "description" for row in rows):
+        try:
+            tools = dict(zip(("nouns", "similar"), benchmarks.amber_tools()))
+        except (ImportError, LookupError, OSError, data.DataError) as error:
+            print(f"amber: descriptions stay undecided ({str(error).strip().splitlines()[0]})")
+    options = dict(lettered=lettered, judge=judge, **tools)
+    return {p: benchmarks.score(name, rows, outputs, p, **options) for p in benchmarks.PROTOCOLS}
+
+
+def verdict_lines(found: dict[str, benchmarks.Score], rows: list, lines: list[dict]) -> Iterator[dict]:
+    """One line a row: prompt, raw output, and by protocol what was read and the verdict."""
+    said = {line["id"]: line for line in lines}
+    verdicts = {protocol: {v.id: v for v in score.verdicts} for protocol, score in found.items()}
+    for row in rows:
+        line = {
+            "id": row.id,
+            "cluster": row.cluster,
+            "prompt": said[row.id]["prompt"],
+            "output": said[row.id]["output"],
+        }
+        for protocol, of in verdicts.items():
+            answer = of[row.id].answer
+            line[protocol] = {"answer": answer if answer is None else str(answer), "verdict": of[row.id].verdict}
+        yield line
+
+
+def as_json(score: benchmarks.Score) -> dict:
+    """Metrics by subset with their n, and for the headline's measure the 95 % interval: Wilson's, or a bootstrap over
+    pictures and clips where rows share one or the measure is no plain share."""
+    subset, measure = benchmarks.TABLE[score.name].headline[score.protocol]
+    metrics = {s: {m: dataclasses.asdict(metric) for m, metric in of.items()} for s, of in score.metrics.items()}
+    for where, of in metrics.items():
+        if measure in of and of[measure]["n"]:
+            one = of[measure]
+            if one["right"] is not None and not score.clustered:
+                wilson = rate_of(one["right"], one["n"])
+                one |= {"low": wilson["low"], "high": wilson["high"], "interval": "Wilson"}
+            elif both := benchmarks.interval(score, where, measure):
+                one |= {"low": both[0], "high": both[1], "interval": "bootstrap over pictures or clips"}
+    return {"headline": [subset, measure], "metrics": metrics, "problems": score.problems}
+
+
+def table(name: str, by_protocol: dict[str, dict]) -> str:
+    """The numbers of one benchmark, a line for each protocol and subset."""
+    known = benchmarks.TABLE[name]
+    out = [
+        f"{known.title}",
+        f"  {'protocol':<9} {'subset':<18} {'measure':<18} {'%':>6}  95 % interval     n  undecided",
+    ]
+    for protocol, found in by_protocol.items():
+        subset, measure = found["headline"]
+        for where in [subset, *(s for s in found["metrics"] if s != subset)]:
+            one = found["metrics"].get(where, {}).get(measure)
+            if one:
+                value = "     -" if one["value"] is None else f"{one['value']:6.1%}"[:-1].rjust(6)
+                both = f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}]" if "low" in one else ""
+                dropped = f", {one['dropped']} not counted" if one["dropped"] else ""
+                out.append(
+                    f"  {protocol:<9} {where:<18} {measure:<18} {value}  {both:<14} {one['n']:>5}  "
+                    f"{one['undecided']}{dropped}"
+                )
+    if known.paper_number:
+        out.append(f"  published: {known.paper_number} (the paper's row Ours: {known.paper})")
+    return "\n".join(out)
+
+
+def counts_as_json(score: benchmarks.Score) -> dict[str, list]:
+    return {cluster: [[*key, n] for key, n in parts.items()] for cluster, parts in score.counts.items()}
+
+
+def compare(first: Path, second: Path) -> None:
+    """What two evaluations differ by: paired bootstrap over pictures and clips, and McNemar's test over rows where
+    these are independent."""
+    results = [{n: json.loads((f / f"{n}.json").read_text()) for n in ("scores", "counts")} for f in (first, second)]
+    shared = [name for name in results[0]["scores"] if name in results[1]["scores"]]
+    if not shared:
+        raise data.DataError(f"--compare: {first} and {second} have no benchmark in common")
+    print(f"A: {first}\nB: {second}\n")
+    form = "  {:<14} {:<9} {:<34} {:>6} {:>6}  {:<24} {:<8} {}"
+    print(form.format("benchmark", "protocol", "measure", "A", "B", "B - A [95 %], points", "p", "McNemar's p"))
+    for name in shared:
+        rows = [{line["id"]: line for line in read_jsonl(f / f"{name}.jsonl", mend=False)} for f in (first, second)]
+        for protocol in benchmarks.PROTOCOLS:
+            subset, measure = results[0]["scores"][name][protocol]["headline"]
+            scores = [_again(name, protocol, result) for result in results]
+            try:
+                found = benchmarks.difference(*scores, subset, measure)
+            except ValueError as error:
+                raise data.DataError(f"--compare: {name}: {error}; evaluate both on the same rows") from error
+            if found["value"] is None:
+                continue
+            a, b = (score.metrics[subset][measure].value for score in scores)
+            verdicts = [[rows[k][i][protocol]["verdict"] for i in rows[0]] for k in range(2)]
+            counted = [i for i, pair in enumerate(zip(*verdicts)) if set(pair) <= {"right", "wrong"}]
+            alone = len({line["cluster"] for line in rows[0].values()}) == len(rows[0])
+            right = [[v[i] == "right" for i in counted] for v in verdicts]
+            test = f"{benchmarks.mcnemar(*right):.3f}" if alone and counted else "rows share pictures"
+            points = f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
+            numbers = (f"{100 * a:.1f}", f"{100 * b:.1f}", points, f"{found['p']:.3f}")
+            print(form.format(name, protocol, f"{measure}, {subset}", *numbers, test))
+
+
+def _again(name: str, protocol: str, result: dict) -> benchmarks.Score:
+    """A score from what was kept of it."""
+    kept = result["counts"][name][protocol]
+    counts = {cluster: Counter({tuple(key): n for *key, n in parts}) for cluster, parts in kept.items()}
+    total = Counter()
+    for parts in counts.values():
+        total.update(parts)
+    return benchmarks.Score(name, protocol, [], benchmarks.measures(name, protocol, total), {}, counts)
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+
+def on_own_rows(args: argparse.Namespace) -> None:
+    """The test*.json of a dataset in the schema of data.py."""
     if args.out and not args.out.parent.is_dir():
-        sys.exit(f"error: --out: the folder {args.out.parent} does not exist")
-    try:
-        sets = data.load(args.data, args.on_bad_row)
-    except data.DataError as error:
-        sys.exit(f"error: {error}")
-    model, settings = checkpoint_of(args.model)
+        raise data.DataError(f"--out: the folder {args.out.parent} does not exist")
+    sets = data.load(args.data, args.on_bad_row)
+    model, settings = checkpoint_of(Path(args.model))
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
-    options = ("dtype", "attention", "min_pixels", "max_pixels")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        policy = vlm.load(str(model), trainable=False, **{k: settings[k] for k in options if k in settings})
-    except OSError as error:
-        sys.exit(f"error: --model: cannot load {model} ({str(error).splitlines()[0]})")
-    policy.to(device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    policy = load(str(model), settings, device)
     four_stage = settings.get("four_stage", True) and not args.two_stage
-    length, video = args.max_new_tokens or settings.get("max_new_tokens", 768), {}
+    length = args.max_new_tokens or settings.get("max_new_tokens", 768)
     video = {"fps": settings.get("fps", 2.0), "max_frames": settings.get("max_frames", 16)}
     judge = CaptionReward(vlm.LocalJudge(args.judge, device)) if args.judge else None
     names, result = vocabulary(sets), {}
@@ -256,6 +468,58 @@ def main() -> None:
             print("  existence        " + "  ".join(f"{k} {v:.3f}" for k, v in existence.items() if k != "n"))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", help="run folder, or checkpoint or adapter folder or hub id")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="dataset folder or file in the schema of data.py")
+    what.add_argument("--benchmarks", nargs="+", metavar="NAME=PATH", help=f"of {', '.join(benchmarks.TABLE)}")
+    what.add_argument(
+        "--compare", nargs=2, type=Path, metavar="FOLDER", help="two folders that --benchmarks has written"
+    )
+    parser.add_argument(
+        "--media", nargs="+", metavar="NAME=PATH", help="where pictures or clips lie apart from the rows"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument(
+        "--four_stage", action="store_true", help="the prompt of training (default, unless the run had none)"
+    )
+    how.add_argument("--direct", action="store_true", help="the benchmark's own prompt")
+    how.add_argument("--template", help="file with a wording of the stages, {Question} in it, for other checkpoints")
+    how.add_argument("--two_stage", action="store_true", help="with --data: prompt for thinking and answer only")
+    parser.add_argument("--limit", type=int, default=0, help="first rows of each benchmark only (0: all)")
+    parser.add_argument("--sample", action="store_true", help="sample at T = 1 instead of greedy responses")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample")
+    parser.add_argument("--judge", help="causal LM, or URL: captions (--data), or what no rule decides (--benchmarks)")
+    parser.add_argument("--judge_model", default="", help="model at the judge's URL; its key comes from OPENAI_API_KEY")
+    parser.add_argument("--max_new_tokens", type=int, help="longest response (default: the run's, or 768)")
+    parser.add_argument("--max_pixels", type=int, help="of a picture or frame (default: the run's, or 401408)")
+    parser.add_argument("--max_frames", type=int, help="of a clip (default: the run's, or 16)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="(default: the run's, or float32)")
+    parser.add_argument("--batch", type=int, default=64, help="rows at a time in each process")
+    parser.add_argument("--output_dir", help="folder of --benchmarks (default: benchmarks/ in the run folder)")
+    parser.add_argument("--out", type=Path, help="with --data: also write scores and responses to this JSON file")
+    parser.add_argument("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out")
+    args = parser.parse_args()
+    if not args.compare and not args.model:
+        parser.error("--model is needed")
+    if args.batch < 1 or args.limit < 0:
+        parser.error("--batch must be at least 1, --limit 0 or more")
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        if args.compare:
+            compare(*args.compare)
+        elif args.benchmarks:
+            on_benchmarks(args)
+        else:
+            on_own_rows(args)
+    except (data.DataError, ConfigError, FileNotFoundError) as error:
+        stop(f"error: {error}")
+    except KeyboardInterrupt:
+        stop("\ninterrupted. The same command goes on from the rows that are answered")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -66,7 +66,7 @@ class ConfigError(ValueError):
 
 
 class Run:
-    """One run. `cfg` needs output_dir, seed, dtype, quiet and tracker."""
+    """One run. `cfg`: a flat object of plain values, among them output_dir, seed, dtype, quiet and tracker."""
 
     def __init__(self, cfg):
         transformers_logging.set_verbosity_error()
@@ -93,7 +93,7 @@ class Run:
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         for name in ("prompts_per_step", "sft_batch"):
-            if getattr(cfg, name) % self.processes:
+            if getattr(cfg, name, 0) % self.processes:
                 raise ConfigError(f"{name}: {getattr(cfg, name)} does not split over {self.processes} processes")
         self._claim_folder()
         if cfg.tracker:
@@ -103,7 +103,8 @@ class Run:
         self.tracked = 0  # updates of the stages before this one
         self.began = time.time()
         how = " (FSDP2)" if self.sharded else ""
-        self.say(f"{cfg.method} on {self.processes} process(es){how}, {self.accelerator.device}; folder {self.folder}")
+        what, where = getattr(cfg, "method", "evaluation"), self.accelerator.device
+        self.say(f"{what} on {self.processes} process(es){how}, {where}; folder {self.folder}")
         if on_cpu and self.processes > 1 and torch.get_num_threads() * self.processes > (os.cpu_count() or 1):
             self.say(f"warning: {self.processes} processes share {os.cpu_count()} CPU cores")
 
@@ -206,6 +207,27 @@ class Run:
             f"process {self.rank}: memory does not suffice for {len(batch)} prompts at a time: trying {self.most}"
         )
         return self._parts(batch, 0, work, *args)
+
+    def each(self, file: Path, items: list, size: int, work: Callable[[list], list[dict]], name: str) -> list[dict]:
+        """A line of `file` for every item, by its `id`: work(some items) makes theirs, `size` items at a time in each
+        process. Lines are appended as they come: what is interrupted goes on where it was, in any number of processes.
+        """
+        lines = read_jsonl(file, mend=self.is_main)
+        done = {line["id"] for line in lines}
+        self.accelerator.wait_for_everyone()  # all have read before one writes
+        even, size = sorted(items, key=data.length), size * self.processes  # alike in length: little padding
+        bar = self.bar(len(items), name, "row", len(lines))
+        for chunk in (even[i : i + size] for i in range(0, len(even), size)):
+            if done.issuperset(item.id for item in chunk):
+                continue
+            found = self.gather(work(self.mine(chunk)))  # a whole chunk again, so that its padding is the same
+            place = {item.id: i for i, item in enumerate(chunk)}
+            new = sorted((line for line in found if line["id"] not in done), key=lambda line: place[line["id"]])
+            self.append(file, new)
+            lines += new
+            bar.update(len(new))
+        bar.close()
+        return lines
 
     # randomness
     def reseed(self, *where) -> None:
@@ -365,6 +387,14 @@ class Run:
             if self.is_main:
                 found[name] = value.cpu().contiguous()
         return found
+
+
+def stop(message: str) -> NoReturn:
+    """Exit with a message: once, where all processes meet the same error."""
+    if rank := int(os.environ.get("RANK", 0)):
+        time.sleep(10)  # then the first one has said it, and the launcher has ended this process
+        message = f"process {rank}: {message}"
+    sys.exit(message)
 
 
 def check_launch(env: dict[str, str], gpus: int, cores: int) -> None:

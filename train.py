@@ -13,7 +13,6 @@ import dataclasses
 import importlib.util
 import json
 import math
-import os
 import random
 import shutil
 import sys
@@ -21,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,7 +45,7 @@ import shapes
 import variance_select
 import vlm
 from caption_reward import CaptionReward, EndpointJudge, only_states_the_answer
-from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl
+from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl, stop
 
 
 def main(cfg: "Config") -> None:
@@ -372,28 +371,14 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
     already = chosen.exists()
     run.accelerator.wait_for_everyone()  # before one of them writes it
     if not already:
-        scores_file = run.folder / "select" / "scores.jsonl"
-        scores = read_jsonl(scores_file, mend=run.is_main)
-        done = {line["id"] for line in scores}
-        even, size = (
-            sorted(samples, key=data.length),
-            cfg.select_batch * run.processes,
-        )  # alike in length: little padding
-        chunks = [even[i : i + size] for i in range(0, len(even), size)]  # whole ones, so that padding stays the same
-        todo = [chunk for chunk in chunks if not done.issuperset(s.id for s in chunk)]
-        policy = load(start, False, cfg, run) if todo else None
-        bar = run.bar(len(samples), "select", "prompt", len(scores))
-        for chunk in todo:
-            mine, lines = run.mine(chunk), []
-            parts = run.parts(mine, 0, roll_out, policy, None, cfg, "select", cfg.responses)
-            for part, (rewards, _) in zip(parts, reward(parts, judge, cfg)):
-                lines += score_lines(part.samples, rewards, cfg)
-            place = {s.id: i for i, s in enumerate(chunk)}
-            lines = sorted((x for x in run.gather(lines) if x["id"] not in done), key=lambda x: place[x["id"]])
-            run.append(scores_file, lines)
-            scores += lines
-            bar.update(len(lines))
-        bar.close()
+        policy = cache(lambda: load(start, False, cfg, run))  # where all prompts are scored it is not needed
+
+        def score(mine: list[data.Sample]) -> list[dict]:
+            parts = run.parts(mine, 0, lambda some: roll_out(some, policy(), None, cfg, "select", cfg.responses))
+            scored = zip(parts, reward(parts, judge, cfg))
+            return [line for part, (rewards, _) in scored for line in score_lines(part.samples, rewards, cfg)]
+
+        scores = run.each(run.folder / "select" / "scores.jsonl", samples, cfg.select_batch, score, "select")
         ids = [line["id"] for line in scores]
         kept = variance_select.select_top_variance(ids, torch.tensor([line["variance"] for line in scores]), cfg.keep)
         if not kept:
@@ -508,7 +493,7 @@ class Rollouts:
 def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | None", cfg: Config, when=0, n: int = 0):
     """Sample n (default G) responses to each prompt, at T = 1, and lay beside them what Eq. 4 needs."""
     inputs = policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
-    draws = uniform_numbers(batch, n or cfg.group_size, cfg.max_new_tokens, f"{cfg.seed}/{when}")
+    draws = vlm.uniform_numbers([s.id for s in batch], n or cfg.group_size, cfg.max_new_tokens, f"{cfg.seed}/{when}")
     rolls = policy.generate(inputs, n or cfg.group_size, cfg.max_new_tokens, draws=draws)
     feature = cfg.nce_feature if reference and cfg.nce_weight else None
     if feature == "greedy":
@@ -534,13 +519,6 @@ def roll_out(batch: list[data.Sample], policy: vlm.VLM, reference: "Reference | 
     )
     part.ref_logp = reference.logp(inputs, ids, mask) if reference else None
     return part
-
-
-def uniform_numbers(batch: list[data.Sample], n: int, length: int, when: str) -> Tensor:
-    """The chance behind n responses to each prompt [B, n, T]: it depends on seed, update and prompt only, not on the
-    batch, the process or the device, so that the responses do not either, up to rounding."""
-    streams = (torch.Generator().manual_seed(random.Random(f"{when}/{s.id}").randrange(2**63)) for s in batch)
-    return torch.stack([torch.rand(n, length, dtype=torch.float64, generator=stream) for stream in streams])
 
 
 def reward(parts: list[Rollouts], judge: CaptionReward | None, cfg: Config) -> list[tuple[dict[str, Tensor], list]]:
@@ -1136,14 +1114,6 @@ def cli() -> None:
             f"error: the disk is full ({error}). What was there before, the last checkpoint among it, is whole. Free "
             "some space; the same command goes on where it was"
         )
-
-
-def stop(message: str) -> None:
-    """Exit with a message: once, where all processes meet the same error."""
-    if rank := int(os.environ.get("RANK", 0)):
-        time.sleep(10)  # then the first one has said it, and the launcher has ended this process
-        message = f"process {rank}: {message}"
-    sys.exit(message)
 
 
 if __name__ == "__main__":

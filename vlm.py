@@ -9,6 +9,7 @@ Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T co
 """
 
 import copy
+import random
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -389,6 +390,13 @@ class _LogProb(torch.autograd.Function):
 def _wide(x: Tensor) -> Tensor:
     """At least single precision: no log-softmax is taken in half."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def uniform_numbers(names: list[str], n: int, length: int, when: str) -> Tensor:
+    """The chance behind n completions of each prompt [B, n, T]: it depends on `when` (seed, update) and the prompt's
+    name only, not on the batch, the process or the device, so that the completions do not either, up to rounding."""
+    streams = (torch.Generator().manual_seed(random.Random(f"{when}/{name}").randrange(2**63)) for name in names)
+    return torch.stack([torch.rand(n, length, dtype=torch.float64, generator=stream) for stream in streams])
 
 
 class _NextToken(LogitsProcessor):

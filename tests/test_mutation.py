@@ -113,7 +113,7 @@ FAULTS = [
     Fault("tau and temperature not passed on", "train", "info_nce(cosine, tau, cfg.nce_temperature)", "info_nce(cosine)", "written_out"),
     Fault("mean of the passes' means", "train", "**cfg.grpo_options, **counts", "**cfg.grpo_options", "written_out"),
     Fault("old log-probs follow the policy", "train", "logp.detach() if part.old_logp is None else part.old_logp", "logp.detach()", "baselines_and_lora"),
-    Fault("all prompts draw the same numbers", "train", "f\"{when}/{s.id}\"", "f\"{when}\"", "chance"),
+    Fault("all prompts draw the same numbers", "vlm", "f\"{when}/{name}\"", "f\"{when}\"", "chance", "train"),
     Fault("half a batch is lost with memory", "run", "return self._parts(batch, 0, work, *args)", "return self._parts(batch[: self.most], 0, work, *args)", "where_memory", "train"),
     # many processes, and nothing lost
     Fault("the mean over processes for their sum", "train", "backward(loss * self.run.processes)", "backward(loss)", "two-plain", "processes"),
