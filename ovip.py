@@ -2,7 +2,7 @@
 
     HRI = 2 sum_i (a_i - base_i) / (ref_i - base_i)                                                     (OViP, Eq. 7)
 
-a_1 ... a_5 are F1 of AMBER generative (`benchmark_rules.amber_f1`), the MMHal score, F1 of Object HalBench, the score of
+a_1 ... a_5 are F1 of AMBER generative (`f1_amber_generative`), the MMHal score, F1 of Object HalBench, the score of
 LLaVA-Bench in the wild and F1 of AMBER discriminative (positive: "no"). The paper takes base and ref from its own
 models, all of them LLaVA-1.5: an HRI with these constants compares LLaVA-1.5 models with each other and with nothing
 else. For another model (Qwen2.5-VL) give the measures of your own baseline as `base`, and say so beside the number.
