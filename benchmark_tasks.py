@@ -198,7 +198,7 @@ def _read_mathvista(raw: dict, number: int, source: files.Source):
     subsets += [f"{key}: {meta[key]}" for key in BREAKDOWN if meta.get(key)]
     subsets += [f"skills: {skill}" for skill in meta.get("skills") or ()]  # a row counts in each of its skills
     more = {key: raw.get(key) for key in ("precision", "unit", "query", "question_type", "answer_type")}
-    medium = source.medium(raw, number, "decoded_image", raw["image"], Path(raw["image"]).name)
+    medium = source.medium(raw, number, "decoded_image", raw["image"])
     subsets = tuple(subsets)
     yield Row(
         str(raw["pid"]),
@@ -328,7 +328,8 @@ def _ask_mmvu(row: Row) -> dict[str, str]:
     official = (
         f"{begin} clearly. Conclude by stating the final answer using the following format: 'Therefore, the final "
     )
-    official += f"answer is: {form} (without quotes), where {where}. Think step by\nstep before answering."
+    official += f"answer is: {form} (without quotes), where {where}. Think step by"
+    official += " step\nbefore answering." if is_open else "\nstep before answering."
     asked = f"\nQuestion: {row.question}\n{choices}\n"
     return {
         "official": asked + official,
@@ -483,7 +484,7 @@ def _read_videohallucer(raw: dict, number: int, source: files.Source):
             half["question"],
             _yes_or_no(half["answer"]),
             "yes/no",
-            source.files.find(f"{subset}/videos/{half['video']}", f"videos/{half['video']}"),
+            source.files.find(f"{subset}/videos/{half['video']}"),  # every subset has its own 1.mp4
             {"A": "Yes", "B": "No"},
             (subset,),
             pair,

@@ -36,10 +36,25 @@ from benchmark_tasks import (
     SUBSETS,
     TRACKS,
     Row,
+    amber_tools,
     circular,
     right_or_wrong,
 )
 from data import DataError
+
+__all__ = [
+    "PROTOCOLS",
+    "TABLE",
+    "Benchmark",
+    "Metric",
+    "Row",
+    "Score",
+    "Verdict",
+    "amber_tools",
+    "difference",
+    "interval",
+]
+__all__ += ["mcnemar", "measures", "paper_form", "prompt", "read", "sample", "scan", "score"]
 
 Judge = Callable[[list[str]], list[str | None]]  # as in caption_reward.py
 PROTOCOLS = ("official", "paper")
@@ -218,10 +233,13 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
     rows, problems, seen, known = [], [], set(), TABLE[name]
     size_of = functools.cache(functools.partial(data._check_media, data_type=TABLE[name].media))  # of a file: once
     for source in files.sources(name, path, media, FILES[name], known.source, known.hub, known.splits):
+        fields = _form(name, source)
         for number, raw in enumerate(source.table):
-            if number == 0:
-                _check_form(name, raw, source.label)
             try:
+                if not isinstance(raw, dict) or (lacking := fields - set(raw)):
+                    raise DataError(
+                        f"{', '.join(sorted(lacking))}: missing" if isinstance(raw, dict) else "not an object"
+                    )
                 made = list(READ[name](raw, number, source))
                 for row in made:
                     if row.id in seen:
@@ -239,17 +257,21 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
     return rows, problems
 
 
-def _check_form(name: str, raw: Any, label: str) -> None:
-    """The cheap check for a wrong file: are a benchmark's fields there?"""
-    fields = set(raw) if isinstance(raw, dict) else set()
-    if any(set(form.split()) <= fields for form in FORMS[name]):
-        return
-    other = [o for o, forms in FORMS.items() if o != name and any(set(form.split()) <= fields for form in forms)]
+def _form(name: str, source: files.Source) -> set[str]:
+    """The fields of the published form that the first rows have: the cheap check for a wrong file."""
+    first = [set(source.table[i]) for i in range(min(10, len(source.table))) if isinstance(source.table[i], dict)]
+
+    def fits(form: str) -> bool:
+        return any(set(form.split()) <= fields for fields in first)
+
+    for form in filter(fits, FORMS[name]):
+        return set(form.split())
+    other = " or ".join(o for o, forms in FORMS.items() if o != name and any(map(fits, forms)))
+    held = ", ".join(sorted(set().union(*first))) or "no fields"
     raise DataError(
-        f"{name}: {label} is not {TABLE[name].title}: its rows hold {', '.join(sorted(fields)) or 'no field'}; "
-        + "expected "
+        f"{name}: {source.label} is not {TABLE[name].title}: its rows hold {held}; expected "
         + ", or ".join(form.replace(" ", ", ") for form in FORMS[name])
-        + (f". It looks like {' or '.join(other)}" if other else "")
+        + (f". It looks like {other}" if other else "")
     )
 
 
@@ -412,7 +434,7 @@ def score(
     rule, which knows no letters, "B" or "B. no" stands for the option's text.
     judge: for what no rule decides (MMBench's free text, MathVista's extraction, MMVU); without it, or where it fails,
     such rows are undecided.
-    nouns, similar: for AMBER's descriptions, from `amber_tools`; without them these are undecided.
+    nouns, similar: for AMBER's descriptions, from `amber_tools()`; without them these are undecided.
     """
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
@@ -439,7 +461,7 @@ def score(
                 open_cases.append((row, text[-LONG:]))
             if row.kind == "yes/no" and name == "amber" and verdicts[row.id].answer is None:
                 problems["neither yes nor no, counted as wrong"].append(row.id)
-        if raw is not None and not raw.strip() and verdicts[row.id].verdict != "dropped":
+        if raw is not None and not raw.strip() and form is not None:
             problems[f"empty output, {verdicts[row.id].verdict} by this rule"].append(row.id)
         if raw is not None and len(raw) > LONG:
             problems[f"output of more than {LONG} characters"].append(row.id)
