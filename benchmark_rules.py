@@ -86,6 +86,17 @@ def pope_lmms(text: str) -> str:
     return text.lower().strip()
 
 
+def pope_lmms_measures(said: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
+    """LMMs-Eval's measures of POPE: what is neither counts in accuracy alone; the yes ratio is the gold's."""
+    pairs = list(zip(said, gold, strict=True))
+    tp, fp, fn = (pairs.count(pair) for pair in (("yes", "yes"), ("yes", "no"), ("no", "yes")))
+    precision, recall = tp / (tp + fp) if tp + fp else 0, tp / (tp + fn) if tp + fn else 0
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0
+    accuracy = sum(a == b for a, b in pairs) / len(pairs)
+    yes = list(gold).count("yes") / len(pairs)
+    return {"accuracy": accuracy, "precision": precision, "recall": recall, "f1_score": f1, "yes_ratio": yes}
+
+
 def yes_no_vlmevalkit(text: str) -> str:
     """Yes or No when just one of the two words is there, Unknown otherwise (which goes to a judge)."""
     text = text.lower()

@@ -234,7 +234,7 @@ def _ask_mathvista(row: Row) -> dict[str, str]:
     hint, body = f"Hint: Please answer the question {hint}", f"Question: {row.question}{unit}{choices}"
     options = "".join(f"{a}. {text}\n" for a, text in row.options.items())
     return {
-        "official": row.more.get("query") or f"{hint}\n{body}",  # the column that is published with the data
+        "official": row.more.get("query") or f"{hint}\n{body}".strip(),  # the column that is published with the data
         "step-by-step": f"{body}\n{hint}",
         "solution": f"{body}\n{hint}\nSolution:",
         "format-prompt": f"{row.question}{unit}\n{options}{short}",
@@ -255,7 +255,10 @@ def _judge_mathvista(row: Row, text: str, tools) -> tuple[str, str | None]:
     if found is None and row.kind == "multiple choice":
         letter = re.fullmatch(r"[A-Z]|\([A-Za-z]\)", text)
         found = text if letter and text.strip("()").upper() in row.options else None
-    return ("undecided", None) if found is None else _reply_mathvista(row, found)
+    if found is None:
+        return "undecided", None
+    got = _normal_mathvista(row, found)
+    return right_or_wrong(got == row.answer), got
 
 
 def _ask_judge_mathvista(row: Row, text: str) -> str:
@@ -267,8 +270,15 @@ def _ask_judge_mathvista(row: Row, text: str) -> str:
 
 
 def _reply_mathvista(row: Row, reply: str) -> tuple[str, str | None]:
-    got = rules.mathvista_normalize(reply.strip(), **_mathvista(row), precision=row.more["precision"])
+    """A judge that finds nothing chose nothing (--ignore_empty_extractions), and not the shortest option."""
+    got = _normal_mathvista(row, reply, ignore_empty=True)
     return right_or_wrong(got == row.answer), got
+
+
+def _normal_mathvista(row: Row, text: str, ignore_empty: bool = False) -> str | None:
+    return rules.mathvista_normalize(
+        text.strip(), **_mathvista(row), precision=row.more["precision"], ignore_empty=ignore_empty
+    )
 
 
 # --- MMVU -------------------------------------------------------------------------------------------------------------

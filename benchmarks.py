@@ -231,24 +231,26 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
     if name not in TABLE:
         raise DataError(f"{name!r} is not one of {', '.join(TABLE)}")
     rows, problems, seen, known = [], [], set(), TABLE[name]
-    size_of = functools.cache(functools.partial(data._check_media, data_type=TABLE[name].media))  # of a file: once
+    open_it = functools.partial(data._check_media, data_type=known.media)
+    open_once = functools.cache(open_it)
+
+    def size_of(medium: data.Media) -> data.Size:
+        return (open_once if isinstance(medium, Path | files.InZip) else open_it)(medium)
+
     for source in files.sources(name, path, media, FILES[name], known.source, known.hub, known.splits):
         fields = _form(name, source)
         for number, raw in enumerate(source.table):
             try:
                 if not isinstance(raw, dict) or (lacking := fields - set(raw)):
                     raise DataError(
-                        f"{', '.join(sorted(lacking))}: missing" if isinstance(raw, dict) else "not an object"
+                        "not an object" if not isinstance(raw, dict) else f"{', '.join(sorted(lacking))}: missing"
                     )
                 made = list(READ[name](raw, number, source))
                 for row in made:
                     if row.id in seen:
                         raise DataError(f"id: {row.id!r} is already taken")
                 if check:
-                    opened = [
-                        data._check_media if isinstance(r.media, data.Embedded | bytes) else size_of for r in made
-                    ]
-                    made = [replace(r, sizes=(f(r.media, data_type=TABLE[name].media),)) for r, f in zip(made, opened)]
+                    made = [replace(row, sizes=(size_of(row.media),)) for row in made]
                 rows += made
                 seen |= {row.id for row in made}
             except (DataError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:

@@ -66,9 +66,8 @@ def test_popes_measures():
         names = {"accuracy": "acc", "precision": "precision", "recall": "recall", "f1": "f1", "yes ratio": "yes_ratio"}
         assert got == pytest.approx({name: want[key] for name, key in names.items()})
     assert {metric.n for metric in scored.metrics["overall"].values()} == {40}
-    # LMMs-Eval's accuracy on the same outputs
-    lmms = [rules.pope_lmms(text) == label for text, label in zip(v["outputs"], v["labels"])]
-    assert sum(lmms) / len(lmms) == v["lmms_eval"]["accuracy"]
+    lmms = rules.pope_lmms_measures([rules.pope_lmms(text) for text in v["outputs"]], v["labels"])
+    assert lmms == pytest.approx(v["lmms_eval"])
 
 
 def test_a_share_that_divides_by_nothing_is_none():
@@ -154,7 +153,9 @@ def test_mathvista(v):
     check(text, v["official_ignore_empty_extractions_on_response"], ignore_empty=True)
     lmms = v["lmms_no_judge"]  # its float precision makes round() fail: every decimal is wrong there
     assert (rules.mathvista_extract(text, **what) or "") == lmms["extraction"]
-    if problem["answer_type"] != "float":
+    if problem["answer_type"] == "float":
+        assert lmms["prediction"] is None and not lmms["true_false"]
+    else:
         check(lmms["extraction"], lmms)
     prefetched = rules.mathvista_vlmevalkit(text, **what, answer=problem["answer"])
     assert prefetched == v["vlmeval"]["prefetch"]
@@ -226,6 +227,8 @@ def test_mathvista_without_a_judge_is_decided_only_where_the_rules_leave_no_doub
     scored = benchmarks.score("mathvista", [made], ["it is 140 degrees"], judge=judge)
     assert scored.headline.value == 1 and scored.headline.undecided == 0
     assert "it is 140 degrees" in asked[0] and "(B) 140°" in asked[0]
+    short = mathvista_row(problem | {"choices": ["1", "140°"], "answer": "1"})
+    assert benchmarks.score("mathvista", [short], ["it is 1"], judge=lambda prompts: [""]).headline.value == 0
     scored = benchmarks.score("mathvista", [made], ["it is 140 degrees"], judge=lambda prompts: [None])
     assert (scored.headline.value, scored.headline.undecided) == (0, 1)
     assert scored.problems == {"judge failed, undecided": ["1"]}
