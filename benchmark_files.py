@@ -45,21 +45,28 @@ class InZip(data.Embedded):
 class Files:
     """The files under some folders, and in the zips there, found by the end of their path."""
 
-    def __init__(self, roots: Iterable[Path]):
+    def __init__(self, roots: Iterable[Path | None]):
         self.roots = [root for root in roots if root]
-        self.named: dict[str, list[tuple[tuple[str, ...], data.Media]]] = defaultdict(list)
+        self.torn: list[str] = []
+
+    @functools.cached_property  # a table that holds its pictures needs no search
+    def named(self) -> dict[str, list[tuple[tuple[str, ...], data.Media]]]:
+        """Last part of a path -> (all its parts, what is there) of each such file."""
+        found = defaultdict(list)
         for root in self.roots:
             for file in sorted(root.rglob("*")) if root.is_dir() else [root]:
-                if file.suffix == ".zip":
-                    with zipfile.ZipFile(file) as archive:
-                        for member in archive.namelist():
-                            self._add((file.stem, *Path(member).parts), InZip(file, member, None))
-                elif file.suffix not in data.SUFFIXES:
-                    self._add(file.absolute().parts, file)
+                for parts, medium in self._inside(file) if file.suffix == ".zip" else [(file.absolute().parts, file)]:
+                    if "__MACOSX" not in parts and not parts[-1].startswith("._"):  # macOS's shadow of each file
+                        found[parts[-1]].append((parts, medium))
+        return found
 
-    def _add(self, parts: tuple[str, ...], medium: data.Media) -> None:
-        if "__MACOSX" not in parts and not parts[-1].startswith("._"):  # macOS's shadow of each file
-            self.named[parts[-1]].append((parts, medium))
+    def _inside(self, file: Path) -> list[tuple[tuple[str, ...], data.Media]]:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return [((file.stem, *Path(name).parts), InZip(file, name, None)) for name in archive.namelist()]
+        except (OSError, zipfile.BadZipFile) as error:
+            self.torn += [] if file.name.startswith("._") else [f"{file.name} cannot be read: {error}"]
+            return []
 
     def find(self, *paths: str) -> data.Media:
         """What the first of these paths that is anywhere names; DataError where none is, or where two files are."""
@@ -72,7 +79,7 @@ class Files:
             if hits:
                 return hits[0]
         where = " and ".join(map(str, self.roots)) or "the dataset, which is not on this disk: give its folder as media"
-        raise DataError(f"path: {paths[0]} is missing in {where}")
+        raise DataError(f"path: {paths[0]} is missing in {where}" + (f" ({'; '.join(self.torn)})" if self.torn else ""))
 
 
 @dataclass(frozen=True)
@@ -153,10 +160,11 @@ def table(file: Path):
     if file.suffix == ".parquet":
         return data._rows(file)
     try:
-        text = file.read_text(encoding="utf-8-sig")
         if file.suffix == ".tsv":
             csv.field_size_limit(2**31 - 1)  # pictures
-            return list(csv.DictReader(text.split("\n"), delimiter="\t"))
+            with file.open(encoding="utf-8-sig", newline="") as lines:
+                return list(csv.DictReader(lines, delimiter="\t"))
+        text = file.read_text(encoding="utf-8-sig")
         try:
             value = json.loads(text)
         except ValueError:  # JSON lines, also under the name .json

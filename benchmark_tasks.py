@@ -539,8 +539,12 @@ def amber_words(folder: Path) -> rules.AmberWords:
 
 
 @functools.cache
-def _annotations(folder: Path) -> list[dict]:
-    return files.table(folder / "annotations.json")
+def _annotations(folder: Path) -> list[dict] | str:
+    """annotations.json, or what is wrong with it (once, not for each of 15,220 rows)."""
+    try:
+        return files.table(folder / "annotations.json")
+    except DataError as error:
+        return str(error)
 
 
 def _read_amber(raw: dict, number: int, source: files.Source):
@@ -548,7 +552,8 @@ def _read_amber(raw: dict, number: int, source: files.Source):
     folder = next((f for f in folders if (f / "annotations.json").is_file()), None)
     if folder is None:
         raise DataError(f"annotations.json: missing in {folders[0]} and above it")
-    known = _annotations(folder)
+    if isinstance(known := _annotations(folder), str):
+        raise DataError(known)
     truth = known[raw["id"] - 1] if 0 < raw["id"] <= len(known) else {}
     if truth.get("id") != raw["id"]:
         raise DataError(f"id: annotations.json has no {raw['id']} in this place")

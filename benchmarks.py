@@ -196,7 +196,7 @@ FORMS = {  # the fields of a row, in each form that it is published in
     "mathvista": ("pid question answer choices question_type answer_type precision unit image",),
     "mmvu": tuple(f"id question answer choices question_type {video}" for video in ("video", "video_path"))
     + (PAPER_FORM,),
-    "videommmu": ("id question options answer link_selected", PAPER_FORM),
+    "videommmu": ("id question options answer", PAPER_FORM),
     "videohallucer": ("basic hallucination",),
     "amber": ("id image query",),
 }

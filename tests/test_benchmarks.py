@@ -773,8 +773,9 @@ def tsv(path: Path, rows: list[dict]) -> Path:
 
 def test_pope_from_vlmevalkits_table(tmp_path):
     image = base64.b64encode(picture()).decode()
-    row = {"index": 0, "image": image, "question": "Is there a kite?", "answer": "Yes", "category": "random,popular"}
+    row = {"index": 0, "image": image, "question": '"Is there\na kite?"', "answer": "Yes", "category": "random,popular"}
     (made,) = read("pope", tsv(tmp_path / "POPE.tsv", [row]), 1)
+    assert made.question == "Is there\na kite?"  # a cell of two lines is quoted
     assert made.subsets == ("random", "popular") and made.answer == "yes"
     metrics = benchmarks.score("pope", [made], ["no"]).metrics
     assert metrics["random"]["accuracy"].n == metrics["popular"]["accuracy"].n == 1
@@ -906,6 +907,8 @@ def test_amber_from_its_repository(amber_folder):
     read("amber", amber_folder / "data/query/query_generative.json", 1, media=amber_folder / "image")
     dump(amber_folder / "data/query/query_all.json", [{"id": 99, "image": "AMBER_1.jpg", "query": "?"}])
     assert "annotations.json has no 99 in this place" in benchmarks.scan("amber", amber_folder)[1][0]
+    (amber_folder / "data/annotations.json").rename(amber_folder / "elsewhere.json")
+    assert "annotations.json: missing in" in benchmarks.scan("amber", amber_folder)[1][0]
 
 
 def test_hub_ids_old_and_new(monkeypatch):
@@ -992,6 +995,22 @@ def test_bad_rows_are_counted_and_named_and_the_rest_is_read(tmp_path):
     assert [r.id for r in benchmarks.read("pope", file, on_bad_row="skip", say=heard.append)] == ["random/1"]
     assert len([line for line in heard if line.startswith("skipped: ")]) == 9
     assert heard[-1] == "pope: 1 rows; the published set has 9000"
+
+
+def test_a_torn_zip_and_a_row_without_a_picture_are_named(tmp_path):
+    (tmp_path / "images.zip").write_bytes(b"PK no zip")
+    dump(tmp_path / "testmini.json", {"5": MATHVISTA})
+    rows, problems = benchmarks.scan("mathvista", tmp_path)
+    assert rows == [] and "images/5.jpg is missing in" in problems[0]
+    assert "images.zip cannot be read: File is not a zip file" in problems[0]
+    with pytest.raises(data.DataError, match="media: .*nowhere does not exist"):
+        benchmarks.scan("mathvista", tmp_path, media=tmp_path / "nowhere")
+    table = [
+        {"index": i, "image": cell, "question": "?", "answer": "Yes", "category": "random"}
+        for i, cell in enumerate("7!")
+    ]
+    rows, problems = benchmarks.scan("pope", tsv(tmp_path / "POPE.tsv", table))
+    assert rows == [] and len(problems) == 2
 
 
 # --- outputs that do not fit ------------------------------------------------------------------------------------------
