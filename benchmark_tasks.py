@@ -31,7 +31,7 @@ class Row:
     id: str
     question: str
     answer: Any
-    kind: str  # yes/no, multiple choice, open, text, integer, float, list, description
+    kind: str  # yes/no, multiple choice, open, integer, float, list, description
     media: data.Media | None = None
     options: Mapping[str, str] = field(default_factory=dict)  # letter -> text; a missing option is left out
     subsets: tuple[str, ...] = ()
@@ -73,9 +73,8 @@ def _as_sample(raw: dict) -> tuple[str, dict[str, str], str]:
 
 def _read_pope(raw: dict, number: int, source: files.Source):
     original = "text" in raw
-    category = raw.get("category") or next(
-        (c for c in ("random", "popular", "adversarial") if c in source.label), "all"
-    )
+    named = (part for part in ("random", "popular", "adversarial") if part in source.label)
+    category = raw.get("category") or next(named, "all")
     name = raw.get("image_source") or (raw["image"] if original else None)
     medium = source.medium(raw, number, "image", *([raw["image"]] if original else []))
     asked = next(raw[key] for key in ("question_id", "index", "id") if raw.get(key) is not None)
@@ -276,9 +275,8 @@ def _reply_mathvista(row: Row, reply: str) -> tuple[str, str | None]:
 
 
 def _normal_mathvista(row: Row, text: str, ignore_empty: bool = False) -> str | None:
-    return rules.mathvista_normalize(
-        text.strip(), **_mathvista(row), precision=row.more["precision"], ignore_empty=ignore_empty
-    )
+    form = _mathvista(row) | {"precision": row.more["precision"], "ignore_empty": ignore_empty}
+    return rules.mathvista_normalize(text.strip(), **form)
 
 
 # --- MMVU -------------------------------------------------------------------------------------------------------------
@@ -316,36 +314,33 @@ def _read_mmvu(raw: dict, number: int, source: files.Source):
 
 def _ask_mmvu(row: Row) -> dict[str, str]:
     choices = "".join(f"{letter}: {text}\n" for letter, text in row.options.items())
-    is_open = row.kind == "open"
-    what, form = (
-        ("the given question", "'Answer: $ANSWER'") if is_open else ("the given multiple-choice question", "$LETTER'")
-    )
-    where = "$ANSWER is the final answer of the question" if is_open else "$LETTER is one of the options"
-    begin = f"Answer {what} step by step. Begin by explaining your reasoning process"
+    asked, lmms = f"\nQuestion: {row.question}\n{choices}\n", f"\nQuestion:{row.question}\n{choices}"
+    lmms += "Visual Information: processed video\n"
     direct = "Do not generate any intermediate reasoning process. "
-    direct += "Directly output the final" if is_open else "Answer directly with the option letter from the"
-    lmms = f"\nQuestion:{row.question}\n{choices}Visual Information: processed video\n"
-    if is_open:
-        cot = (
-            f'{begin} clearly. Conclude\nby stating the final answer using the following format: "Therefore, the final '
-        )
-        cot += f'answer is: "Answer:\n$ANSWER" (without quotes), where {where}. Think step by\nstep before answering.\n'
-    else:
-        cot = (
-            f'{begin}\nclearly. Conclude by stating the final answer using the following format: "Therefore, the final '
-        )
-        cot += f'answer\nis: $LETTER" (without quotes), where {where}. Think step by step before\nanswering.\n'
-    official = (
-        f"{begin} clearly. Conclude by stating the final answer using the following format: 'Therefore, the final "
+    begin, conclude = (
+        "step by step. Begin by explaining your reasoning process",
+        "stating the final answer using the following",
     )
-    official += f"answer is: {form} (without quotes), where {where}. Think step by"
-    official += " step\nbefore answering." if is_open else "\nstep before answering."
-    asked = f"\nQuestion: {row.question}\n{choices}\n"
+    if row.kind == "open":
+        return {
+            "official": f"{asked}Answer the given question {begin} clearly. Conclude by {conclude} format: "
+            "'Therefore, the final answer is: 'Answer: $ANSWER' (without quotes), where $ANSWER is the final answer of the question. "
+            "Think step by step\nbefore answering.",
+            "direct": f"{asked}{direct}Directly output the final short answer.\n",
+            "lmms": f"{lmms}{direct}Directly output the final answer.\n",
+            "lmms-cot": f"{lmms}Answer the given question {begin} clearly. Conclude\nby {conclude} format: "
+            '"Therefore, the final answer is: "Answer:\n$ANSWER" (without quotes), where $ANSWER is the final answer of the question. '
+            "Think step by\nstep before answering.\n",
+        }
     return {
-        "official": asked + official,
-        "direct": asked + direct + (" short answer.\n" if is_open else " given choices.\n"),
-        "lmms": lmms + direct + (" answer.\n" if is_open else "\ngiven choices.\n"),
-        "lmms-cot": lmms + cot,
+        "official": f"{asked}Answer the given multiple-choice question {begin} clearly. Conclude by {conclude} format: "
+        "'Therefore, the final answer is: $LETTER' (without quotes), where $LETTER is one of the options. Think step "
+        "by\nstep before answering.",
+        "direct": f"{asked}{direct}Answer directly with the option letter from the given choices.\n",
+        "lmms": f"{lmms}{direct}Answer directly with the option letter from the\ngiven choices.\n",
+        "lmms-cot": f"{lmms}Answer the given multiple-choice question {begin}\nclearly. Conclude by {conclude} format: "
+        '"Therefore, the final answer\nis: $LETTER" (without quotes), where $LETTER is one of the options. Think step '
+        "by step before\nanswering.\n",
     }
 
 
@@ -362,31 +357,24 @@ def _judge_mmvu(row: Row, text: str, tools) -> tuple[str, str | None]:
 
 def mmvu_judge_messages(row: Row, text: str) -> tuple[str, str]:
     """The system and the user turn that MMVU's own judge gets."""
+    lenient, form = "", 'str value "A" "B" "C" "D" "E", should be a single character'
+    if row.kind == "open":
+        lenient = (
+            "The final answer generated by the model does not need to match the ground-truth answer word-for-word. "
+            "However, it should only be considered correct if it demonstrates the exact same technique or concept "
+            "explicitly and unambiguously equivalent to the ground-truth answer.\n"
+        )
+        form = "str value, the short final answer extracted from the model's response, do not hallucinate one that is "
+        form += "not present in the response"
     system = (
         "Evaluate whether the model's final answer is correct by comparing it to the ground-truth answer provided for "
-    )
-    system += (
         "the given question.\n\nYou should first extract the final answer from the model's response, and then compare "
+        f"the extracted answer with the ground-truth answer to determine its accuracy.\n{lenient}"
+        f'Output your response in the following structured format:\n{{\n    "extracted_answer": // {form}\n'
+        '    "correct": // boolean value, True if the answer is correct, False otherwise\n}\n'
     )
-    system += "the extracted answer with the ground-truth answer to determine its accuracy.\n"
-    form = 'str value "A" "B" "C" "D" "E", should be a single character'
-    if row.kind == "open":
-        system += (
-            "The final answer generated by the model does not need to match the ground-truth answer word-for-word. "
-        )
-        system += (
-            "However, it should only be considered correct if it demonstrates the exact same technique or concept "
-        )
-        system += "explicitly and unambiguously equivalent to the ground-truth answer.\n"
-        form = (
-            "str value, the short final answer extracted from the model's response, do not hallucinate one that is not "
-        )
-        form += "present in the response"
-    system += f'Output your response in the following structured format:\n{{\n    "extracted_answer": // {form}\n    '
-    system += '"correct": // boolean value, True if the answer is correct, False otherwise\n}\n'
-    options = (
-        "Options:\n" + "".join(f"{a}: {option}\n" for a, option in row.options.items()) + "\n" if row.options else ""
-    )
+    options = "".join(f"{letter}: {option}\n" for letter, option in row.options.items())
+    options = f"Options:\n{options}\n" if options else ""
     user = f"Question: {row.question}\n\n{options}Ground Truth Answer: {row.answer}\n\n"
     return system, f"{user}Model Response to the Question: {text}"
 
@@ -428,6 +416,7 @@ def _read_videommmu(raw: dict, number: int, source: files.Source):
             track = ("Adaptation", "Comprehension", "Perception")[number // 300]
     else:
         video, question, answer = raw["id"], raw["question"], raw["answer"]
+        answer = answer if isinstance(answer, list) else _gold(answer)
         asked = f"{track}/{video}"  # the same clip has a question in every track
         listed = json.loads(raw["options"]) if isinstance(raw["options"], str) else raw["options"]  # VLMEvalKit's
         options = _lettered(listed or ())
@@ -437,12 +426,8 @@ def _read_videommmu(raw: dict, number: int, source: files.Source):
     subject = "_".join(video.split("_")[1:-1])
     domain, folder = next(((d, f) for d, (f, names) in DOMAINS.items() if subject in names.split()), ("", "unknown"))
     medium = source.files.find(f"{folder}/{video}.mp4", f"{video}.mp4")
-    subsets = [
-        track,
-        domain and f"{track}: {domain}",
-        f"{track}: {subject}",
-        raw.get("qa_type") and f"{track}: {raw['qa_type']}",
-    ]
+    parts = [part for part in (domain, subject, raw.get("qa_type")) if part]
+    subsets = [track, *(f"{track}: {part}" if track else part for part in parts)]
     yield Row(
         asked,
         question,
@@ -478,7 +463,6 @@ def _judge_videommmu(row: Row, text: str, tools) -> tuple[str, str | None]:
 
 
 # --- VideoHallucer ----------------------------------------------------------------------------------------------------
-
 
 SUBSETS = "object_relation temporal semantic_detail external_factual external_nonfactual".split()
 EXTRA_SUBSETS = ("interaction", "fact_detect")  # published beside the five, not in the mean
@@ -522,8 +506,6 @@ DIMENSIONS = {
     "discriminative-relation": "relation",
     "relation": "relation",
 }
-
-
 ATTRIBUTE = ("state", "number", "action")
 
 

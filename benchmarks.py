@@ -36,25 +36,11 @@ from benchmark_tasks import (
     SUBSETS,
     TRACKS,
     Row,
-    amber_tools,
     circular,
     right_or_wrong,
 )
+from benchmark_tasks import amber_tools as amber_tools  # for those who score
 from data import DataError
-
-__all__ = [
-    "PROTOCOLS",
-    "TABLE",
-    "Benchmark",
-    "Metric",
-    "Row",
-    "Score",
-    "Verdict",
-    "amber_tools",
-    "difference",
-    "interval",
-]
-__all__ += ["mcnemar", "measures", "paper_form", "prompt", "read", "sample", "scan", "score"]
 
 Judge = Callable[[list[str]], list[str | None]]  # as in caption_reward.py
 PROTOCOLS = ("official", "paper")
@@ -300,10 +286,11 @@ def paper_form(name: str, row: Row) -> tuple[dict[str, str], str, str] | None:
     if row.kind == "multiple choice":
         return dict(row.options), row.answer, "multiple choice"
     if name == "videommmu":
-        if re.fullmatch("[A-Z]", row.answer):  # two open questions, and one of no type, are answered by a letter
-            return dict(row.options), row.answer, "multiple choice"
-        listed = re.findall(r"'([\d.]+)'", row.answer)  # one gold answer is a broken list, "['24/7', '3.429', ..."
-        return {}, listed[0] if row.answer.startswith("[") and listed else row.answer, "numerical"
+        gold = str(row.answer)
+        if re.fullmatch("[A-Z]", gold):  # two open questions, and one of no type, are answered by a letter
+            return dict(row.options), gold, "multiple choice"
+        listed = re.findall(r"'([\d.]+)'", gold)  # one gold answer is a broken list, "['24/7', '3.429', ..."
+        return {}, listed[0] if gold.startswith("[") and listed else gold, "numerical"
     return None
 
 
@@ -438,6 +425,8 @@ def score(
     such rows are undecided.
     nouns, similar: for AMBER's descriptions, from `amber_tools()`; without them these are undecided.
     """
+    if name not in TABLE:
+        raise ValueError(f"{name!r} is not one of {', '.join(TABLE)}")
     if protocol not in PROTOCOLS:
         raise ValueError(f"protocol: {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     rows, texts, problems = _matched(rows, outputs)
@@ -510,10 +499,9 @@ def _counted(name, protocol, rows, verdicts, problems):
     of = {row.id: verdicts[row.id].verdict for row in rows}
     if name == "mmbench" and protocol == "official":
         sizes, whole = Counter(row.group for row in rows), circular(rows, of)
-        problems_here = [row.id for row in rows if row.more["first"] and sizes[row.group] < len(row.options)]
-        problems_here += [row.id for row in rows if row.group not in whole]
-        if problems_here:
-            problems["rotations missing (without the first, not counted)"] += problems_here
+        for row in rows:
+            if row.group not in whole or (row.more["first"] and sizes[row.group] < len(row.options)):
+                problems["rotations missing (without the first, not counted)"].append(row.id)
         for row in rows:
             if row.more["first"]:
                 yield row.cluster, _share(whole[row.group], "circular accuracy", "overall", *row.subsets)
@@ -646,6 +634,8 @@ def _resampled(scores: Sequence[Score], subset: str, measure: str, samples: int,
     clusters = list(scores[0].counts)
     if any(set(score.counts) != set(clusters) for score in scores):
         raise ValueError("the scores are not over the same pictures or clips")
+    if not clusters:
+        return []
     weights = np.random.default_rng(seed).multinomial(len(clusters), [1 / len(clusters)] * len(clusters), size=samples)
     columns = []
     for score in scores:

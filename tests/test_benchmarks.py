@@ -1032,6 +1032,8 @@ def test_missing_extra_empty_and_double_predictions_are_named_and_missing_ones_n
     assert scored.problems == {"prediction for no row": ["#4", "#5"]}
     no = [row(i, "no") for i in range(2)]
     assert benchmarks.score("pope", no, []).metrics["overall"]["accuracy"].value == 0  # nor by POPE's default
+    with pytest.raises(ValueError, match="'popes' is not one of pope"):
+        benchmarks.score("popes", rows, [])
     with pytest.raises(ValueError, match="protocol: 'papers' is not one of official, paper"):
         benchmarks.score("pope", rows, [], "papers")
 
@@ -1109,6 +1111,8 @@ def test_the_interval_is_that_of_a_bootstrap_over_pictures():
     assert low < scored.headline.value < high
     assert benchmarks.interval(scored, "overall", "f1") == benchmarks.interval(scored, "overall", "f1")
     assert benchmarks.interval(scored, "nowhere", "f1") is None
+    nothing = benchmarks.score("pope", [], [])
+    assert nothing.headline is None and benchmarks.interval(nothing, "overall", "f1") is None
 
 
 def test_the_paired_difference():
