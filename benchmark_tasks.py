@@ -329,8 +329,8 @@ def _ask_mmvu(row: Row) -> dict[str, str]:
             "direct": f"{asked}{direct}Directly output the final short answer.\n",
             "lmms": f"{lmms}{direct}Directly output the final answer.\n",
             "lmms-cot": f"{lmms}Answer the given question {begin} clearly. Conclude\nby {conclude} format: "
-            '"Therefore, the final answer is: "Answer:\n$ANSWER" (without quotes), where $ANSWER is the final answer of '
-            "the question. Think step by\nstep before answering.\n",
+            '"Therefore, the final answer is: "Answer:\n$ANSWER" (without quotes), where $ANSWER is the final answer '
+            "of the question. Think step by\nstep before answering.\n",
         }
     return {
         "official": f"{asked}Answer the given multiple-choice question {begin} clearly. Conclude by {conclude} format: "

@@ -572,6 +572,69 @@ def test_the_answer_of_a_reasoning_response(text, want):
     assert rules.final_answer(text) == want
 
 
+# --- every rule on odd outputs ----------------------------------------------------------------------------------------
+
+OPTIONS = (
+    {"A": "a dog", "B": "a cat", "C": "a horse", "D": "a banana tree"},
+    {"A": "yes", "B": "no", "C": "12", "D": "nan"},
+)
+TEN = ["3, 3", "3, 4", "4, 5", "5, 6", "a dog on the grass", *(f"{letter} value" for letter in "FGHIJ")]
+FIVE = {"A": "10.0", "B": "5.0", "C": "12.0", "D": "a dog", "E": "20.0"}
+FOUR = ["Yes", "No", "a dog", "12"]
+
+
+def opened(text, gold):
+    parsed = rules.open_videommmu(text)
+    return None if parsed == rules.API_ERROR else rules.open_videommmu_right(parsed, gold)
+
+
+def mathvista(text):
+    forms = (
+        ("multi_choice", "text", FOUR, None),
+        ("free_form", "integer", None, None),
+        ("free_form", "float", None, 1.0),
+    )
+    extracted = [rules.mathvista_extract(text, *form[:3], quick=True) or "" for form in (forms[0], forms[2])]
+    return [rules.mathvista_normalize(text, *form) for form in forms] + extracted
+
+
+BY_RULE = {  # in the order of the columns of benchmark_outputs.json
+    "pope": rules.pope,
+    "yes_no_vlmevalkit": rules.yes_no_vlmevalkit,
+    "option_vlmevalkit": lambda text: [rules.option_vlmevalkit(text, options) for options in OPTIONS],
+    "option_lmms": lambda text: [rules.option_lmms(text, options) for options in OPTIONS],
+    "letter_lmms": lambda text: [rules.letter_lmms(text, letters) for letters in ("ABCD", "ABCDEFGHIJ")],
+    "option_videommmu": lambda text: rules.option_videommmu(text, TEN),
+    "open_videommmu": lambda text: [opened(text, gold) for gold in ("12.97", "4", "A", "1,400", "dog")],
+    "mmvu_lmms": lambda text: (
+        [rules.mmvu_lmms(text, gold, "multiple-choice", FIVE) for gold in "BD"]
+        + [
+            rules.mmvu_lmms(text, gold, "open-ended", {})
+            for gold in ("Depth-First Search (DFS)", "O(n^2)", "12", "a cat")
+        ]
+    ),
+    "mathvista": mathvista,
+    "paper": lambda text: [
+        rules.paper_reward(text, solution, kind)
+        for kind, solution in (
+            ("multiple choice", "B"),
+            ("numerical", "12.97"),
+            ("numerical", "1000"),
+            ("regression", "10"),
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("column", range(len(BY_RULE)), ids=BY_RULE)
+def test_odd_outputs(column):
+    """Outputs made at random from fragments that the rules look for, and what the official function said of each."""
+    lines = json.loads((Path(__file__).parent / "benchmark_outputs.json").read_text(encoding="utf-8"))
+    name, rule = list(BY_RULE.items())[column]
+    wrong = [(text, want[column], rule(text)) for text, *want in lines if rule(text) != want[column]]
+    assert not wrong, f"{name}: {len(wrong)} of {len(lines)} (output, official, ours)"
+
+
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
