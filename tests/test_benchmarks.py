@@ -106,6 +106,7 @@ def test_circular_eval(v):
     for subset, value in scored.metrics.items():
         assert value["circular accuracy"].value == want["acc"].get(subset, want["acc"]["Overall"])[0]
     assert (accuracy.n, accuracy.undecided) == (1, v["name"] in ("one_unparsable", "one_missing_letter_case"))
+    assert scored.problems == {}
     letters = {}  # LMMs-Eval without a judge
     for raw, one in zip(v["rows"], rows):
         options = {letter: raw[letter] for letter in "ABCD"}
@@ -362,6 +363,18 @@ def test_a_broken_gold_list_of_videommmu_is_its_first_number_in_the_papers_rule(
     assert benchmarks.prompt("videommmu", made, "paper").startswith("x?\n")
 
 
+def test_the_papers_file_of_videommmu_has_its_tracks_by_place():
+    raw = VIDEO_R1 | {"path": "./Evaluation/VideoMMMU/dev_Biology_3.mp4"}
+    rows = made_from("videommmu", [raw | {"problem_id": i + 1} for i in range(900)])
+    assert [rows[i].subsets[0] for i in (0, 299, 300, 599, 600, 899)] == [
+        *("Adaptation", "Adaptation", "Comprehension", "Comprehension", "Perception", "Perception")
+    ]
+    (one,) = made_from("videommmu", [raw])  # of a part of it the place says nothing
+    assert one.subsets == ("Science", "Biology")
+    scored = benchmarks.score("videommmu", rows, ["B"] * 300 + ["A"] * 600)
+    assert scored.headline.value == pytest.approx(1 / 3) and scored.metrics["Adaptation"]["accuracy"].value == 1
+
+
 # --- VideoHallucer ----------------------------------------------------------------------------------------------------
 
 
@@ -528,10 +541,22 @@ def test_ambers_answers_are_read_by_their_first_yes_or_no_and_the_rest_is_named(
     assert scored.headline.n == 6
 
 
+def test_ambers_positive_class_is_no():
+    said = [("no", "No"), ("no", "No"), ("no", "Yes"), ("yes", "No"), ("yes", "Yes"), ("yes", "perhaps")]
+    rows = [amber_row(i, {"type": "relation", "truth": truth}) for i, (truth, _) in enumerate(said)]
+    measures = shown(benchmarks.score("amber", rows, [text for _, text in said]).metrics["relation"])
+    hit, begun = 2, 0.001  # of three that are "no", two were called so, and one more that is not
+    accuracy, share = round(100 * 3 / (6 + begun), 1), round(100 * hit / (3 + begun), 1)
+    f1 = round(100 * 2 * (share / 100) ** 2 / (2 * share / 100 + 0.0001), 1)
+    assert measures == {"accuracy": accuracy, "precision": share, "recall": share, "f1": f1}
+
+
 def test_descriptions_without_a_tagger_are_undecided_and_missing_ones_hide_no_hallucination():
     rows = [amber_row(i, AMBER["annotations"][3]) for i in range(2)]
     scored = benchmarks.score("amber", rows, ["A dog.", "A dog."])
     assert scored.metrics["generative"]["CHAIR"] == benchmarks.Metric(None, 0, 2)
+    half = benchmarks.score("amber", rows, ["A dog.", "A dog."], nouns=str.split)
+    assert half.metrics == scored.metrics  # without vectors, no synonyms: not the same number
     scored = benchmarks.score("amber", rows, ["A dog."], nouns=lambda text: ["dog"], similar=similar)
     generative = scored.metrics["generative"]
     assert (generative["Hal"].value, generative["Cover"].value) == (0.5, 0.5)
@@ -1053,8 +1078,9 @@ def test_bad_rows_are_counted_and_named_and_the_rest_is_read(tmp_path):
     for number, (problem, said) in enumerate(zip(problems, wanted, strict=True), start=1):
         assert f"row {number}, " in problem and said in problem
     heard = []
-    with pytest.raises(data.DataError, match="gone.jpg"):
+    with pytest.raises(data.DataError, match="gone.jpg") as error:
         benchmarks.read("pope", file, say=heard.append)
+    assert " more" not in str(error.value) and len(str(error.value).split("\n")) == 10
     assert [r.id for r in benchmarks.read("pope", file, on_bad_row="skip", say=heard.append)] == ["random/1"]
     assert len([line for line in heard if line.startswith("skipped: ")]) == 9
     assert heard[-1] == "pope: 1 rows; the published set has 9000"
