@@ -29,7 +29,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
-import benchmarks
 import torch
 import yaml
 from PIL import Image
@@ -37,6 +36,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import answers
+import benchmarks
 import data
 import reasoning
 import vlm

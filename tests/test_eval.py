@@ -3,18 +3,22 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_benchmarks as forms
 import torch
 import yaml
 from PIL import Image
 
+import benchmarks
 import data
 import eval as evaluation
+import shapes
 import vlm
 from caption_reward import CaptionReward
 
@@ -384,3 +388,149 @@ def test_vision_limits_of_a_run_are_those_of_its_evaluation(world, tmp_path, mon
     evaluation.main()
     assert loaded[0].max_pixels == 12_544 and not loaded[0].training
     assert "train: accuracy" in capsys.readouterr().out
+
+
+# --- benchmarks, end to end ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A few rows of all seven, in their publishers' forms, in one folder each."""
+    folder, clip = tmp_path_factory.mktemp("published"), tmp_path_factory.mktemp("clip") / "a.mp4"
+    shapes.write_clip(clip, [Image.new("RGB", (56, 56), (20 * i, 0, 0)) for i in range(4)])
+    for category in ("random", "popular", "adversarial"):
+        rows = forms.pope_rows(category)
+        forms.parquet(folder / f"pope/Full/{category}-00000-of-00001.parquet", rows, "image")
+    rows = [row | {"image": forms.cell()} for row in forms.ROTATIONS]
+    forms.parquet(folder / "mmbench/en/dev-00000-of-00001.parquet", rows, "image")
+    problems = {str(i): forms.MATHVISTA | {"pid": str(i), "image": "images/5.jpg"} for i in range(3)}
+    forms.dump(folder / "mathvista/data/testmini.json", problems)
+    forms.picture(folder / "mathvista/images/5.jpg")
+    forms.dump(folder / "mmvu/validation.json", forms.MMVU)
+    for place in ("mmvu/videos/Chemistry/0.mp4", "mmvu/videos/Art/0.mp4", "videommmu/Science/dev_Biology_3.mp4"):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(clip, folder / place)
+    for track in ("Perception", "Comprehension", "Adaptation"):
+        forms.parquet(folder / f"videommmu/{track}/test-00000-of-00001.parquet", [forms.VIDEOMMMU])
+    for subset in ("temporal", "semantic_detail"):
+        forms.dump(folder / f"videohallucer/{subset}/{subset}.json", [forms.PAIR])
+        for name in ("1_a.mp4", "1_b.mp4"):
+            (folder / f"videohallucer/{subset}/videos").mkdir(exist_ok=True)
+            shutil.copy(clip, folder / f"videohallucer/{subset}/videos/{name}")
+    forms.dump(folder / "amber/data/annotations.json", forms.AMBER["annotations"])
+    forms.dump(folder / "amber/data/relation.json", forms.AMBER["relation"])
+    (folder / "amber/data/safe_words.txt").write_text("\n".join(forms.AMBER["safe_words"]))
+    asked = [
+        {"id": i, "image": "AMBER_1.jpg", "query": text} for i, text in ((1, "Describe this image."), (9, "Is it?"))
+    ]
+    forms.dump(folder / "amber/data/query/query_all.json", asked)
+    forms.picture(folder / "amber/image/AMBER_1.jpg")
+    return folder
+
+
+def evaluate(*options, processes=1, check=True):
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    file = ROOT / f"configs/accelerate/{'cpu2' if processes > 1 else 'gpu1'}.yaml"
+    command += ["--config_file", file, "--num_processes", processes, ROOT / "eval.py", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200, env=environment)
+    assert not check or done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+NAMES = ("pope", "mmbench", "mathvista", "mmvu", "videommmu", "videohallucer", "amber")
+FILES = (
+    "scores.json",
+    "counts.json",
+    *(f"{name}.jsonl" for name in NAMES),
+    *(f"outputs/{name}.jsonl" for name in NAMES),
+)
+
+
+def content(folder):
+    return {name: (folder / name).read_bytes() for name in FILES}
+
+
+@pytest.fixture(scope="module")
+def benchmarked(world, published, tmp_path_factory):
+    """All seven, by one process: (its folder, what it printed, its options)."""
+    folder = tmp_path_factory.mktemp("benchmarked") / "run"
+    options = ["--model", world / "policy", "--max_new_tokens", 6, "--batch", 2, "--dtype", "float32"]
+    options += ["--benchmarks", *(f"{name}={published / name}" for name in NAMES)]
+    done = evaluate(*options, "--output_dir", folder)
+    return folder, done.stdout, options
+
+
+def test_every_benchmark_is_answered_and_scored_by_both_protocols(benchmarked):
+    folder, printed, _ = benchmarked
+    scores = json.loads((folder / "scores.json").read_text())
+    assert set(scores) == set(NAMES) and all(set(of) == {"official", "paper"} for of in scores.values())
+    for name in NAMES:
+        lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        assert lines and all(line["prompt"] and isinstance(line["output"], str) for line in lines)
+        kinds = {line[protocol]["verdict"] for line in lines for protocol in ("official", "paper")}
+        assert kinds <= {"right", "wrong", "undecided", "dropped"}
+        assert benchmarks.TABLE[name].title in printed
+    assert scores["mmvu"]["paper"]["metrics"]["overall"]["accuracy"]["dropped"] == 1  # open-ended
+    assert scores["amber"]["official"]["metrics"]["generative"]["CHAIR"]["undecided"] == 1
+    assert "amber: descriptions stay undecided" in printed and "pip install" in printed
+    pope = scores["pope"]["official"]["metrics"]["overall"]["accuracy"]
+    assert pope["n"] == 6
+    assert "88.7" in printed
+
+
+def test_two_processes_and_a_killed_run_give_the_same_files(benchmarked, tmp_path):
+    folder, _, options = benchmarked
+    evaluate(*options, "--output_dir", tmp_path / "two", processes=2)
+    assert content(tmp_path / "two") == content(folder)
+    shutil.copytree(folder, tmp_path / "killed")
+    for name in ("scores.json", "counts.json", "mmvu.jsonl", "amber.jsonl", "outputs/amber.jsonl"):
+        (tmp_path / "killed" / name).unlink()
+    cut = (folder / "outputs/pope.jsonl").read_bytes()
+    (tmp_path / "killed/outputs/pope.jsonl").write_bytes(cut[: len(cut) // 2])  # in the middle of a line
+    evaluate(*options, "--output_dir", tmp_path / "killed", processes=2)
+    assert content(tmp_path / "killed") == content(folder)
+
+
+def test_another_prompt_needs_another_folder(benchmarked):
+    folder, _, options = benchmarked
+    done = evaluate(*options, "--output_dir", folder, "--direct", check=False)
+    assert done.returncode != 0 and "asked: 'four_stage' there, 'direct' now" in done.stderr
+
+
+def test_two_runs_are_compared_row_by_row(benchmarked, tmp_path, capsys):
+    folder, _, options = benchmarked
+    evaluate(*options[:2], "--max_new_tokens", 6, *options[options.index("--benchmarks") :], "--limit", 4, "--direct",
+             "--output_dir", tmp_path / "direct")  # fmt: skip
+    asked = [json.loads(line)["prompt"] for line in (tmp_path / "direct/pope.jsonl").read_text().splitlines()]
+    assert len(asked) == 4 and asked[0] == "Is there a kite in the picture?"
+    evaluation.compare(folder, folder)
+    printed = capsys.readouterr().out
+    assert "videohallucer" in printed and "+0.0 [+0.0, +0.0]" in printed and "McNemar" in printed
+    with pytest.raises(data.DataError, match="pope: .*not over the same pictures.*evaluate both on the same rows"):
+        shutil.copytree(folder, tmp_path / "other")
+        counts = json.loads((folder / "counts.json").read_text())
+        counts["pope"]["official"].pop("COCO_0")
+        (tmp_path / "other/counts.json").write_text(json.dumps(counts))
+        evaluation.compare(folder, tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--benchmarks", "vqa=/x"], "'vqa' is not one of pope, mmbench"),
+        (["--benchmarks", "pope=/nowhere"], "/nowhere"),
+        (["--benchmarks", "pope=HERE/mmvu"], "pope:"),
+        (["--benchmarks", "pope=HERE/pope", "--template", "/nowhere"], "nowhere"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line_before_the_model_is_loaded(published, tmp_path, options, says):
+    options = [word.replace("HERE", str(published)) for word in options]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), "--model", "/no/model", *options],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr
