@@ -452,6 +452,8 @@ def score(
                 open_cases.append((row, text[-LONG:]))
             if row.kind == "yes/no" and name == "amber" and verdicts[row.id].answer is None:
                 problems["neither yes nor no, counted as wrong"].append(row.id)
+            if name == "pope" and text.strip() and not re.search(r"\b(yes|no|not)\b", text, re.IGNORECASE):
+                problems["neither yes nor no, which POPE's rule takes for a yes"].append(row.id)
         if raw is not None and not raw.strip() and form is not None:
             problems[f"empty output, {verdicts[row.id].verdict} by this rule"].append(row.id)
         if raw is not None and len(raw) > LONG:

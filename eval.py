@@ -370,27 +370,29 @@ def as_json(score: benchmarks.Score) -> dict:
 
 
 def table(name: str, by_protocol: dict[str, dict]) -> str:
-    """The numbers of one benchmark, a line for each protocol and subset."""
+    """The numbers of one benchmark, a line for each protocol and subset; finer subsets ("subject: ...") are in
+    scores.json."""
     known = benchmarks.TABLE[name]
-    out = [
-        f"{known.title}",
-        f"  {'protocol':<9} {'subset':<18} {'measure':<18} {'%':>6}  95 % interval     n  undecided",
-    ]
+    lines = []
     for protocol, found in by_protocol.items():
         subset, measure = found["headline"]
-        for where in [subset, *(s for s in found["metrics"] if s != subset)]:
+        for where in [subset, *(s for s in found["metrics"] if s != subset and ": " not in s)]:
             one = found["metrics"].get(where, {}).get(measure)
             if one:
-                value = "     -" if one["value"] is None else f"{one['value']:6.1%}"[:-1].rjust(6)
+                value = "-" if one["value"] is None else f"{100 * one['value']:.1f}"
                 both = f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}]" if "low" in one else ""
                 dropped = f", {one['dropped']} not counted" if one["dropped"] else ""
-                out.append(
-                    f"  {protocol:<9} {where:<18} {measure:<18} {value}  {both:<14} {one['n']:>5}  "
-                    f"{one['undecided']}{dropped}"
-                )
+                lines.append((protocol, where, measure, value, both, one["n"], f"{one['undecided']}{dropped}"))
+    lines.insert(0, ("protocol", "subset", "measure", "%", "95 % interval", "n", "undecided"))
+    widths = [max(len(str(line[k])) for line in lines) for k in range(len(lines[0]))]
+    left = (0, 1, 2, 4, 6)
+    out = [
+        "  ".join(f"{x!s:{'<' if k in left else '>'}{w}}" for k, (x, w) in enumerate(zip(line, widths)))
+        for line in lines
+    ]
     if known.paper_number:
-        out.append(f"  published: {known.paper_number} (the paper's row Ours: {known.paper})")
-    return "\n".join(out)
+        out.append(f"published: {known.paper_number} (the paper's row Ours: {known.paper})")
+    return "\n  ".join([known.title, *map(str.rstrip, out)])
 
 
 def counts_as_json(score: benchmarks.Score) -> dict[str, list]:

@@ -336,8 +336,7 @@ class Run:
 
         def save(beside: Path) -> None:
             save_file(whole, beside / "state.safetensors")
-            size = (beside / "state.safetensors").stat().st_size
-            rewrite(beside / "state.json", json.dumps(state | {"processes": self.processes, "bytes": size}, indent=1))
+            rewrite(beside / "state.json", json.dumps(state | {"processes": self.processes}, indent=1))
 
         self.write_folder(folder, save)
 
@@ -347,8 +346,6 @@ class Run:
         again = f"Delete {folder} to go on from the one before it, or from the start of the stage"
         try:
             state = json.loads((folder / "state.json").read_text())
-            if state["bytes"] != (size := (folder / "state.safetensors").stat().st_size):
-                raise ValueError(f"state.safetensors has {size} bytes instead of {state['bytes']}")
             with safe_open(folder / "state.safetensors", "pt") as file:
                 there = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118, it is no dict
                 if there != set(like):

@@ -125,7 +125,7 @@ FAULTS = [
     Fault("the rate starts again", "train", "self.schedule.load_state_dict(", "dict(", "killed_in_every", "nothing_lost"),
     Fault("an update that is not finite counts", "train", "if run.total(torch.tensor(bad, device=run.accelerator.device)) == 0:", "if True:", "not_finite", "nothing_lost"),
     Fault("what is half written looks whole", "run", 'beside = folder.with_name(f".{folder.name}.unfinished")', "beside = folder", "a_checkpoint_that_fails", "nothing_lost"),
-    Fault("half a checkpoint is taken", "run", "if state[\"bytes\"] != (size :=", "if 0 > (size :=", "half_a_checkpoint", "nothing_lost"),
+    Fault("a checkpoint of another model is taken", "run", "if there != set(like):", "if False:", "of_another_model", "nothing_lost"),
     # the judge
     Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),
     Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),

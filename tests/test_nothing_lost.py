@@ -24,7 +24,7 @@ import train
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
-    "--sft_steps 8 --sft_batch 4 --sft_lr 3e-3 --responses 4 --select_batch 2 --rl_steps 8 --prompts_per_step 4 "
+    "--sft_steps 12 --sft_batch 4 --sft_lr 3e-3 --responses 4 --select_batch 2 --rl_steps 12 --prompts_per_step 4 "
     "--group_size 4 --save_every 2 --keep_last 2 --max_new_tokens 24 --rl_lr 1e-3 --held_out_rows 4 --quiet true"
 ).split()
 
@@ -70,13 +70,13 @@ def lines_in(file):
 
 
 STAGES = {  # when a stage is under way
-    "cold start": lambda folder: lines_in(folder / "sft/metrics.jsonl") >= 1,
+    "cold start": lambda folder: lines_in(folder / "sft/metrics.jsonl") >= 3,
     "scoring": lambda folder: lines_in(folder / "select/scores.jsonl") >= 2,
     "selection": lambda folder: lines_in(folder / "select/scores.jsonl") >= 12,
-    "rl": lambda folder: lines_in(folder / "rl/metrics.jsonl") >= 1,
-    "checkpoint": lambda folder: bool(list(folder.glob("*/.checkpoint-*"))) or (folder / "rl/metrics.jsonl").exists(),
+    "rl": lambda folder: lines_in(folder / "rl/metrics.jsonl") >= 3,
+    "checkpoint": lambda folder: bool(list(folder.glob("rl/.checkpoint-*.unfinished"))),
 }
-SPAN = {"cold start": 0.6, "scoring": 0.5, "selection": 0.05, "rl": 0.8, "checkpoint": 0.03}
+SPAN = {"cold start": 0.2, "scoring": 0.3, "selection": 0.05, "rl": 0.5, "checkpoint": 0.02}  # seconds
 
 
 def assert_same(folder, other):
@@ -106,6 +106,8 @@ def kill_in_every_stage(fork, options, folder, chance):
         process.kill()
         process.join()
         killed += [stage] if process.exitcode == -9 else []
+        if stage in ("cold start", "rl") and process.exitcode == -9:  # what follows is a resumption, not a new start
+            assert list(folder.glob(f"{'rl' if stage == 'rl' else 'sft'}/checkpoint-*")), stage
     process = fork("--output_dir", folder, *options)
     process.join()
     assert process.exitcode == 0
@@ -175,7 +177,7 @@ def test_scores_of_two_processes_are_continued_by_one(pair, tmp_path, fork):
     shutil.copytree(whole, folder, ignore=shutil.ignore_patterns("rl", "selected.json", "after.json"))
     cut = "".join(scores.splitlines(keepends=True)[:5]) + scores.splitlines()[5][:40]  # killed while it wrote
     (folder / "select/scores.jsonl").write_text(cut)
-    process = fork("--output_dir", folder, *options, "--rl_steps", "8")
+    process = fork("--output_dir", folder, *options)
     process.join()
     assert process.exitcode == 0
     assert (folder / "select/scores.jsonl").read_text().startswith(cut[:-40])
