@@ -230,6 +230,8 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     for name in [*names, *media]:
         if name not in benchmarks.TABLE:
             raise data.DataError(f"--benchmarks: {name!r} is not one of {', '.join(benchmarks.TABLE)}")
+        if not (names.get(name) or benchmarks.TABLE[name].hub):
+            raise data.DataError(f"--benchmarks: {name} is not on the hub; give {name}=FOLDER")
     four_stage = args.four_stage or (settings.get("four_stage", True) and not args.direct)
     template = Path(args.template).read_text() if args.template else ""
     if template and "{Question}" not in template:

@@ -492,6 +492,13 @@ def test_two_processes_and_a_killed_run_give_the_same_files(benchmarked, tmp_pat
     assert content(tmp_path / "killed") == content(folder)
 
 
+def test_the_readme_says_what_to_compare_with_what():
+    table = (ROOT / "README.md").read_text().partition("## Evaluation on benchmarks")[2].partition("\n## ")[0]
+    for known in benchmarks.TABLE.values():
+        [line] = [line for line in table.splitlines() if line.startswith(f"| {known.title} |")]
+        assert f"{known.paper_number or 'not in GWYS'}" in line
+
+
 def test_another_prompt_needs_another_folder(benchmarked):
     folder, _, options = benchmarked
     done = evaluate(*options, "--output_dir", folder, "--direct", check=False)
@@ -520,6 +527,7 @@ def test_two_runs_are_compared_row_by_row(benchmarked, tmp_path, capsys):
     [
         (["--benchmarks", "vqa=/x"], "'vqa' is not one of pope, mmbench"),
         (["--benchmarks", "pope=/nowhere"], "/nowhere"),
+        (["--benchmarks", "amber"], "amber is not on the hub; give amber=FOLDER"),
         (["--benchmarks", "pope=HERE/mmvu"], "pope:"),
         (["--benchmarks", "pope=HERE/pope", "--template", "/nowhere"], "nowhere"),
     ],
