@@ -437,9 +437,15 @@ def check(source: str, model: str = "", min_pixels=3136, max_pixels=401_408, fps
     splits, problems = _read(source, print)
     count_text = None
     if model:
-        from transformers import AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
-        count_text = prompt_text_tokens(AutoTokenizer.from_pretrained(model))
+        try:
+            tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+        except (OSError, ValueError) as error:
+            raise DataError(f"--model: cannot load {model}: {str(error).splitlines()[0]}") from error
+        count_text, most = prompt_text_tokens(tokenizer), config.text_config.max_position_embeddings
+        splits, unfit = fitting(splits, tokenizer, most, True, min_pixels, max_pixels, fps, max_frames)
+        problems = [*problems, *unfit]
     for name, rows in splits.items():
         print(f"{name}: {len(rows)} rows, {sum(bool(s.process) for s in rows)} with a reference response")
         for (data_type, problem_type), n in sorted(Counter((s.data_type, s.problem_type) for s in rows).items()):
@@ -478,11 +484,32 @@ def prompt_text_tokens(tokenizer, four_stage: bool = True):
     return count
 
 
+def fitting(
+    sets: dict[str, list[Sample]], tokenizer, most: int, four_stage: bool, min_pixels, max_pixels, fps, max_frames
+) -> tuple[dict[str, list[Sample]], list[str]]:
+    """The rows that a model can be asked, and a line for each other: a multimodal prompt is never truncated, so one of
+    more than `most` tokens is a bad row, as is one with a control token in its text."""
+    text_tokens, problems, fit = prompt_text_tokens(tokenizer, four_stage), [], {}
+    for name, rows in sets.items():
+        fit[name] = []
+        for s in rows:
+            tokens = text_tokens(s) + visual_tokens(s, min_pixels, max_pixels, fps, max_frames)
+            words = " ".join([s.problem, *s.options, s.answer, s.process or ""])
+            control = [token for token in tokenizer.all_special_tokens if token in words]
+            if control:
+                problems.append(f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a command")
+            elif tokens > most:
+                problems.append(f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}: a lower --max_pixels?")
+            else:
+                fit[name].append(s)
+    return fit, problems
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Check a dataset before anything is trained on it.")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("source", help="dataset folder, file or hub id")
-    parser.add_argument("--model", default="", help="count prompt tokens with this model's tokenizer")
+    parser.add_argument("--model", default="", help="count prompt tokens, and find what this model cannot be asked")
     args = parser.parse_args()
     try:
         sys.exit(0 if check(args.source, args.model) else 1)

@@ -225,62 +225,26 @@ def checkpoint_of(path: Path) -> tuple[Path, dict]:
 
 def on_benchmarks(args: argparse.Namespace) -> None:
     """Ask every row of every benchmark, score by both protocols, print the table. Goes on from what is there."""
-    model, settings = checkpoint_of(Path(args.model))
-    names, media = pairs(args.benchmarks), pairs(args.media or [])
-    for name in [*names, *media]:
-        if name not in benchmarks.TABLE:
-            raise data.DataError(f"--benchmarks: {name!r} is not one of {', '.join(benchmarks.TABLE)}")
-        if not (names.get(name) or benchmarks.TABLE[name].hub):
-            raise data.DataError(f"--benchmarks: {name} is not on the hub; give {name}=FOLDER")
-    four_stage = args.four_stage or (settings.get("four_stage", True) and not args.direct)
-    template = Path(args.template).read_text() if args.template else ""
-    if template and "{Question}" not in template:
-        raise data.DataError(f"--template: {args.template} has no {{Question}}")
-    default = Path(args.model) / "benchmarks" if settings else Path("runs") / f"eval-{Path(args.model).name}"
-    known = ("dtype", "attention", "min_pixels", "max_pixels", "fps", "max_frames", "max_new_tokens")
-    given = {name: settings[name] for name in known if name in settings}
-    given |= {name: value for name in known if (value := getattr(args, name, None)) is not None}
-    options = {"dtype": "float32", "fps": 2.0, "max_frames": 16, "max_new_tokens": 768} | given
-    cfg = SimpleNamespace(
-        output_dir=str(args.output_dir or default),
-        model=str(model),
-        benchmarks={name: path or benchmarks.TABLE[name].hub[0] for name, path in names.items()},
-        asked="template" if template else "four_stage" if four_stage else "direct",
-        template=template,
-        sample=args.sample,
-        seed=args.seed,
-        limit=args.limit,
-        eval_batch=args.batch,
-        tracker="",
-        quiet=False,
-        **options,
-    )
-    sets = {}
-    for name, path in cfg.benchmarks.items():  # every file and every row is looked at before anything is loaded
-        rows = benchmarks.read(name, path, media.get(name), args.on_bad_row)
-        sets[name] = rows[: args.limit or None]
+    cfg = settings_of(args)
+    sets = rows_of(cfg, args)
     run = Run(cfg)
-    policy = functools.cache(lambda: load(str(model), options, run.accelerator.device))
+    policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.accelerator.device))
     judge = open_judge(args, run.accelerator.device) if run.is_main else None
     results, counts = {}, {}
     for name, rows in sets.items():
-        if cfg.asked == "direct":
-            texts = {row.id: benchmarks.prompt(name, row) for row in rows}
-        else:
-            texts = {row.id: paper_prompt(name, row, template) for row in rows}
-        samples = [benchmarks.sample(name, row) for row in rows]
+        texts = {row.id: prompt_of(name, row, cfg) for row in rows}
 
         def ask(some: list[data.Sample], texts=texts) -> list[dict]:
             turns = [data.messages(s, texts[s.id], cfg.fps, cfg.max_frames) for s in some]
-            chance = (
-                vlm.uniform_numbers([s.id for s in some], 1, cfg.max_new_tokens, str(cfg.seed)) if cfg.sample else None
-            )
-            said = policy().generate(policy().encode(turns), 1, cfg.max_new_tokens, sample=cfg.sample, draws=chance)
-            return [{"id": s.id, "prompt": texts[s.id], "output": row[0]} for s, row in zip(some, said.text)]
+            ids, length = [s.id for s in some], cfg.max_new_tokens
+            chance = vlm.uniform_numbers(ids, 1, length, str(cfg.seed)) if cfg.sample else None
+            said = policy().generate(policy().encode(turns), 1, length, sample=cfg.sample, draws=chance).text
+            return [{"id": i, "prompt": texts[i], "output": row[0]} for i, row in zip(ids, said, strict=True)]
 
         def answer(mine: list[data.Sample], ask=ask) -> list[dict]:
             return [line for lines in run.parts(mine, 0, ask) for line in lines]
 
+        samples = [benchmarks.sample(name, row) for row in rows]
         lines = run.each(run.folder / "outputs" / f"{name}.jsonl", samples, cfg.eval_batch, answer, name)
         if run.is_main:
             found = scored(name, rows, lines, cfg.asked != "direct", judge)
@@ -296,15 +260,74 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     run.accelerator.end_training()
 
 
-def pairs(words: list[str]) -> dict[str, str]:
+def settings_of(args: argparse.Namespace) -> SimpleNamespace:
+    """What an evaluation depends on, from the options and the run that trained the model."""
+    model, trained = checkpoint_of(Path(args.model))
+    given = pairs(args.benchmarks)
+    for name in [*given, *pairs(args.media)]:
+        if name not in benchmarks.TABLE:
+            raise data.DataError(f"--benchmarks: {name!r} is not one of {', '.join(benchmarks.TABLE)}")
+        if not (given.get(name) or benchmarks.TABLE[name].hub):
+            raise data.DataError(f"--benchmarks: {name} is not on the hub; give {name}=FOLDER")
+    template = Path(args.template).read_text() if args.template else ""
+    if template and "{Question}" not in template:
+        raise data.DataError(f"--template: {args.template} has no {{Question}}")
+    direct = args.direct or not (args.four_stage or trained.get("four_stage", True))
+    options = {"dtype": "float32", "attention": "sdpa", "min_pixels": 3136, "max_pixels": 401_408}
+    options |= {"fps": 2.0, "max_frames": 16, "max_new_tokens": 768}
+    for source in (trained, vars(args)):
+        options |= {name: source[name] for name in options if source.get(name) is not None}
+    default = Path(args.model) / "benchmarks" if trained else Path("runs") / f"eval-{Path(args.model).name}"
+    return SimpleNamespace(
+        output_dir=str(args.output_dir or default),
+        model=str(model),
+        benchmarks={name: path or benchmarks.TABLE[name].hub[0] for name, path in given.items()},
+        asked="template" if template else "direct" if direct else "four_stage",
+        template=template,
+        sample=args.sample,
+        seed=args.seed,
+        limit=args.limit,
+        eval_batch=args.batch,
+        tracker="",
+        quiet=False,
+        **options,
+    )
+
+
+def rows_of(cfg: SimpleNamespace, args: argparse.Namespace) -> dict[str, list[benchmarks.Row]]:
+    """Every benchmark's rows, each looked at before the model is loaded: its picture or clip, its length."""
+    media = pairs(args.media)
+    sets = {
+        name: benchmarks.read(name, path, media.get(name), args.on_bad_row)[: cfg.limit or None]
+        for name, path in cfg.benchmarks.items()
+    }
+    try:
+        context, tokenizer = vlm.context(cfg.model)
+    except (OSError, ValueError) as error:
+        raise data.DataError(f"--model: cannot load {cfg.model} ({str(error).splitlines()[0]})") from error
+    samples = {name: [benchmarks.sample(name, row) for row in rows] for name, rows in sets.items()}
+    limits = (True, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
+    fit, problems = data.fitting(samples, tokenizer, context - cfg.max_new_tokens, *limits)
+    if problems and args.on_bad_row == "error":
+        remedy = f"{len(problems)} rows cannot be asked. Leave them out with --on_bad_row skip"
+        raise data.DataError("\n".join([*problems[:10], remedy]))
+    for line in problems:
+        print(f"skipped: {line}")
+    kept = {name: {sample.id for sample in fit[name]} for name in sets}
+    return {name: [row for row in rows if row.id in kept[name]] for name, rows in sets.items()}
+
+
+def pairs(words: list[str] | None) -> dict[str, str]:
     """['pope=DIR', 'mmvu'] -> {'pope': 'DIR', 'mmvu': ''}"""
-    return {name: path for name, _, path in (word.partition("=") for word in words)}
+    return {name: path for name, _, path in (word.partition("=") for word in words or [])}
 
 
-def paper_prompt(name: str, row: benchmarks.Row, template: str) -> str:
-    """The prompt of training, or with a template the wording of another checkpoint (the authors')."""
-    if template:
-        return benchmarks.prompt(name, row, "paper", template=template)
+def prompt_of(name: str, row: benchmarks.Row, cfg: SimpleNamespace) -> str:
+    """The prompt of training; or the benchmark's own; or another wording of the stages, for the authors' checkpoints."""
+    if cfg.asked == "direct":
+        return benchmarks.prompt(name, row)
+    if cfg.asked == "template":
+        return benchmarks.prompt(name, row, "paper", template=cfg.template)
     sample = benchmarks.sample(name, row)
     return reasoning.prompt(sample.problem, sample.options, sample.problem_type)
 

@@ -1014,42 +1014,27 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         if run.is_main:
             shapes.build(Path(cfg.world), cfg.quiet)
         run.accelerator.wait_for_everyone()
-    sets = given or data.load(Path(cfg.world) / "data")
-    _check_lengths(sets, cfg, run)
+    sets = _fitting(given or data.load(Path(cfg.world) / "data"), cfg, run)
     if "train" not in sets:
         raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
     return sets
 
 
-def _check_lengths(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> None:
-    """A multimodal prompt is never truncated: one that is too long is a bad row, as is one with a control token."""
+def _fitting(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     try:
         context, tokenizer = vlm.context(cfg.start)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model: cannot load {cfg.start}: {str(error).splitlines()[0]}") from error
-    text_tokens = data.prompt_text_tokens(tokenizer, cfg.four_stage)
     most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
-    problems = []
-    for name, rows in sets.items():
-        fitting = []
-        for s in rows:
-            tokens = text_tokens(s)
-            tokens += data.visual_tokens(s, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
-            words = " ".join([s.problem, *s.options, s.answer, s.process or ""])
-            control = [token for token in tokenizer.all_special_tokens if token in words]
-            if control:
-                problems.append(f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a command")
-            elif tokens > most:
-                problems.append(f"{name} ({s.id}), prompt: {tokens} tokens, more than {most}: a lower --max_pixels?")
-            else:
-                fitting.append(s)
-        sets[name] = fitting
-    if problems and (cfg.on_bad_row == "error" or not all(sets.values())):
+    limits = (cfg.four_stage, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
+    fit, problems = data.fitting(sets, tokenizer, most, *limits)
+    if problems and (cfg.on_bad_row == "error" or not all(fit.values())):
         remedy = "Mend them, or leave them out with --on_bad_row skip"
         raise data.DataError("\n".join([*problems[:10], f"{len(problems)} rows cannot be used. {remedy}"]))
     for line in problems:
         run.say(f"skipped: {line}")
+    return fit
 
 
 def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> CaptionReward | None:
