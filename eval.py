@@ -228,8 +228,8 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     cfg = settings_of(args)
     sets = rows_of(cfg, args)
     run = Run(cfg)
-    policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.accelerator.device))
-    judge = open_judge(args, run.accelerator.device) if run.is_main else None
+    policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.device))
+    judge = open_judge(args, run.device) if run.is_main else None
     results, counts = {}, {}
     for name, rows in sets.items():
         texts = {row.id: prompt_of(name, row, cfg) for row in rows}
@@ -323,7 +323,7 @@ def pairs(words: list[str] | None) -> dict[str, str]:
 
 
 def prompt_of(name: str, row: benchmarks.Row, cfg: SimpleNamespace) -> str:
-    """The prompt of training; or the benchmark's own; or another wording of the stages, for the authors' checkpoints."""
+    """The prompt of training, the benchmark's own, or another wording of the stages (the authors' checkpoints)."""
     if cfg.asked == "direct":
         return benchmarks.prompt(name, row)
     if cfg.asked == "template":
@@ -546,7 +546,7 @@ def main() -> None:
     except (data.DataError, ConfigError, FileNotFoundError) as error:
         stop(f"error: {error}")
     except KeyboardInterrupt:
-        stop("\ninterrupted. The same command goes on from the rows that are answered")
+        stop("\ninterrupted. The same command goes on from the rows that are answered", everyone=True)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, is_torch_version, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -91,6 +91,7 @@ class Run:
             torch.set_float32_matmul_precision("high")  # TF32 in float32 products; softmax and sums stay in float32
         self.cfg, self.processes, self.rank = cfg, self.accelerator.num_processes, self.accelerator.process_index
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
+        self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         for name in ("prompts_per_step", "sft_batch"):
             if getattr(cfg, name, 0) % self.processes:
@@ -111,10 +112,13 @@ class Run:
     def _claim_folder(self) -> None:
         """Start or go on in the run folder; refuse one that was made with another configuration."""
         file, now = self.folder / "config.yaml", dict(vars(self.cfg))
-        begun = self.folder.exists() and any(path != file for path in self.folder.iterdir())
+        begun = self.folder.exists() and any(path != file and path.name[0] != "." for path in self.folder.iterdir())
         if file.exists() and begun:  # a run that was stopped before its first result binds no one
             then = yaml.safe_load(file.read_text())
-            differ = [k for k in now if k not in FREE_TO_CHANGE and then.get(k) != now[k]]
+            free = set(FREE_TO_CHANGE)
+            if all(str(cfg.get("judge")).startswith("http") for cfg in (then, now)):
+                free.add("judge")  # the same --judge_model at another address
+            differ = [k for k in now if k not in free and then.get(k) != now[k]]
             if differ:
                 changes = "; ".join(f"{k}: {then.get(k)!r} there, {now[k]!r} now" for k in differ)
                 raise ConfigError(
@@ -129,6 +133,9 @@ class Run:
                 for left in self.folder.rglob(f".*.{ending}"):
                     shutil.rmtree(left) if left.is_dir() else left.unlink()
         self.write(file, now)
+        patience = time.time() + 60  # a shared disk may be slow to show what is new
+        while not file.exists() and time.time() < patience:
+            time.sleep(1)
         if not file.exists():
             raise ConfigError(
                 f"output_dir: {socket.gethostname()} does not see {self.folder}, which the first machine has written. "
@@ -143,6 +150,8 @@ class Run:
 
     def prepare(self, policy: nn.Module, *others) -> tuple:
         """The policy as this launch wraps it, its optimiser and its schedule."""
+        if self.sharded:
+            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(policy._no_split_modules)
         prepared = self.accelerator.prepare(policy, *others)
         if self.sharded:
             # parts of a tensor are returned, and not changed in place
@@ -167,10 +176,12 @@ class Run:
                 unit.set_reshard_after_forward(unit is not policy, recurse=False)
 
     def passes(self, model: nn.Module, parts: list) -> Iterator[tuple[int, Any]]:
-        """The parts of an update with their numbers. The gradients of processes meet in the last one only; the context
-        spans forward and backward, because DDP looks at it in forward."""
+        """The parts of an update with their numbers. Gradients of processes meet in the last one only, but in every one
+        where they are sharded, or each process would hold the whole gradient between them. The context spans forward
+        and backward, because DDP looks at it in forward."""
         for i, part in enumerate(parts):
-            with nullcontext() if part is parts[-1] else self.accelerator.no_sync(model):
+            meet = self.sharded or part is parts[-1]
+            with nullcontext() if meet else self.accelerator.no_sync(model):
                 yield i, part
 
     def clip(self, model: nn.Module, most: float) -> float:
@@ -183,18 +194,17 @@ class Run:
         does not suffice on half as many, with the same results up to rounding; all processes then take as few, so
         that an update has as many passes in each."""
         while True:
-            agreed, found = self.most, self._parts(batch, size, work, *args)
-            if self.processes == 1:
-                return found
-            self.most = min(self.gather([self.most]))
-            if self.most == agreed:
+            agreed = self.most = min(self.gather([self.most]))
+            found = self.pieces(batch, size, work, *args)
+            if self.processes == 1 or min(self.gather([self.most])) == agreed:
                 return found
 
-    def _parts(self, batch: list, size: int, work: Callable, *args) -> list:
+    def pieces(self, batch: list, size: int, work: Callable, *args) -> list:
+        """`parts` without agreement, where nothing is communicated."""
         size = min(size or len(batch), self.most)
         if 0 < size < len(batch):
             even = sorted(batch, key=data.length)
-            return [part for i in range(0, len(even), size) for part in self._parts(even[i : i + size], 0, work, *args)]
+            return [part for i in range(0, len(even), size) for part in self.pieces(even[i : i + size], 0, work, *args)]
         try:
             return [work(batch, *args)] if batch else []
         except RuntimeError as error:
@@ -206,7 +216,7 @@ class Run:
         tqdm.write(
             f"process {self.rank}: memory does not suffice for {len(batch)} prompts at a time: trying {self.most}"
         )
-        return self._parts(batch, 0, work, *args)
+        return self.pieces(batch, 0, work, *args)
 
     def each(self, file: Path, items: list, size: int, work: Callable[[list], list[dict]], name: str) -> list[dict]:
         """A line of `file` for every item, by its `id`: work(some items) makes theirs, `size` items at a time in each
@@ -249,6 +259,10 @@ class Run:
     def gather(self, items: list) -> list:
         return gather_object(items) if self.processes > 1 else items
 
+    def first(self, value: Callable[[], Any]) -> Any:
+        """What the main process finds: on a shared disk another may still see what was there before."""
+        return self.gather([value() if self.is_main else None])[0]
+
     def total(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.double(), "sum")
 
@@ -285,7 +299,7 @@ class Run:
             try:
                 beside.mkdir(parents=True)
                 save(beside)
-                for file in beside.iterdir():  # on the disk, not only in its cache, before anything older goes
+                for file in filter(Path.is_file, beside.rglob("*")):  # on the disk, not in its cache, before older goes
                     with file.open("rb") as written:
                         os.fsync(written.fileno())
             except BaseException:
@@ -340,12 +354,16 @@ class Run:
 
         self.write_folder(folder, save)
 
-    def load_checkpoint(self, folder: Path, like: dict[str, Tensor]) -> tuple[dict, dict[str, Tensor]]:
+    def load_checkpoint(
+        self, folder: Path, like: dict[str, Tensor], needed: Iterable[str] = ()
+    ) -> tuple[dict, dict[str, Tensor]]:
         """What `save_checkpoint` was given, tensors in the dtype of the file and laid out as their weight in `like` is:
         "moment/NAME" as like["NAME"]."""
         again = f"Delete {folder} to go on from the one before it, or from the start of the stage"
         try:
             state = json.loads((folder / "state.json").read_text())
+            if lacking := {"step", "processes", *needed} - set(state):
+                raise ValueError(f"state.json lacks {', '.join(sorted(lacking))}")
             with safe_open(folder / "state.safetensors", "pt") as file:
                 there = {key.partition("/")[2] for key in file.keys()}  # noqa: SIM118, it is no dict
                 if there != set(like):
@@ -386,9 +404,12 @@ class Run:
         return found
 
 
-def stop(message: str) -> NoReturn:
-    """Exit with a message: once, where all processes meet the same error."""
-    if rank := int(os.environ.get("RANK", 0)):
+def stop(message: str, everyone: bool = False) -> NoReturn:
+    """Exit with a message: once, where all processes meet the same error (everyone: as they certainly do)."""
+    rank = int(os.environ.get("RANK", 0))
+    if rank and everyone:
+        sys.exit(1)
+    if rank:
         time.sleep(10)  # then the first one has said it, and the launcher has ended this process
         message = f"process {rank}: {message}"
     sys.exit(message)
@@ -400,8 +421,11 @@ def check_launch(env: dict[str, str], gpus: int, cores: int) -> None:
     if gpus and here > gpus or not gpus and here > max(4, cores):
         has = f"{gpus} GPUs" if gpus else f"no GPU and {cores} CPU cores"
         raise ConfigError(f"launch file: {here} processes on a machine with {has}. Give num_processes: {gpus or cores}")
-    if env.get("ACCELERATE_USE_FSDP") == "true" and env.get("FSDP_VERSION") != "2":
-        raise ConfigError("launch file: give fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
+    if env.get("ACCELERATE_USE_FSDP") == "true":
+        if env.get("FSDP_VERSION") != "2":
+            raise ConfigError("launch file: give fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
+        if not is_torch_version(">=", "2.9"):  # before, a shard's weights had to be of one dtype
+            raise ConfigError("launch file: FSDP2 needs torch 2.9 or newer here")
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if env.get(f"ACCELERATE_USE_{name}") == "true":
             raise ConfigError(f"launch file: {name} is not supported. Shard with FSDP2: configs/accelerate/fsdp2.yaml")
@@ -414,6 +438,9 @@ def _fsdp2(dtype: str) -> FullyShardedDataParallelPlugin:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
+        reshard_after_forward=True,
+        cpu_offload=False,
+        activation_checkpointing=False,  # --gradient_checkpointing does it
         cpu_ram_efficient_loading=False,
         mixed_precision_policy=half if dtype == "bfloat16" else None,
     )

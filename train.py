@@ -63,7 +63,7 @@ def main(cfg: "Config") -> None:
 
         # Reinforcement learning: GRPO with the Caption Reward, and the conflict regulariser.
         steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step)
-        learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, partial(held_out_reward, sets, judge, cfg, run))
+        learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, held_out(sets, judge, cfg, run))
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
             with run.whole(learner.policy):
@@ -368,10 +368,8 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
     if not cfg.selection:
         return samples
     chosen = run.folder / "select" / "selected.json"
-    already = chosen.exists()
-    run.accelerator.wait_for_everyone()  # before one of them writes it
-    if not already:
-        policy = cache(lambda: load(start, False, cfg, run))  # where all prompts are scored it is not needed
+    if not run.first(chosen.exists):
+        policy = cache(lambda: load(start, False, cfg, run.device))  # where all prompts are scored it is not needed
 
         def score(mine: list[data.Sample]) -> list[dict]:
             parts = run.parts(mine, 0, lambda some: roll_out(some, policy(), None, cfg, "select", cfg.responses))
@@ -387,10 +385,11 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
                 "learn from. Train the cold start longer, or give harder or easier prompts"
             )
         run.write(chosen, {"kept": kept, "of": len(ids), "tied": sum(line["variance"] == 0 for line in scores)})
-    kept = set(json.loads(chosen.read_text())["kept"])
+    kept = set(run.first(lambda: json.loads(chosen.read_text())["kept"]))
     run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
     if len(kept) < cfg.prompts_per_step:
-        run.say(f"warning: fewer than --prompts_per_step {cfg.prompts_per_step}: each update sees {len(kept)} prompts")
+        size = len(kept) // run.processes * run.processes
+        run.say(f"warning: fewer than --prompts_per_step {cfg.prompts_per_step}: each update sees {size} prompts")
     return [s for s in samples if s.id in kept]
 
 
@@ -626,39 +625,52 @@ def count(parts: list[Rollouts], run: Run) -> dict[str, float]:
     return dict(zip(("sequences", "tokens"), run.total(here).tolist(), strict=True))
 
 
-def held_out_reward(sets: dict, judge: CaptionReward | None, cfg: Config, run: Run, policy: vlm.VLM) -> float | None:
-    """Mean total reward of greedy responses to some rows that are not trained on; None without such rows."""
+def held_out(sets: dict, judge: CaptionReward | None, cfg: Config, run: Run) -> Callable[[vlm.VLM], float] | None:
+    """Scores a policy on some rows that are not trained on; None without such rows."""
     rows = sets.get("validation") or next((rows for name, rows in sets.items() if name.startswith("test")), [])
     rows = rows[:: max(1, len(rows) // max(1, cfg.held_out_rows))][: cfg.held_out_rows]
-    if not rows:
-        return None
-    mine, rewards = run.mine(rows), []
-    for i in range(0, len(mine), cfg.eval_batch):
-        some = mine[i : i + cfg.eval_batch]
-        texts = evaluation.respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
-        part = SimpleNamespace(samples=some, text=[[text] for text in texts], mask=torch.zeros(1))
-        [(table, _)] = reward([part], judge, cfg)
-        rewards += grpo.total_reward(table, cfg.reward_weights)[:, 0].tolist()
-    known = [r for r in run.gather(rewards) if r == r]
-    return sum(known) / max(1, len(known))
+    return partial(held_out_reward, rows, judge, cfg, run) if rows else None
+
+
+def held_out_reward(rows: list, judge: CaptionReward | None, cfg: Config, run: Run, policy: vlm.VLM) -> float:
+    """Mean total reward of greedy responses."""
+    answered = run.pieces(run.mine(rows), cfg.eval_batch, greedily, policy, cfg)
+    parts = [
+        SimpleNamespace(samples=some, text=[[text] for text in texts], mask=torch.zeros(1)) for some, texts in answered
+    ]
+    tables = [table for table, _ in reward(parts, judge, cfg)]
+    found = run.gather(
+        [{name: one[name][i, 0].item() for name in one} for one in tables for i in range(len(one["format"]))]
+    )
+    score = 0.0
+    for name, weight in cfg.reward_weights.items():  # each over what is known of it
+        known = [one[name] for one in found if one[name] == one[name]]
+        score += weight * sum(known) / max(1, len(known))
+    return score
+
+
+def greedily(some: list[data.Sample], policy: vlm.VLM, cfg: Config) -> tuple[list[data.Sample], list[str]]:
+    return some, evaluation.respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
 
 
 def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg: Config, run: "Run") -> None:
     """Greedy responses on every held-out set -> eval/NAME.json, and a few pictures for the report."""
     file = run.folder / "eval" / f"{name}.json"
     held_out = {k: v for k, v in sets.items() if k.startswith("test")}
-    if file.exists() or not held_out:
+    if run.first(file.exists) or not held_out:
         if not held_out:
             run.say("evaluation: skipped (the data have no test*.json)")
         return
-    policy, names, result = load(model, False, cfg, run), evaluation.vocabulary(held_out), {}
+    policy, names, result = load(model, False, cfg, run.device), evaluation.vocabulary(held_out), {}
     bar = run.bar(sum(map(len, held_out.values())), f"evaluate {name}", "row")
     for split, samples in held_out.items():
-        mine, texts = run.mine(samples), []
-        for i in range(0, len(mine), cfg.eval_batch):
-            some = mine[i : i + cfg.eval_batch]
-            texts += evaluation.respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
-            bar.update(len(some) * run.processes)
+        scored = []
+        for i in range(0, len(samples), cfg.eval_batch * run.processes):
+            mine = run.mine(samples[i : i + cfg.eval_batch * run.processes])
+            answered = run.pieces(mine, 0, greedily, policy, cfg)
+            scored += [line for some, texts in answered for line in zip(some, texts, strict=True)]
+            bar.update(len(mine) * run.processes)
+        mine, texts = [list(x) for x in zip(*scored)] or ([], [])
         scored = run.gather(evaluation.verdicts(mine, texts, names, cfg.four_stage, judge))
         rows = {row["id"]: row for row in scored}
         result[split] = evaluation.summary(samples, [rows[s.id] for s in samples])
@@ -684,18 +696,20 @@ class Learner:
         lr: float,
         cfg: Config,
         run: Run,
-        held_out: Callable[[vlm.VLM], float | None] = lambda _: None,
+        held_out: Callable[[vlm.VLM], float] | None = None,
     ):
         self.stage, self.base, self.steps, self.cfg, self.run, self.held_out = stage, model, steps, cfg, run, held_out
         self.folder = run.folder / stage
         run.most = sys.maxsize  # another stage needs other memory
         self.result = self.folder / "policy"
-        self.finished = self.result.exists()
-        self.step, self.losses, self.skipped, self.policy = 0, [], 0, None
+        self.finished = run.first(self.result.exists)
+        self.step, self.size, self.losses = 0, None, []
+        self.policy = self.reference = None
+        self.skipped = self.left_out = 0  # updates in a row before this one; steps of the optimiser in this one
         if self.finished:
             return
         run.reseed(stage, "initialisation")
-        policy = load(model, True, cfg, run)
+        policy = load(model, True, cfg, run.device)
         self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
         trained = [p for p in policy.parameters() if p.requires_grad]
         run.widen(trained)
@@ -704,9 +718,12 @@ class Learner:
         schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * total), total)
         self.model, self.optimizer, self.schedule = run.prepare(policy, optimizer, schedule)
         self.policy = run.accelerator.unwrap_model(self.model)
-        if last := max(self.checkpoints(), default=None, key=number):
+        if last := run.first(lambda: max(self.checkpoints(), default=None, key=number)):
             self._load_checkpoint(last)
             run.say(f"{stage}: resumed after update {self.step}")
+        for folder in self.checkpoints("best"):
+            if number(folder) > self.step:  # of updates that are done again
+                run.remove(folder)
         for name in ("metrics", "rollouts", "held_out", "skipped"):
             run.forget_after(self.folder / f"{name}.jsonl", self.step)
 
@@ -719,17 +736,27 @@ class Learner:
         size = min(size, len(samples)) // run.processes * run.processes
         least = max(run.processes, 2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
         if size < least:
-            raise data.DataError(f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update")
+            raise data.DataError(
+                f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update of {run.processes} "
+                "process(es). The same command with fewer processes goes on from here"
+            )
+        if self.size not in (None, size):
+            raise ConfigError(
+                f"{self.stage}: {len(samples)} rows, in updates of {self.size} so far, make updates of {size} with "
+                f"{run.processes} processes. Go on with as many processes as before"
+            )
+        self.size = size
         self.bar = run.bar(self.steps, self.stage, "step", self.step)
         while self.step < self.steps:
             where = range(self.step * size, (self.step + 1) * size)
             self.step += 1
+            self.skipped, self.left_out = self.skipped + 1 if self.left_out else 0, 0
             batch = [samples[run.order(self.stage, i // len(samples), len(samples))[i % len(samples)]] for i in where]
             self.ids = [sample.id for sample in batch]
             run.reseed(self.stage, self.step)
             yield self.step, run.mine(batch)
             self.bar.update()
-            if self.step % self.cfg.save_every == 0 and self.step < self.steps:
+            if self.step % self.cfg.save_every == 0 and self.step < self.steps and not self.left_out:
                 self._save_checkpoint()
 
     def passes(self, parts: list) -> Iterator[tuple[int, Any]]:
@@ -748,28 +775,28 @@ class Learner:
         run, cfg = self.run, self.cfg
         self.gradient_norm, self.rate = run.clip(self.model, cfg.max_grad_norm), self.schedule.get_last_lr()[0]
         bad = not (math.isfinite(self.gradient_norm) and torch.stack(self.losses).isfinite().all())
-        if run.total(torch.tensor(bad, device=run.accelerator.device)) == 0:
+        file = self.folder / "skipped.jsonl"
+        if run.total(torch.tensor(bad, device=run.device)) == 0:
             self.optimizer.step()
-            self.skipped = 0
         else:
-            self.skipped += 1
-            file = self.folder / "skipped.jsonl"
+            self.left_out += 1
             run.append(file, [{"step": self.step, "ids": self.ids}])
             run.say(f"{self.stage} {self.step}: loss or gradient is not finite; update skipped, its rows are in {file}")
         self.schedule.step()
         self.optimizer.zero_grad()
         self.losses = []
-        if self.skipped >= cfg.max_skipped:
+        if self.left_out and self.skipped + 1 >= cfg.max_skipped:
+            again = f"--model {self.base} --sft_steps 0 " if self.stage == "rl" else ""
             raise Diverged(
-                f"{self.stage}: {self.skipped} updates in a row had a loss or gradient that is not finite; the rows of "
-                f"each are in {file}. A lower --{self.stage}_lr or --max_grad_norm, or other rows? The last checkpoint "
-                "is from before them"
+                f"{self.stage}: {self.skipped + 1} updates in a row had a loss or gradient that is not finite; their "
+                f"rows are in {file}. A lower --{self.stage}_lr or --max_grad_norm, or other rows, in another "
+                f"folder: {again}--output_dir NEW. The last checkpoint is from before them"
             )
 
     def log(self, numbers: dict[str, tuple[float, float]], show: bool = True) -> dict[str, float]:
         """(sum, count) by name -> means over all processes; one line in metrics.jsonl, one on screen."""
         metrics = self.run.average(numbers) | {"grad_norm": self.gradient_norm, "lr": self.rate}
-        metrics = {"step": self.step, **finite(metrics)} | ({"skipped": self.skipped} if self.skipped else {})
+        metrics = {"step": self.step, **finite(metrics)} | ({"skipped": self.left_out} if self.left_out else {})
         self.run.append(self.folder / "metrics.jsonl", [metrics])
         self.run.track(self.stage, metrics, self.step)
         if show:
@@ -812,11 +839,15 @@ class Learner:
         """Write the trained policy, whole or not at all, and drop the checkpoints. Returns its folder."""
         if not self.finished:
             self.bar.close()
-            self._compare(last=True)
+            self._compare()
             self._write_policy(self.result)
-            for checkpoint in self.checkpoints():
-                self.run.remove(checkpoint)
-            self.run.accelerator.free_memory()  # or the next stage's checkpoints would hold this stage's model too
+            self._keep_best()
+            self.policy = self.model = self.optimizer = self.schedule = None
+            if self.reference:
+                self.reference.frozen = None
+            self.run.accelerator.free_memory()  # before another is loaded
+        for folder in self.checkpoints():
+            self.run.remove(folder)
         self.run.tracked += self.steps
         return str(self.result)
 
@@ -830,8 +861,9 @@ class Learner:
         merge = self.cfg.merge or self.stage == "sft" or of_adapter
         policy = self.policy
         if weights:  # this process has a share of them only
-            policy = load(self.base, True, self.cfg, self.run)
-            policy.load_state_dict(weights, strict=False)
+            policy = load(self.base, True, self.cfg, "cpu")
+            if unknown := policy.load_state_dict(weights, strict=False).unexpected_keys:
+                raise RuntimeError(f"the trained weights have other names: {unknown[:3]}")
         policy.save(folder, merge)
         card = model_card(self.stage, self.base, self.step, bool(self.cfg.lora_rank) and not merge, self.cfg)
         (folder / "README.md").write_text(card, encoding="utf-8")
@@ -848,21 +880,23 @@ class Learner:
         """All that the rest of the stage depends on: weights, optimiser, schedule, place in the data. Random numbers
         follow from the seed and the place (`Run.reseed`)."""
         self._compare()
-        tensors = {f"weight/{name}": p for name, p in self._weights().items()}
+        tensors = {}
         for name, slot in zip(self.names, self.optimizer.param_groups[0]["params"], strict=True):
+            tensors[f"weight/{name}"] = slot  # in float32, also of half-precision weights
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(slot, {}).items()}
         schedule = {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"}
-        state = {"stage": self.stage, "step": self.step, "seed": self.cfg.seed, "skipped": self.skipped}
-        self.run.save_checkpoint(self.folder / f"checkpoint-{self.step}", state | {"schedule": schedule}, tensors)
+        state = {"stage": self.stage, "step": self.step, "size": self.size, "most": self.run.most, "schedule": schedule}
+        self.run.save_checkpoint(self.folder / f"checkpoint-{self.step}", state, tensors)
         for old in self.checkpoints()[: -self.cfg.keep_last]:
             self.run.remove(old)
+        self._keep_best()
         self.run.accelerator.wait_for_everyone()
 
     def _load_checkpoint(self, folder: Path) -> None:
         weights = self._weights()
-        state, tensors = self.run.load_checkpoint(folder, weights)
-        self.step, self.skipped = state["step"], state["skipped"]
-        now = self.optimizer.state_dict()
+        state, tensors = self.run.load_checkpoint(folder, weights, ("size", "most", "schedule"))
+        self.step, self.size, self.run.most = state["step"], state["size"], state["most"]
+        now, slots = self.optimizer.state_dict(), self.optimizer.param_groups[0]["params"]
         for group in now["param_groups"]:
             group["lr"] = state["schedule"]["_last_lr"][0]
         of = {name: i for i, name in enumerate(self.names)}
@@ -870,29 +904,34 @@ class Learner:
         for key, value in tensors.items():
             kind, _, name = key.partition("/")
             if kind == "weight":
-                weights[name].data.copy_(value)
+                for p in (weights[name], slots[of[name]]):
+                    p.data.copy_(value)
             else:
                 kept[of[name]][kind] = value
         self.optimizer.load_state_dict({"state": dict(kept), "param_groups": now["param_groups"]})
         self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None]})
 
-    def _compare(self, last: bool = False) -> None:
-        """Score the policy on held-out rows; keep it as best-N while none is better."""
+    def _compare(self) -> None:
+        """Score the policy on held-out rows; write it as best-N where none was better."""
+        if not self.held_out:
+            return
         with self.run.whole(self.policy):
             score = self.held_out(self.policy)
-        if score is None:
-            return
-        file = self.folder / "held_out.jsonl"
-        best = max((line["reward"] for line in read_jsonl(file, mend=self.run.is_main)), default=-math.inf)
-        self.run.accelerator.wait_for_everyone()  # all have read before one writes
-        self.run.append(file, [{"step": self.step, "reward": score}])
+        best = self.run.first(lambda: max((line["reward"] for line in self._held_out()), default=-math.inf))
+        self.run.append(self.folder / "held_out.jsonl", [{"step": self.step, "reward": score}])
         self.run.say(f"{self.stage} {self.step:>4}/{self.steps}  held-out reward {score:.3f}")
-        if score > best and not last:
+        if score >= best and self.step < self.steps:  # the last is the result itself
             self._write_policy(self.folder / f"best-{self.step}")
-        if score > best:  # or the last is as good as any: it is the result
-            for older in self.checkpoints("best"):
-                if last or number(older) != self.step:
-                    self.run.remove(older)
+
+    def _keep_best(self) -> None:
+        """Of the policies best-N the best, or none where the result is as good. Called when what follows is safe."""
+        best = max(((line["reward"], line["step"]) for line in self._held_out()), default=(0, 0))[1]
+        for folder in self.checkpoints("best"):
+            if number(folder) != best:
+                self.run.remove(folder)
+
+    def _held_out(self) -> list[dict]:
+        return read_jsonl(self.folder / "held_out.jsonl", mend=self.run.is_main)
 
 
 def number(folder: Path) -> int:
@@ -905,36 +944,28 @@ class Diverged(RuntimeError):
 
 class AdamW(torch.optim.AdamW):
     """AdamW on float32 copies of half-precision weights, as mixed precision has it: a step of 1e-6 is far below what
-    bfloat16 resolves at 0.02, and would be lost. The copies are in the state, and so in checkpoints. Gradients are
-    summed over passes in half precision."""
+    bfloat16 resolves at 0.02, and would be lost. Checkpoints hold the copies. Gradients are summed over passes in half
+    precision."""
 
     def __init__(self, params: list[Tensor], **options):
         half = (torch.bfloat16, torch.float16)
-        self.weights = params
-        self.copies = [p.detach().float().requires_grad_() if p.dtype in half else p for p in params]
-        super().__init__(self.copies, **options)
+        copies = [p.detach().float().requires_grad_() if p.dtype in half else p for p in params]
+        self.pairs = [(p, copy) for p, copy in zip(params, copies) if p is not copy]
+        super().__init__(copies, **options)
 
     def step(self, closure=None) -> None:
-        pairs = [(p, copy) for p, copy in zip(self.weights, self.copies) if p is not copy]
-        for p, copy in pairs:
+        for p, copy in self.pairs:
             copy.grad, p.grad = None if p.grad is None else p.grad.float(), None
         super().step(closure)
-        for p, copy in pairs:
+        for p, copy in self.pairs:
             if copy.grad is not None:
-                self.state[copy]["copy"] = copy.detach()
                 p.data.copy_(copy)
                 copy.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad(set_to_none)
-        for p in self.weights:
+        for p, _ in self.pairs:
             p.grad = None
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)
-        for p, copy in zip(self.weights, self.copies):
-            if p is not copy:
-                copy.data.copy_(self.state.get(copy, {}).get("copy", p))
 
 
 class Reference:
@@ -943,8 +974,9 @@ class Reference:
 
     def __init__(self, start: str, learner: Learner, cfg: Config):
         self.learner, self.needed, self.frozen = learner, cfg.beta > 0 and not learner.finished, None
+        learner.reference = self  # which lets go of it at its end
         if self.needed and not cfg.lora_rank:
-            self.frozen = load(start, False, cfg, learner.run)
+            self.frozen = load(start, False, cfg, learner.run.device)
 
     @torch.no_grad()
     def logp(self, inputs: BatchFeature, ids: Tensor, mask: Tensor) -> Tensor | None:
@@ -1040,7 +1072,7 @@ def _fitting(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict[
 def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> CaptionReward | None:
     """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
     What it has replied is kept in the run folder, so that a resumed run does not ask again."""
-    if not cfg.caption_reward or (run.folder / "eval" / "after.json").exists():
+    if not cfg.caption_reward or run.first((run.folder / "eval" / "after.json").exists):
         return None
     name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
     if cfg.judge.startswith("http"):
@@ -1049,7 +1081,7 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
         except Exception as error:  # no client library, or no key
             raise ConfigError(f"judge: {error}") from error
     else:
-        judge = vlm.LocalJudge(name, run.accelerator.device)
+        judge = vlm.LocalJudge(name, run.device)
     journal = Journal(run.folder / "judge" / f"{run.rank}.jsonl", name)
     run.accelerator.wait_for_everyone()  # all have read what there was before one writes
     asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4]
@@ -1060,10 +1092,10 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     return asked
 
 
-def load(model: str, trainable: bool, cfg: Config, run: Run) -> vlm.VLM:
+def load(model: str, trainable: bool, cfg: Config, device: str | torch.device) -> vlm.VLM:
     names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
     options = {name: getattr(cfg, name) for name in names.split()} | {"compiled": cfg.compile}
-    return vlm.load(model, **options, trainable=trainable).to(run.accelerator.device)
+    return vlm.load(model, **options, trainable=trainable).to(device)
 
 
 def finish(run: Run) -> None:
@@ -1085,10 +1117,12 @@ def cli() -> None:
     except (ConfigError, data.DataError, Diverged) as error:
         stop(f"error: {error}")
     except KeyboardInterrupt:
-        stop("\ninterrupted. The same command goes on from what is finished and the last checkpoint")
+        stop("\ninterrupted. The same command goes on from what is finished and the last checkpoint", everyone=True)
     except Exception as error:
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
-            hint = "a lower --prompts_per_pass, --sft_batch or --max_pixels, --gradient_checkpointing true"
+            hint = (
+                "a lower --prompts_per_pass, --sft_batch, --eval_batch or --max_pixels, --gradient_checkpointing true"
+            )
             stop(
                 f"error: memory does not suffice ({str(error).splitlines()[0]}). Try {hint}; the last checkpoint stays"
             )

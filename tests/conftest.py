@@ -1,6 +1,9 @@
 """Fixtures: a small world on disk whose models are real and real-format, but barely trained."""
 
+import os
 import random
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared is compared on CPUs, also where there is a GPU
 
 import pytest
 import torch

@@ -431,7 +431,8 @@ def published(tmp_path_factory):
 def evaluate(*options, processes=1, check=True):
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     file = ROOT / f"configs/accelerate/{'cpu2' if processes > 1 else 'gpu1'}.yaml"
-    command += ["--config_file", file, "--num_processes", processes, ROOT / "eval.py", *options]
+    command += ["--config_file", file, "--num_processes", processes, "--main_process_port", "0"]
+    command += [ROOT / "eval.py", *options]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200, env=environment)
     assert not check or done.returncode == 0, done.stderr[-3000:]

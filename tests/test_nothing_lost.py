@@ -122,7 +122,7 @@ def test_a_run_that_is_killed_in_every_stage_ends_as_if_it_had_not_been(fork, ab
 
 @pytest.mark.soak
 def test_a_hundred_kills(fork, able, undisturbed, tmp_path):
-    seed = random.randrange(10**6)
+    seed = random.SystemRandom().randrange(10**6)
     print("seed", seed)
     chance, killed = random.Random(seed), []
     for i in range(20):
@@ -301,12 +301,15 @@ def guarded(world, folder, *options):
 
 def test_an_update_that_is_not_finite_changes_no_weight_and_is_counted(world, tmp_path, monkeypatch, capsys):
     broken_loss(monkeypatch, {2})
-    kept = []
-    monkeypatch.setattr(
-        train.Learner, "_save_checkpoint", lambda self: kept.append(self.policy.core.lm_head.weight.clone())
-    )
+    kept, log = [], train.Learner.log_rollouts
+
+    def keep(learner, parts):
+        kept.append(learner.policy.core.lm_head.weight.detach().clone())
+        log(learner, parts)
+
+    monkeypatch.setattr(train.Learner, "log_rollouts", keep)
     guarded(world, tmp_path / "run", "--nce_weight", "1", "--tau_quantile", "0.5")
-    assert len(kept) == 3 and torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
+    assert len(kept) == 4 and torch.equal(kept[0], kept[1]) and not torch.equal(kept[1], kept[2])
     lines = [json.loads(line) for line in (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()]
     assert [line.get("skipped") for line in lines] == [None, 1, None, None]
     assert "loss" not in lines[1] and all(
@@ -325,17 +328,28 @@ def test_a_run_whose_numbers_stay_broken_stops_with_its_rows(world, tmp_path, mo
     with pytest.raises(train.Diverged, match=r"rl: 2 updates in a row.*skipped.jsonl.*--rl_lr"):
         guarded(world, tmp_path / "run", "--max_skipped", "2")
     assert len((tmp_path / "run/rl/skipped.jsonl").read_text().splitlines()) == 2
-    assert (tmp_path / "run/rl/checkpoint-2").exists() and not (tmp_path / "run/rl/policy").exists()
+    assert (tmp_path / "run/rl/checkpoint-1").exists() and not (tmp_path / "run/rl/policy").exists()
+    assert not (tmp_path / "run/rl/checkpoint-2").exists(), "none is made while updates are left out"
+
+
+def test_an_update_one_of_whose_iterations_is_left_out_is_counted_once(world, tmp_path, monkeypatch):
+    broken_loss(monkeypatch, {3, 6})  # the first iteration of update 2, the second of update 3
+    guarded(world, tmp_path / "run", "--iterations", "2", "--max_skipped", "3", "--nce_weight", "0")
+    lines = [json.loads(line) for line in (tmp_path / "run/rl/metrics.jsonl").read_text().splitlines()]
+    assert [line.get("skipped") for line in lines] == [None, 1, 1, None]
+    with pytest.raises(train.Diverged, match="2 updates in a row"):
+        broken_loss(monkeypatch, {3, 6})
+        guarded(world, tmp_path / "two", "--iterations", "2", "--max_skipped", "2", "--nce_weight", "0")
 
 
 def test_the_best_policy_is_kept_and_the_last_where_it_is_as_good(world, tmp_path, monkeypatch):
     scores = iter([0.2, 0.5, 0.1, 0.4])
     monkeypatch.setattr(train, "held_out_reward", lambda *_: next(scores))
-    guarded(world, tmp_path / "a", "--keep_last", "2")
+    guarded(world, tmp_path / "a", "--keep_last", "2", "--held_out_rows", "1")
     assert [path.name for path in (tmp_path / "a/rl").glob("best-*")] == ["best-2"]
     assert (tmp_path / "a/rl/best-2/model.safetensors").exists()
     scores = iter([0.2, 0.5, 0.1, 0.6])
-    guarded(world, tmp_path / "b")
+    guarded(world, tmp_path / "b", "--held_out_rows", "1")
     assert not list((tmp_path / "b/rl").glob("best-*"))
 
 
@@ -344,6 +358,53 @@ def test_as_many_checkpoints_are_kept_as_asked_for(world, tmp_path, monkeypatch)
     with pytest.raises(train.Diverged):
         guarded(world, tmp_path / "run", "--keep_last", "2", "--max_skipped", "1")
     assert sorted(path.name for path in (tmp_path / "run/rl").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_an_unknown_verdict_is_left_out_of_the_held_out_reward_and_is_no_zero(world, tmp_path, monkeypatch):
+    def some_unknown(parts, judge, cfg):
+        caption = torch.tensor([[1.0], [float("nan")], [0.0], [float("nan")]])
+        known = {"accuracy": torch.ones(4, 1), "format": torch.ones(4, 1), "leak": torch.zeros(4, 1)}
+        return [(known | {"caption": caption}, [])]
+
+    monkeypatch.setattr(train, "reward", some_unknown)
+    monkeypatch.setattr(train, "greedily", lambda some, *_: (some, ["x"] * len(some)))
+    cfg = train.Config(output_dir=str(tmp_path / "run"), quiet=True)
+    rows = train.data.load(world / "data")["train"][:4]
+    score = train.held_out_reward(rows, None, cfg, run.Run(cfg), None)
+    assert score == pytest.approx(1.0 + 0.1 * 1.0 + 0.5)
+
+
+def test_a_run_killed_in_its_first_write_can_start_again(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.yaml.unfinished").write_text("beta: 0.0")
+    run.Run(train.Config(output_dir=str(folder), quiet=True))
+    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml"]
+
+
+def test_half_precision_weights_are_checkpointed_in_float32_and_come_back_so(world, tmp_path, monkeypatch):
+    ends = []
+    for name in ("whole", "stopped"):
+        options = ["--dtype", "bfloat16", "--nce_weight", "0", "--rl_lr", "1e-4"]
+        if name == "stopped":
+            broken_loss(monkeypatch, {4})
+            with pytest.raises(train.Diverged):
+                guarded(world, tmp_path / name, *options, "--max_skipped", "1")
+            monkeypatch.undo()
+            state = load_file(tmp_path / name / "rl/checkpoint-3/state.safetensors")
+            assert {value.dtype for value in state.values()} == {torch.float32}
+            assert {key.partition("/")[0] for key in state} == {"weight", "exp_avg", "exp_avg_sq", "step"}
+        guarded(world, tmp_path / name, *options, *(["--max_skipped", "1"] if name == "stopped" else []))
+        ends.append((tmp_path / name / "rl/policy/model.safetensors").read_bytes())
+    assert ends[0] == ends[1]
+
+
+def test_another_size_of_the_batch_is_refused(world, tmp_path):
+    cfg = train.Config(output_dir=str(tmp_path / "run"), quiet=True, world=str(world), nce_weight=0.0)
+    learner = train.Learner("rl", f"{world}/policy", 3, 1e-4, cfg, run.Run(cfg))
+    learner.size = 4
+    with pytest.raises(run.ConfigError, match="updates of 4 so far.*as many processes as before"):
+        next(learner.batches(train.data.load(world / "data")["train"], 3))
 
 
 # --- safe to read, safe to share -------------------------------------------------------------------------------------

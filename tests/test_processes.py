@@ -32,6 +32,8 @@ VARIANTS = {
     "memory": "--prompts_per_pass 4 --nce_feature best MEMORY=1".split(),
     # pictures here and clips there, one of them with tied rewards only, and an odd number of prompts
     "unlike": "--prompts_per_step 4 --train_vision true UNSHUFFLED=1 TIED=video".split(),
+    "lora": "--lora_rank 4 --gradient_checkpointing true --prompts_per_pass 4 --sft_steps 1".split(),
+    "half": "--dtype bfloat16 --prompts_per_pass 1 --rl_lr 1e-4".split(),
     "judge": "--nce_weight 0 --prompts_per_step 4 JUDGE=dies REWARD=real".split(),
 }
 CASES = [(launch, variant) for launch in ("two", "sharded") for variant in VARIANTS] + [("four", "plain")]
@@ -47,7 +49,7 @@ def accelerate(file, processes, *command, **options):
         "--config_file",
         LAUNCH / f"{file}.yaml",
     ]
-    line += ["--num_processes", processes, *command]
+    line += ["--num_processes", processes, "--main_process_port", "0", *command]  # 0: one that is free
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=280, env=environment, **options)
 
@@ -90,7 +92,7 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("launch", "variant"), [case for case in CASES if case[1] != "judge"])
+@pytest.mark.parametrize(("launch", "variant"), [case for case in CASES if case[1] not in ("judge", "half")])
 def test_several_processes_make_the_update_of_one(launched, launch, variant):
     """The same loss, gradients and weights, with three rewards some of which are unknown, the KL and Eq. 4."""
     (_, one, folder), (seen, several, other) = launched["one"], launched[launch]
@@ -104,6 +106,26 @@ def test_several_processes_make_the_update_of_one(launched, launch, variant):
         assert b == pytest.approx(a, abs=1e-6)
         assert a["nce/active"] > 0 and a["nce"] > 1e-3 and a["unknown"] > 0
     assert metrics(folder / variant)[-1]["kl"] > 1e-3
+
+
+def test_every_process_holds_its_share_only_where_the_policy_is_sharded(launched):
+    """Weights, gradients and the optimiser's, in the middle of RL, in half precision as well."""
+    seen = launched["sharded"][0]
+    for variant in VARIANTS:
+        shares = [update["share"] for update in seen[variant]["updates"]]
+        assert max(shares) <= (1.0 if variant == "unlike" else 0.75), variant
+    assert {update["share"] for update in launched["two"][0]["plain"]["updates"]} == {1.0}
+
+
+def test_shards_of_half_precision_weights_learn_as_copies_do(launched):
+    """Gathered in bfloat16, kept in float32: the gradients of one process but for bfloat16's rounding."""
+    (_, one, _), (_, sharded, folder) = launched["one"], launched["sharded"]
+    assert len(metrics(folder / "half")) == 3
+    for name, value in one["half"].items():
+        if name.startswith("gradient/0/") and value.abs().max() > 1e-3:
+            a, b = value.float().flatten(), sharded["half"][name].float().flatten()
+            assert torch.cosine_similarity(a, b, dim=0) > 0.98, name
+    assert all(value.dtype == torch.float32 for name, value in sharded["half"].items() if name.startswith("weight/"))
 
 
 def test_what_is_compared_is_not_constant(launched):

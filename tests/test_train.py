@@ -495,6 +495,8 @@ def test_small_steps_on_half_precision_weights_add_up_and_survive_a_checkpoint(d
     train_from(weight, optimizer, 500)
     again, resumed = fresh(train.AdamW)
     again.data.copy_(weight)
+    for a, b in zip(resumed.param_groups[0]["params"], optimizer.param_groups[0]["params"]):
+        a.data.copy_(b)  # as a checkpoint does
     resumed.load_state_dict(optimizer.state_dict())
     assert torch.equal(train_from(again, resumed, 500), got)
 

@@ -51,10 +51,17 @@ class Variant:
     def update(self, learner) -> None:
         """Keep what the optimiser is given and what it makes of it."""
         self.run, k = learner.run, len(self.updates)
+        tensors = [*learner.policy.parameters(), *learner.optimizer.param_groups[0]["params"]]
+        tensors += [p.grad for p in tensors if p.grad is not None] + [
+            x for pair in optimizer_of(learner).pairs for x in pair
+        ]
+        share = max(
+            x.to_local().numel() / x.numel() if hasattr(x, "to_local") else 1.0 for x in tensors if x.numel() > 99
+        )
         for name, p in learner._weights().items():
             self.tensors[f"gradient/{k}/{name}"] = full(p.grad)
         ORIGINAL["update"](learner)
-        self.updates.append({"stage": learner.stage, "norm": learner.gradient_norm})
+        self.updates.append({"stage": learner.stage, "norm": learner.gradient_norm, "share": share})
         for name, p in learner._weights().items():
             self.tensors[f"weight/{k}/{name}"] = full(p)
 
@@ -70,6 +77,7 @@ class Variant:
                     table[i] = torch.tensor([chance.choice((0.0, 1.0, 1.0, float("nan"))) for _ in range(n)])
                     if sample.data_type == self.faults.get("TIED"):
                         table[i] = 1.0
+            tables["leak"] = torch.zeros(len(part.samples), n, dtype=torch.float64)
             found.append((tables, [[None] * n for _ in part.samples]))
         return found
 
@@ -86,6 +94,10 @@ class Variant:
 
     def order(self, run, stage, epoch, n):
         return list(range(n)) if "UNSHUFFLED" in self.faults else ORIGINAL["order"](run, stage, epoch, n)
+
+
+def optimizer_of(learner):
+    return learner.optimizer.optimizer  # inside accelerate's
 
 
 def full(tensor):
