@@ -290,7 +290,10 @@ DISCIPLINES = {
     "Humanities_and_Social_Science": "Art Literature History Law Economics Management",
 }
 DISCIPLINE = {subject: name for name, subjects in DISCIPLINES.items() for subject in subjects.split()}
-FINAL_LETTER = re.compile(r"final answer is:?\s*[*$(]{0,4}([A-E])[*$).]{0,4}\s*$")  # the form that the prompt asks for
+# the form that the prompt asks for, as a sentence of its own
+FINAL_LETTER = re.compile(
+    r"(?:^|[.!?\n]\s*)(?:Therefore, )?[Tt]he final answer is:?\s*[*$(]{0,4}([A-E])[*$).]{0,4}\s*$"
+)
 
 
 def _read_mmvu(raw: dict, number: int, source: files.Source):

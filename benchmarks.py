@@ -247,7 +247,9 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
 
 def _form(name: str, source: files.Source) -> set[str]:
     """The fields of the published form that the first rows have: the cheap check for a wrong file."""
-    first = [set(source.table[i]) for i in range(min(10, len(source.table))) if isinstance(source.table[i], dict)]
+    first = [
+        set(map(str, source.table[i])) for i in range(min(10, len(source.table))) if isinstance(source.table[i], dict)
+    ]
 
     def fits(form: str) -> bool:
         return any(set(form.split()) <= fields for fields in first)
@@ -327,7 +329,7 @@ def sample(name: str, row: Row) -> data.Sample:
         id=row.id,
         data_type=TABLE[name].media,
         media=() if row.media is None else (row.media,),
-        problem=row.question,
+        problem=row.question.replace("<image 1>", "").strip() if name == "videommmu" else row.question,
         options=tuple(f"{letter}. {option}" for letter, option in options.items()),
         problem_type=problem_type,
         answer=solution,
@@ -391,7 +393,8 @@ class Score:
     @property
     def clustered(self) -> bool:
         """Do rows share pictures or clips, so that Wilson's interval would be too narrow?"""
-        return len(self.counts) < sum(verdict.verdict != "dropped" for verdict in self.verdicts)
+        counted = [parts for parts in self.counts.values() if any(key[2] != "dropped" for key in parts)]
+        return len(counted) < sum(verdict.verdict != "dropped" for verdict in self.verdicts)
 
     def notes(self) -> list[str]:
         """A line for each kind of problem: how many, and the first of them."""
@@ -447,13 +450,18 @@ def score(
             if lettered and row.kind == "yes/no":
                 letter = answers.read(text, "multiple choice") if len(text) < 200 else None
                 text = row.options.get(letter, text)
-            verdicts[row.id] = Verdict(row.id, *JUDGE[name](row, text, (nouns, similar)))
+            verdict = JUDGE[name](row, text, (nouns, similar))
+            if raw.strip() and (not text.strip() or (verdict[0] == "dropped" and text != raw)):
+                # no rule's default may stand for an answer that was not given
+                verdict = ("wrong", None)
+                problems["output without an answer, counted as wrong"].append(row.id)
+            verdicts[row.id] = Verdict(row.id, *verdict)
             if verdicts[row.id].verdict == "undecided" and judge and name in ASK_JUDGE:
                 open_cases.append((row, text[-LONG:]))
             if row.kind == "yes/no" and name == "amber" and verdicts[row.id].answer is None:
                 problems["neither yes nor no, counted as wrong"].append(row.id)
-            if name == "pope" and text.strip() and not re.search(r"\b(yes|no|not)\b", text, re.IGNORECASE):
-                problems["neither yes nor no, which POPE's rule takes for a yes"].append(row.id)
+            if name == "pope" and verdict[1] == "yes" and text.strip() and not re.search(r"(?i)\byes\b", text):
+                problems["no yes, but nothing that POPE's rule knows for a no: taken for a yes"].append(row.id)
         if raw is not None and not raw.strip() and form is not None:
             problems[f"empty output, {verdicts[row.id].verdict} by this rule"].append(row.id)
         if raw is not None and len(raw) > LONG:
@@ -629,32 +637,40 @@ def _amber_measures(total: Counter) -> dict[str, dict[str, "Metric"]]:
 # --- intervals and comparisons ----------------------------------------------------------------------------------------
 
 
-def _resampled(scores: Sequence[Score], subset: str, measure: str, samples: int, seed: int):
-    """[samples, scores]: the measure of each score over the same clusters, drawn with replacement."""
+def _resampled(scores: Sequence[Score], samples: int, seed: int) -> list[list[Metrics]]:
+    """[scores][samples]: all measures of each score over the same clusters, drawn with replacement."""
     import numpy as np
 
     clusters = list(scores[0].counts)
     if any(set(score.counts) != set(clusters) for score in scores):
         raise ValueError("the scores are not over the same pictures or clips")
     if not clusters:
-        return []
+        return [[] for _ in scores]
     weights = np.random.default_rng(seed).multinomial(len(clusters), [1 / len(clusters)] * len(clusters), size=samples)
-    columns = []
+    found = []
     for score in scores:
         keys = sorted({key for parts in score.counts.values() for key in parts})
         totals = weights @ np.array([[score.counts[cluster][key] for key in keys] for cluster in clusters])
-        found = (measures(score.name, score.protocol, dict(zip(keys, map(float, row)))) for row in totals)
-        columns.append([(one.get(subset, {}).get(measure) or Metric(None, 0)).value for one in found])
-    return [row for row in zip(*columns) if None not in row]
+        found.append([measures(score.name, score.protocol, dict(zip(keys, map(float, row)))) for row in totals])
+    return found
 
 
-def interval(score: Score, subset: str, measure: str, samples: int = 1000, seed: int = 0) -> tuple[float, float] | None:
-    """The 95 % percentile interval of a bootstrap over clusters (pictures, clips), for any measure of a score.
+def _value(found: Metrics, subset: str, measure: str) -> float | None:
+    return (found.get(subset, {}).get(measure) or Metric(None, 0)).value
 
-    Rows about one picture are not independent, so whole pictures are drawn. None where no sample gives the measure.
+
+def intervals(score: Score, measure: str, samples: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    """The 95 % percentile intervals of a bootstrap over clusters (pictures, clips), for a measure in every subset.
+
+    Rows about one picture are not independent, so whole pictures are drawn. A sample in which the measure divides by
+    nothing is left out; a subset none of whose samples gives it is not there.
     """
-    values = sorted(value for (value,) in _resampled([score], subset, measure, samples, seed))
-    return (values[int(0.025 * len(values))], values[int(0.975 * len(values))]) if values else None
+    [found], result = _resampled([score], samples, seed), {}
+    for subset in score.metrics:
+        values = sorted(value for one in found if (value := _value(one, subset, measure)) is not None)
+        if values:
+            result[subset] = (values[int(0.025 * len(values))], values[int(0.975 * len(values))])
+    return result
 
 
 def difference(
@@ -665,7 +681,8 @@ def difference(
     p is twice the smaller share of samples on either side of no difference. Raises ValueError where the scores are not
     over the same clusters.
     """
-    values = sorted(y - x for x, y in _resampled([a, b], subset, measure, samples, seed))
+    pairs = ([_value(one, subset, measure) for one in both] for both in zip(*_resampled([a, b], samples, seed)))
+    values = sorted(y - x for x, y in pairs if None not in (x, y))
     first, second = (score.metrics.get(subset, {}).get(measure) for score in (a, b))
     if not values or not first or not second or None in (first.value, second.value):
         return {"value": None, "low": None, "high": None, "p": None}

@@ -22,6 +22,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import os
 import re
 import sys
 from collections import Counter, defaultdict
@@ -32,6 +33,7 @@ from types import SimpleNamespace
 import torch
 import yaml
 from PIL import Image
+from safetensors import SafetensorError
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
@@ -41,7 +43,7 @@ import data
 import reasoning
 import vlm
 from caption_reward import CaptionReward, EndpointJudge
-from run import ConfigError, Run, read_jsonl, rewrite, stop, to_jsonl
+from run import ConfigError, Journal, Run, read_jsonl, rewrite, stop, to_jsonl
 
 
 def respond(policy: vlm.VLM, samples: list[data.Sample], four_stage=True, max_new_tokens=768, fps=2.0, max_frames=16):
@@ -142,7 +144,7 @@ def metrics(samples: list[data.Sample], rows: list[dict]) -> dict:
 def pope(samples: list[data.Sample], rows: list[dict]) -> dict | None:
     """POPE's measures over the yes/no questions, "yes" being positive; None without such questions.
 
-    An answer that is neither counts as a "no", as in POPE's own script for anything that is not a yes.
+    An answer that is neither counts as a "no" here; POPE's own script takes it for a yes (benchmarks.py).
     """
     yes, truth = [], []
     for sample, row in zip(samples, rows, strict=True):
@@ -229,33 +231,54 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     sets = rows_of(cfg, args)
     run = Run(cfg)
     policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.device))
+    judged_by = args.judge_model or args.judge or ""
     judge = open_judge(args, run.device) if run.is_main else None
-    results, counts = {}, {}
+    judge = remembering(judge, judged_by, run.folder) if judge else None
+    kept = run.first(lambda: [read_json(run.folder / f"{file}.json") for file in ("scores", "counts")])
+    results, counts = kept
+    for name in sets:
+        if not judged_by and results.get(name, {}).get("judge"):
+            raise data.DataError(f"--judge: {name} was scored here with {results[name]['judge']}; give it again")
     for name, rows in sets.items():
         texts = {row.id: prompt_of(name, row, cfg) for row in rows}
 
         def ask(some: list[data.Sample], texts=texts) -> list[dict]:
-            turns = [data.messages(s, texts[s.id], cfg.fps, cfg.max_frames) for s in some]
-            ids, length = [s.id for s in some], cfg.max_new_tokens
+            turns, lost = [], []
+            for s in some:
+                try:
+                    turns.append(data.messages(s, texts[s.id], cfg.fps, cfg.max_frames))
+                except data.DataError as error:  # key frames alone were looked at before
+                    lost.append({"id": s.id, "prompt": texts[s.id], "output": None, "error": str(error)})
+            gone = {line["id"] for line in lost}
+            ids, length = [s.id for s in some if s.id not in gone], cfg.max_new_tokens
+            if not ids:
+                return lost
             chance = vlm.uniform_numbers(ids, 1, length, str(cfg.seed)) if cfg.sample else None
             said = policy().generate(policy().encode(turns), 1, length, sample=cfg.sample, draws=chance).text
-            return [{"id": i, "prompt": texts[i], "output": row[0]} for i, row in zip(ids, said, strict=True)]
+            return lost + [{"id": i, "prompt": texts[i], "output": row[0]} for i, row in zip(ids, said, strict=True)]
 
         def answer(mine: list[data.Sample], ask=ask) -> list[dict]:
             return [line for lines in run.parts(mine, 0, ask) for line in lines]
 
         samples = [benchmarks.sample(name, row) for row in rows]
-        lines = run.each(run.folder / "outputs" / f"{name}.jsonl", samples, cfg.eval_batch, answer, name)
+        file = run.folder / "outputs" / f"{name}.jsonl"
+        lines = run.each(file, samples, cfg.eval_batch, answer, name)
+        if any(texts.get(line["id"], line["prompt"]) != line["prompt"] for line in lines):
+            raise data.DataError(f"{name}: {file} holds answers to other questions; delete it, or give --output_dir")
+        lines = [line for line in lines if line["id"] in texts]
         if run.is_main:
             found = scored(name, rows, lines, cfg.asked != "direct", judge)
             rewrite(run.folder / f"{name}.jsonl", to_jsonl(verdict_lines(found, rows, lines)))
             results[name] = {protocol: as_json(score) for protocol, score in found.items()}
+            results[name] |= {"asked": cfg.asked, "judge": judged_by}
             counts[name] = {protocol: counts_as_json(score) for protocol, score in found.items()}
             print(table(name, results[name]), flush=True)
             for line in dict.fromkeys(line for score in found.values() for line in score.notes()):
                 print(f"  {line}")
-    run.write(run.folder / "counts.json", counts)
-    run.write(run.folder / "scores.json", results)
+            if unread := [line["id"] for line in lines if line["output"] is None]:
+                print(f"  clip or picture cannot be decoded: {len(unread)} ({', '.join(unread[:5])})")
+        run.write(run.folder / "counts.json", counts)
+        run.write(run.folder / "scores.json", results)
     run.say(f"rows, verdicts and scores: {run.folder}")
     run.accelerator.end_training()
 
@@ -272,17 +295,17 @@ def settings_of(args: argparse.Namespace) -> SimpleNamespace:
     template = Path(args.template).read_text() if args.template else ""
     if template and "{Question}" not in template:
         raise data.DataError(f"--template: {args.template} has no {{Question}}")
-    direct = args.direct or not (args.four_stage or trained.get("four_stage", True))
+    two = args.two_stage or not (args.four_stage or trained.get("four_stage", True))
     options = {"dtype": "float32", "attention": "sdpa", "min_pixels": 3136, "max_pixels": 401_408}
     options |= {"fps": 2.0, "max_frames": 16, "max_new_tokens": 768}
     for source in (trained, vars(args)):
         options |= {name: source[name] for name in options if source.get(name) is not None}
-    default = Path(args.model) / "benchmarks" if trained else Path("runs") / f"eval-{Path(args.model).name}"
+    where = Path(args.model).resolve().parts[-3:] if Path(args.model).exists() else (args.model.replace("/", "-"),)
+    default = Path(args.model) / "benchmarks" if trained else Path("runs") / f"eval-{'-'.join(where)}"
     return SimpleNamespace(
         output_dir=str(args.output_dir or default),
         model=str(model),
-        benchmarks={name: path or benchmarks.TABLE[name].hub[0] for name, path in given.items()},
-        asked="template" if template else "direct" if direct else "four_stage",
+        asked="template" if template else "direct" if args.direct else "two_stage" if two else "four_stage",
         template=template,
         sample=args.sample,
         seed=args.seed,
@@ -296,11 +319,16 @@ def settings_of(args: argparse.Namespace) -> SimpleNamespace:
 
 def rows_of(cfg: SimpleNamespace, args: argparse.Namespace) -> dict[str, list[benchmarks.Row]]:
     """Every benchmark's rows, each looked at before the model is loaded: its picture or clip, its length."""
-    media = pairs(args.media)
-    sets = {
-        name: benchmarks.read(name, path, media.get(name), args.on_bad_row)[: cfg.limit or None]
-        for name, path in cfg.benchmarks.items()
-    }
+    media, sets = pairs(args.media), {}
+    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda _: None
+    for name, path in pairs(args.benchmarks).items():
+        path = path or benchmarks.TABLE[name].hub[0]
+        rows = benchmarks.read(name, path, media.get(name), args.on_bad_row, say)
+        whole, some = Counter(row.group for row in rows), rows[: cfg.limit or None]
+        begun = Counter(row.group for row in some)  # a pair or a question with its rotations is not cut in two
+        sets[name] = [row for row in some if not row.group or begun[row.group] == whole[row.group]]
+        if not sets[name]:
+            raise data.DataError(f"--limit: {cfg.limit} rows of {name} hold no whole pair or question")
     try:
         context, tokenizer = vlm.context(cfg.model)
     except (OSError, ValueError) as error:
@@ -312,9 +340,13 @@ def rows_of(cfg: SimpleNamespace, args: argparse.Namespace) -> dict[str, list[be
         remedy = f"{len(problems)} rows cannot be asked. Leave them out with --on_bad_row skip"
         raise data.DataError("\n".join([*problems[:10], remedy]))
     for line in problems:
-        print(f"skipped: {line}")
+        say(f"skipped: {line}")
     kept = {name: {sample.id for sample in fit[name]} for name in sets}
     return {name: [row for row in rows if row.id in kept[name]] for name, rows in sets.items()}
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 def pairs(words: list[str] | None) -> dict[str, str]:
@@ -329,14 +361,14 @@ def prompt_of(name: str, row: benchmarks.Row, cfg: SimpleNamespace) -> str:
     if cfg.asked == "template":
         return benchmarks.prompt(name, row, "paper", template=cfg.template)
     sample = benchmarks.sample(name, row)
-    return reasoning.prompt(sample.problem, sample.options, sample.problem_type)
+    return reasoning.prompt(sample.problem, sample.options, sample.problem_type, cfg.asked == "four_stage")
 
 
 def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
     names = ("dtype", "attention", "min_pixels", "max_pixels")
     try:
         return vlm.load(model, trainable=False, **{k: options[k] for k in names if k in options}).to(device)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise data.DataError(f"--model: cannot load {model} ({str(error).splitlines()[0]})") from error
 
 
@@ -344,9 +376,28 @@ def open_judge(args: argparse.Namespace, device: torch.device):
     """A judge that answers prompts: of a causal LM or behind a URL."""
     if not args.judge:
         return None
-    if args.judge.startswith("http"):
-        return EndpointJudge(args.judge, args.judge_model, max_tokens=256)
-    return vlm.LocalJudge(args.judge, device, max_new_tokens=256)
+    try:
+        if args.judge.startswith("http"):
+            return EndpointJudge(args.judge, args.judge_model, max_tokens=256)
+        return vlm.LocalJudge(args.judge, device, max_new_tokens=256)
+    except Exception as error:  # no such model, no client library, or no key
+        raise data.DataError(f"--judge: {str(error).splitlines()[0]}") from error
+
+
+def remembering(judge, name: str, folder: Path):
+    """The judge, asked 256 prompts at a time, which is what its deadline is for; its replies are kept."""
+    journal = Journal(folder / "judge" / "0.jsonl", name)
+
+    def ask(prompts: list[str]) -> list[str | None]:
+        prompts = [re.sub(r"<\|.*?\|>", " ", prompt) for prompt in prompts]  # an output may hold control tokens
+        new = list(dict.fromkeys(prompt for prompt in prompts if (prompt, "") not in journal))
+        for i in range(0, len(new), 256):
+            for prompt, reply in zip(new[i : i + 256], judge(new[i : i + 256]), strict=True):
+                if reply is not None:
+                    journal[prompt, ""] = reply
+        return [journal.get((prompt, "")) for prompt in prompts]
+
+    return ask
 
 
 def scored(name: str, rows: list, lines: list[dict], lettered: bool, judge) -> dict[str, benchmarks.Score]:
@@ -374,7 +425,7 @@ def verdict_lines(found: dict[str, benchmarks.Score], rows: list, lines: list[di
         }
         for protocol, of in verdicts.items():
             answer = of[row.id].answer
-            line[protocol] = {"answer": answer if answer is None else str(answer), "verdict": of[row.id].verdict}
+            line[protocol] = {"answer": answer, "verdict": of[row.id].verdict}
         yield line
 
 
@@ -383,14 +434,20 @@ def as_json(score: benchmarks.Score) -> dict:
     pictures and clips where rows share one or the measure is no plain share."""
     subset, measure = benchmarks.TABLE[score.name].headline[score.protocol]
     metrics = {s: {m: dataclasses.asdict(metric) for m, metric in of.items()} for s, of in score.metrics.items()}
+    drawn = functools.cache(lambda: benchmarks.intervals(score, measure))
     for where, of in metrics.items():
-        if measure in of and of[measure]["n"]:
-            one = of[measure]
-            if one["right"] is not None and not score.clustered:
-                wilson = rate_of(one["right"], one["n"])
-                one |= {"low": wilson["low"], "high": wilson["high"], "interval": "Wilson"}
-            elif both := benchmarks.interval(score, where, measure):
-                one |= {"low": both[0], "high": both[1], "interval": "bootstrap over pictures or clips"}
+        one = of.get(measure, {"n": 0})
+        if not one["n"] or one["value"] is None:
+            continue
+        if one["undecided"]:
+            most = min(1.0, one["value"] + one["undecided"] / one["n"])
+            one |= {"low": one["value"], "high": most, "interval": "none: what the undecided rows leave open"}
+        elif one["right"] is not None and not score.clustered:
+            wilson = rate_of(one["right"], one["n"])
+            one |= {"low": wilson["low"], "high": wilson["high"], "interval": "Wilson"}
+        elif where in drawn():
+            low, high = drawn()[where]
+            one |= {"low": low, "high": high, "interval": "bootstrap over pictures or clips"}
     return {"headline": [subset, measure], "metrics": metrics, "problems": score.problems}
 
 
@@ -399,7 +456,8 @@ def table(name: str, by_protocol: dict[str, dict]) -> str:
     scores.json."""
     known = benchmarks.TABLE[name]
     lines = []
-    for protocol, found in by_protocol.items():
+    for protocol in benchmarks.PROTOCOLS:
+        found = by_protocol[protocol]
         subset, measure = found["headline"]
         for where in [subset, *(s for s in found["metrics"] if s != subset and ": " not in s)]:
             one = found["metrics"].get(where, {}).get(measure)
@@ -415,8 +473,19 @@ def table(name: str, by_protocol: dict[str, dict]) -> str:
         "  ".join(f"{x!s:{'<' if k in left else '>'}{w}}" for k, (x, w) in enumerate(zip(line, widths)))
         for line in lines
     ]
+    for subset, of in by_protocol["official"]["metrics"].items():
+        others = [f"{m} {100 * x['value']:.1f}" for m, x in of.items() if len(of) > 1 and x["value"] is not None]
+        if others and ": " not in subset:
+            out.append(f"official, {subset}: {', '.join(others)}")
     if known.paper_number:
         out.append(f"published: {known.paper_number} (the paper's row Ours: {known.paper})")
+    if by_protocol["asked"] != "direct":
+        out.append(
+            "asked with the stages of training: official numbers of others are for the benchmark's prompt, --direct"
+        )
+    elif known.paper_number:
+        out.append("asked with the benchmark's own prompt: the paper's rule wants the form that training asks for")
+    out.append(f"do not compare: {known.beware}")
     return "\n  ".join([known.title, *map(str.rstrip, out)])
 
 
@@ -427,15 +496,25 @@ def counts_as_json(score: benchmarks.Score) -> dict[str, list]:
 def compare(first: Path, second: Path) -> None:
     """What two evaluations differ by: paired bootstrap over pictures and clips, and McNemar's test over rows where
     these are independent."""
+    first, second = (f / "benchmarks" if (f / "benchmarks").is_dir() else f for f in (first, second))
     results = [{n: json.loads((f / f"{n}.json").read_text()) for n in ("scores", "counts")} for f in (first, second)]
     shared = [name for name in results[0]["scores"] if name in results[1]["scores"]]
     if not shared:
         raise data.DataError(f"--compare: {first} and {second} have no benchmark in common")
-    print(f"A: {first}\nB: {second}\n")
+    print(f"A: {first}\nB: {second}")
+    settings = [yaml.safe_load((f / "config.yaml").read_text()) for f in (first, second)]
+    for key in ("model", "asked", "template", "max_new_tokens", "max_pixels", "max_frames", "dtype", "sample"):
+        if settings[0].get(key) != settings[1].get(key):
+            print(f"  {key}: {settings[0].get(key)!r} in A, {settings[1].get(key)!r} in B")
+    print()
     form = "  {:<14} {:<9} {:<34} {:>6} {:>6}  {:<24} {:<8} {}"
     print(form.format("benchmark", "protocol", "measure", "A", "B", "B - A [95 %], points", "p", "McNemar's p"))
     for name in shared:
         rows = [{line["id"]: line for line in read_jsonl(f / f"{name}.jsonl", mend=False)} for f in (first, second)]
+        if odd := sorted(rows[0].keys() ^ rows[1].keys()):
+            raise data.DataError(f"--compare: {name}: {len(odd)} rows are in one of them only ({', '.join(odd[:3])})")
+        if len({result["scores"][name]["judge"] for result in results}) > 1:
+            print(f"  {name}: judged differently")
         for protocol in benchmarks.PROTOCOLS:
             subset, measure = results[0]["scores"][name][protocol]["headline"]
             scores = [_again(name, protocol, result) for result in results]
@@ -444,13 +523,15 @@ def compare(first: Path, second: Path) -> None:
             except ValueError as error:
                 raise data.DataError(f"--compare: {name}: {error}; evaluate both on the same rows") from error
             if found["value"] is None:
+                print(form.format(name, protocol, f"{measure}, {subset}", "-", "-", "undecided, or of nothing", "", ""))
                 continue
             a, b = (score.metrics[subset][measure].value for score in scores)
-            verdicts = [[rows[k][i][protocol]["verdict"] for i in rows[0]] for k in range(2)]
-            counted = [i for i, pair in enumerate(zip(*verdicts)) if set(pair) <= {"right", "wrong"}]
-            alone = len({line["cluster"] for line in rows[0].values()}) == len(rows[0])
+            verdicts = [{i: line[protocol]["verdict"] for i, line in of.items()} for of in rows]
+            counted = [i for i in rows[0] if {v[i] for v in verdicts} <= {"right", "wrong"}]
+            alone = len({rows[0][i]["cluster"] for i in counted}) == len(counted)
             right = [[v[i] == "right" for i in counted] for v in verdicts]
-            test = f"{benchmarks.mcnemar(*right):.3f}" if alone and counted else "rows share pictures"
+            of_rows = alone and measure == "accuracy" and counted
+            test = f"{benchmarks.mcnemar(*right):.3f}" if of_rows else "rows are not alone"
             points = f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
             numbers = (f"{100 * a:.1f}", f"{100 * b:.1f}", points, f"{found['p']:.3f}")
             print(form.format(name, protocol, f"{measure}, {subset}", *numbers, test))
@@ -481,7 +562,7 @@ def on_own_rows(args: argparse.Namespace) -> None:
     four_stage = settings.get("four_stage", True) and not args.two_stage
     length = args.max_new_tokens or settings.get("max_new_tokens", 768)
     video = {"fps": settings.get("fps", 2.0), "max_frames": settings.get("max_frames", 16)}
-    judge = CaptionReward(vlm.LocalJudge(args.judge, device)) if args.judge else None
+    judge = CaptionReward(open_judge(args, device)) if args.judge else None
     names, result = vocabulary(sets), {}
     for split, samples in sets.items():
         texts = []
@@ -515,7 +596,9 @@ def main() -> None:
     )
     how.add_argument("--direct", action="store_true", help="the benchmark's own prompt")
     how.add_argument("--template", help="file with a wording of the stages, {Question} in it, for other checkpoints")
-    how.add_argument("--two_stage", action="store_true", help="with --data: prompt for thinking and answer only")
+    how.add_argument(
+        "--two_stage", action="store_true", help="prompt for thinking and answer only (default for such a run)"
+    )
     parser.add_argument("--limit", type=int, default=0, help="first rows of each benchmark only (0: all)")
     parser.add_argument("--sample", action="store_true", help="sample at T = 1 instead of greedy responses")
     parser.add_argument("--seed", type=int, default=0, help="of --sample")
@@ -534,6 +617,11 @@ def main() -> None:
         parser.error("--model is needed")
     if args.batch < 1 or args.limit < 0:
         parser.error("--batch must be at least 1, --limit 0 or more")
+    own = {"out": args.out}
+    published = {n: getattr(args, n) for n in ("media", "direct", "template", "limit", "sample", "output_dir")}
+    for name, value in (own if args.benchmarks else published if args.data else {}).items():
+        if value:
+            parser.error(f"--{name} is for {'--data' if args.benchmarks else '--benchmarks'}")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
@@ -543,7 +631,7 @@ def main() -> None:
             on_benchmarks(args)
         else:
             on_own_rows(args)
-    except (data.DataError, ConfigError, FileNotFoundError) as error:
+    except (data.DataError, ConfigError, OSError) as error:
         stop(f"error: {error}")
     except KeyboardInterrupt:
         stop("\ninterrupted. The same command goes on from the rows that are answered", everyone=True)

@@ -34,18 +34,16 @@ CONSTANTS = {  # of LLaVA-1.5, by the tables of the paper they belong to (App. A
 }
 
 
-def hallucination_reduction_index(
-    measures: Sequence[float], base: Sequence[float], ref: Sequence[float] = CONSTANTS["7B"].ref
-) -> float:
+def hallucination_reduction_index(measures: Sequence[float], base: Sequence[float], ref: Sequence[float]) -> float:
     """HRI = 2 sum_i (a_i - base_i) / (ref_i - base_i), Eq. 7; percents, and MMHal's score of 0 to 6.
 
-    measures, base, ref: five numbers each, in the order of `MEASURES`; `base` has no default because it must be the
-    baseline of the model at hand (`CONSTANTS["7B"].base` for LLaVA-1.5 7B). 0 for the baseline, 10 where every measure
-    reaches its reference; not clipped, negative where hallucination grew. Raises ValueError for other than five, or
-    where a reference is its baseline.
+    measures, base, ref: five numbers each, in the order of `MEASURES`; base and ref have no default because they belong
+    to the model at hand (`CONSTANTS["7B"]` for LLaVA-1.5 7B). 0 for the baseline, 10 where every measure reaches its
+    reference; not clipped, negative where hallucination grew. Raises ValueError for other than five, or where a
+    reference is not above its baseline.
     """
     if not len(measures) == len(base) == len(ref) == len(MEASURES):
         raise ValueError(f"HRI takes five measures, bases and references: {', '.join(MEASURES)}")
-    if equal := [name for name, b, r in zip(MEASURES, base, ref) if b == r]:
-        raise ValueError(f"HRI: the reference is the baseline in {', '.join(equal)}; there is no scale")
+    if below := [name for name, b, r in zip(MEASURES, base, ref) if b >= r]:
+        raise ValueError(f"HRI: the reference is not above the baseline in {', '.join(below)}: there is no scale")
     return 2 * sum((a - b) / (r - b) for a, b, r in zip(measures, base, ref))

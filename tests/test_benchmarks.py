@@ -527,7 +527,14 @@ def test_ambers_discriminative_measures(v):
 @pytest.mark.parametrize("v", AMBER["discriminative_parse_vectors"], ids=lambda v: v["response"])
 def test_amber_wants_yes_or_no_itself(v):
     gold = v["truth"].capitalize()
-    assert ((v["response"] == gold), (v["response"] == "No")) == (v["official_correct"], v["official_counted_as_no"])
+    [verdict] = benchmarks.score(
+        "amber", [amber_row(0, {"type": "relation", "truth": v["truth"]})], [v["response"]]
+    ).verdicts
+    if v["response"] in ("Yes", "No"):  # others are mapped to one of them first
+        assert (verdict.verdict == "right", verdict.answer == "No") == (
+            v["official_correct"],
+            v["official_counted_as_no"],
+        )
     lmms = rules.amber_yes_no_lmms(v["response"])
     assert (lmms == gold) == v["lmms_correct"] and (lmms == "No") == v["lmms_counted_as_no"]
 
@@ -1184,7 +1191,7 @@ def scored_pope(seed, right=0.7, images=30):
 def test_the_interval_is_that_of_a_bootstrap_over_pictures():
     scored = scored_pope(0)
     assert scored.clustered
-    low, high = benchmarks.interval(scored, "overall", "f1", samples=2000)
+    low, high = benchmarks.intervals(scored, "f1", samples=2000)["overall"]
     # brute force: draw pictures, count their rows again
     rng, cells = random.Random(1), list(scored.counts.values())
     values = []
@@ -1198,10 +1205,10 @@ def test_the_interval_is_that_of_a_bootstrap_over_pictures():
     values.sort()
     assert low == pytest.approx(values[50], abs=0.01) and high == pytest.approx(values[1950], abs=0.01)
     assert low < scored.headline.value < high
-    assert benchmarks.interval(scored, "overall", "f1") == benchmarks.interval(scored, "overall", "f1")
-    assert benchmarks.interval(scored, "nowhere", "f1") is None
+    assert benchmarks.intervals(scored, "f1") == benchmarks.intervals(scored, "f1")
+    assert "nowhere" not in benchmarks.intervals(scored, "f1") and benchmarks.intervals(scored, "no measure") == {}
     nothing = benchmarks.score("pope", [], [])
-    assert nothing.headline is None and benchmarks.interval(nothing, "overall", "f1") is None
+    assert nothing.headline is None and benchmarks.intervals(nothing, "f1") == {}
 
 
 def test_the_paired_difference():
@@ -1233,3 +1240,37 @@ def test_the_table_names_every_benchmark_and_the_papers_numbers():
     numbers = {name: known.paper_number for name, known in benchmarks.TABLE.items()}
     assert numbers == dict(zip(tasks.NAMES, (88.7, 88.6, 69.4, 65.6, 50.8, 50.8, None)))
     assert all(known.media in ("image", "video") and known.beware for known in benchmarks.TABLE.values())
+
+
+@pytest.mark.parametrize("text", ["<think>x</think>", "<answer></answer>", "a cat <answer> </answer>"])
+def test_an_output_without_an_answer_is_wrong_and_named_by_every_rule(text):
+    """What a rule makes of nothing (POPE: yes, MathVista: the shortest option, Video-MMMU: dropped) is no answer."""
+    more = {"question_type": "multi_choice", "answer_type": "text", "precision": None, "track": "", "hallu": ("cat",)}
+    choice = row(1, "x", "multiple choice", options={"A": "x", "B": "longer"}, more=more)
+    described = row(1, ("dog",), "description", subsets=("generative",), more=more | {"words": WORDS})
+    for name, made in (("pope", row(1)), ("mathvista", choice), ("videommmu", choice), ("amber", described)):
+        scored = benchmarks.score(name, [made], [text], nouns=str.split, similar=similar)
+        assert [v.verdict for v in scored.verdicts] == ["wrong"], name
+        assert scored.problems["output without an answer, counted as wrong"] == ["1"], name
+
+
+@pytest.mark.parametrize("text", ["NO", "No!", "**No**", "No\nThere is none", "Answer: No;", "perhaps"])
+def test_a_yes_that_was_not_said_is_named(text):
+    """POPE's rule knows three words for no, exactly so, and takes all else for a yes."""
+    scored = benchmarks.score("pope", [row(1, "yes")], [text])
+    assert scored.verdicts[0].verdict == "right" and any("taken for a yes" in what for what in scored.problems)
+    assert not benchmarks.score("pope", [row(1, "yes")], ["Yes, it is."]).problems
+
+
+def test_mmvu_reads_no_letter_out_of_a_doubt():
+    made = row(1, "A", "multiple choice", options={"A": "x", "B": "y"})
+    said = [
+        "No evidence shows that the final answer is A",
+        "So. Therefore, the final answer is: $A",
+        "The final answer is A.",
+    ]
+    assert [benchmarks.score("mmvu", [made], [text]).verdicts[0].verdict for text in said] == [
+        "undecided",
+        "right",
+        "right",
+    ]

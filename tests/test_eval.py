@@ -465,7 +465,8 @@ def benchmarked(world, published, tmp_path_factory):
 def test_every_benchmark_is_answered_and_scored_by_both_protocols(benchmarked):
     folder, printed, _ = benchmarked
     scores = json.loads((folder / "scores.json").read_text())
-    assert set(scores) == set(NAMES) and all(set(of) == {"official", "paper"} for of in scores.values())
+    assert set(scores) == set(NAMES) and all({"official", "paper"} <= set(of) for of in scores.values())
+    assert all(of["asked"] == "four_stage" and of["judge"] == "" for of in scores.values())
     for name in NAMES:
         lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
         assert lines and all(line["prompt"] and isinstance(line["output"], str) for line in lines)
@@ -491,6 +492,119 @@ def test_two_processes_and_a_killed_run_give_the_same_files(benchmarked, tmp_pat
     (tmp_path / "killed/outputs/pope.jsonl").write_bytes(cut[: len(cut) // 2])  # in the middle of a line
     evaluate(*options, "--output_dir", tmp_path / "killed", processes=2)
     assert content(tmp_path / "killed") == content(folder)
+
+
+KNOWN = {  # what a policy might have said, row by row
+    "pope": {"yes": "A", "no": "A"},
+    "mmbench": {"A": "A", "B": "B"},
+    "videohallucer": {"yes": "A", "no": "B"},
+}
+
+
+@pytest.fixture(scope="module")
+def known(benchmarked, published, tmp_path_factory):
+    """The rows with known answers: POPE always yes, MMBench and VideoHallucer right, MathVista 3, 4 and nothing."""
+    folder = tmp_path_factory.mktemp("known") / "run"
+    shutil.copytree(benchmarked[0], folder)
+    for name in NAMES:
+        golds = {row.id: row.answer for row in benchmarks.scan(name, published / name, check=False)[0]}
+        lines = [json.loads(line) for line in (folder / f"outputs/{name}.jsonl").read_text().splitlines()]
+        for i, line in enumerate(lines):
+            said = KNOWN.get(name, {}).get(golds[line["id"]]) or {"mathvista": ["3", "4", ""][i % 3]}.get(name, "B")
+            line["output"] = response(said) if said else ""
+        (folder / f"outputs/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = evaluate(*benchmarked[2], "--output_dir", folder)
+    return folder, done.stdout, json.loads((folder / "scores.json").read_text())
+
+
+def test_known_answers_get_the_scores_that_a_hand_gives_them(known):
+    _, printed, scores = known
+    pope = scores["pope"]["official"]["metrics"]["overall"]
+    assert [pope[m]["value"] for m in ("accuracy", "precision", "recall", "yes ratio")] == [0.5, 0.5, 1.0, 1.0]
+    assert pope["f1"]["value"] == pytest.approx(2 / 3) and pope["f1"]["interval"].startswith("bootstrap")
+    assert scores["pope"]["paper"]["metrics"]["overall"]["accuracy"]["value"] == 0.5
+    assert scores["mmbench"]["official"]["metrics"]["overall"]["circular accuracy"]["value"] == 1
+    pairs = scores["videohallucer"]["official"]["metrics"]["mean of subsets"]["pair accuracy"]
+    assert pairs["value"] == 1 and pairs["n"] == 2
+    mathvista = scores["mathvista"]["paper"]["metrics"]["overall"]["accuracy"]
+    assert mathvista["value"] == pytest.approx(1 / 3) and mathvista["n"] == 3
+    mmvu = scores["mmvu"]["paper"]["metrics"]["overall"]["accuracy"]
+    assert (mmvu["value"], mmvu["n"], mmvu["dropped"], mmvu["interval"]) == (1.0, 1, 1, "Wilson")
+    assert mmvu["low"] == pytest.approx(evaluation.rate_of(1, 1)["low"])
+    assert scores["mmvu"]["official"]["metrics"]["overall"]["accuracy"]["undecided"] == 1
+    assert "empty output" in printed and "official, overall: accuracy 50.0, precision 50.0, recall 100.0" in printed
+
+
+def test_each_row_keeps_its_prompt_answer_and_both_verdicts(known):
+    lines = [json.loads(line) for line in (known[0] / "pope.jsonl").read_text().splitlines()]
+    for line in lines:
+        right = line["id"].endswith("/1")  # the row whose answer is yes
+        assert line["official"] == {"answer": "yes", "verdict": "right" if right else "wrong"}
+        assert line["paper"] == {"answer": "A", "verdict": "right" if right else "wrong"}
+        assert line["output"] == response("A") and line["prompt"].startswith("Is there a")
+
+
+def test_runs_that_differ_are_compared(known, benchmarked, tmp_path, capsys):
+    evaluation.compare(benchmarked[0], known[0])
+    [line] = [x for x in capsys.readouterr().out.splitlines() if "videohallucer" in x and "official" in x]
+    assert "+100.0 [+100.0, +100.0]" in line
+    shutil.copytree(known[0], tmp_path / "short")
+    lines = (known[0] / "pope.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "short/pope.jsonl").write_text("".join(lines[1:]))
+    with pytest.raises(data.DataError, match="pope: 1 rows are in one of them only"):
+        evaluation.compare(known[0], tmp_path / "short")
+
+
+def test_a_judge_decides_what_no_rule_does_and_is_remembered(known, benchmarked, world, tmp_path, monkeypatch, capsys):
+    folder, asked = tmp_path / "run", []
+    shutil.copytree(known[0], folder)
+
+    class Judge:
+        def __init__(self, *args, **options):
+            pass
+
+        def __call__(self, prompts):
+            asked.extend(prompts)
+            return ['{"extracted_answer": "ours", "correct": true}' for _ in prompts]
+
+    monkeypatch.setattr(vlm, "LocalJudge", Judge)
+    options = [str(word) for word in benchmarked[2]]
+    for _ in range(2):
+        monkeypatch.setattr(
+            sys, "argv", ["eval.py", *options, "--output_dir", str(folder), "--judge", str(world / "judge")]
+        )
+        evaluation.main()
+    scores = json.loads((folder / "scores.json").read_text())
+    assert scores["mmvu"]["official"]["metrics"]["overall"]["accuracy"]["undecided"] == 0
+    assert scores["mmvu"]["judge"] == str(world / "judge")
+    assert len(asked) == len(set(asked)) > 0, "asked once"
+    monkeypatch.setattr(sys, "argv", ["eval.py", *options, "--output_dir", str(folder)])
+    with pytest.raises(SystemExit, match="was scored here with .*judge; give it again"):
+        evaluation.main()
+
+
+def test_a_run_s_own_prompt_its_template_and_pairs_that_a_limit_would_cut(world, published, tmp_path):
+    (tmp_path / "run/rl").mkdir(parents=True)
+    (tmp_path / "run/rl/policy").symlink_to(world / "policy")
+    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"four_stage": False, "max_new_tokens": 3}))
+    options = [
+        "--model",
+        tmp_path / "run",
+        "--benchmarks",
+        f"videohallucer={published / 'videohallucer'}",
+        "--limit",
+        3,
+    ]
+    evaluate(*options)
+    folder = tmp_path / "run/benchmarks"
+    scores = json.loads((folder / "scores.json").read_text())["videohallucer"]
+    assert scores["asked"] == "two_stage" and scores["official"]["metrics"]["overall"]["pair accuracy"]["n"] == 1
+    line = json.loads((folder / "videohallucer.jsonl").read_text().splitlines()[0])
+    assert "<think>" in line["prompt"] and "<caption>" not in line["prompt"] and "A. Yes" in line["prompt"]
+    (tmp_path / "wording.txt").write_text("Look. {Question} Say it in <answer></answer>.")
+    evaluate(*options, "--template", tmp_path / "wording.txt", "--output_dir", tmp_path / "other", "--sample")
+    line = json.loads((tmp_path / "other/videohallucer.jsonl").read_text().splitlines()[0])
+    assert line["prompt"].startswith("Look. Is it red?") and "within the <answer>" in line["prompt"]
 
 
 def test_the_readme_says_what_to_compare_with_what():
