@@ -53,6 +53,7 @@ FREE_TO_CHANGE = (
     "save_every",
     "keep_last",
     "max_skipped",
+    "max_truncated",
     "eval_batch",
     "select_batch",
     "prompts_per_pass",

@@ -36,7 +36,13 @@ VARIANTS = {
     "half": "--dtype bfloat16 --prompts_per_pass 1 --rl_lr 1e-4".split(),
     "judge": "--nce_weight 0 --prompts_per_step 4 JUDGE=dies REWARD=real".split(),
 }
-CASES = [(launch, variant) for launch in ("two", "sharded") for variant in VARIANTS] + [("four", "plain")]
+WHICH = {  # launch -> variants
+    "one": ("plain", "passes", "memory", "unlike", "lora", "half"),
+    "two": ("plain", "passes", "memory", "unlike", "judge"),
+    "four": ("plain",),
+    "sharded": ("plain", "passes", "memory", "unlike", "lora", "half"),
+}
+CASES = [(launch, variant) for launch, variants in WHICH.items() for variant in variants if launch != "one"]
 LAUNCHES = {"one": (1, "gpu1"), "two": (2, "cpu2"), "four": (4, "cpu2"), "sharded": (2, "fsdp2")}
 
 
@@ -76,7 +82,8 @@ def launched(world, mixed, tmp_path_factory):
     for name, (processes, file) in LAUNCHES.items():
         folder = tmp_path_factory.mktemp(name)
         variants = {}
-        for variant, options in VARIANTS.items() if name != "four" else [("plain", VARIANTS["plain"])]:
+        for variant in WHICH[name]:
+            options = VARIANTS[variant]
             data = ["--data", str(mixed)] if variant == "unlike" else []
             where = ["--world", str(world), "--output_dir", str(folder / variant)]
             variants[variant] = [*TINY, *where, *data, *options]
@@ -111,7 +118,7 @@ def test_several_processes_make_the_update_of_one(launched, launch, variant):
 def test_every_process_holds_its_share_only_where_the_policy_is_sharded(launched):
     """Weights, gradients and the optimiser's, in the middle of RL, in half precision as well."""
     seen = launched["sharded"][0]
-    for variant in VARIANTS:
+    for variant in WHICH["sharded"]:
         shares = [update["share"] for update in seen[variant]["updates"]]
         assert max(shares) <= (1.0 if variant == "unlike" else 0.75), variant
     assert {update["share"] for update in launched["two"][0]["plain"]["updates"]} == {1.0}
@@ -132,8 +139,8 @@ def test_what_is_compared_is_not_constant(launched):
     """The three updates differ, so do the variants; and half of the prompts in `unlike` are tied."""
     _, tensors, folder = launched["one"]
     for values in tensors.values():
-        name = [name.partition("/0/")[2] for name in values if name.startswith("weight/0/")][-1]
-        assert not torch.equal(values[f"weight/0/{name}"], values[f"weight/1/{name}"])
+        names = [name.partition("/0/")[2] for name in values if name.startswith("weight/0/")]
+        assert any(not torch.equal(values[f"weight/0/{name}"], values[f"weight/1/{name}"]) for name in names)
     assert {0.5, 0.25} & {line["tied"] for line in metrics(folder / "unlike")}
 
 
