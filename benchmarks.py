@@ -75,7 +75,7 @@ TABLE = {
         {"official": ("overall", "f1"), "paper": ("overall", "accuracy")},
         "accuracy over the pooled 9,000 rows, asked as A. yes / B. no",
         88.7,
-        "accuracy with F1, which others print as 'POPE'; labels are half yes, so that they differ by about a point",
+        "accuracy with F1, which others print as 'POPE': on the published rows they differ by about a point",
     ),
     "mmbench": Benchmark(
         "MMBench (en, dev)",
@@ -461,7 +461,7 @@ def score(
             if row.kind == "yes/no" and name == "amber" and verdicts[row.id].answer is None:
                 problems["neither yes nor no, counted as wrong"].append(row.id)
             if name == "pope" and verdict[1] == "yes" and text.strip() and not re.search(r"(?i)\byes\b", text):
-                problems["no yes, but nothing that POPE's rule knows for a no: taken for a yes"].append(row.id)
+                problems["neither yes nor a no that POPE's rule knows (No, no, not): taken for a yes"].append(row.id)
         if raw is not None and not raw.strip() and form is not None:
             problems[f"empty output, {verdicts[row.id].verdict} by this rule"].append(row.id)
         if raw is not None and len(raw) > LONG:

@@ -445,7 +445,7 @@ def as_json(score: benchmarks.Score) -> dict:
         elif one["right"] is not None and not score.clustered:
             wilson = rate_of(one["right"], one["n"])
             one |= {"low": wilson["low"], "high": wilson["high"], "interval": "Wilson"}
-        elif where in drawn():
+        elif where in drawn() and drawn()[where][0] < drawn()[where][1]:  # else too few pictures to say anything
             low, high = drawn()[where]
             one |= {"low": low, "high": high, "interval": "bootstrap over pictures or clips"}
     return {"headline": [subset, measure], "metrics": metrics, "problems": score.problems}
@@ -503,7 +503,7 @@ def compare(first: Path, second: Path) -> None:
         raise data.DataError(f"--compare: {first} and {second} have no benchmark in common")
     print(f"A: {first}\nB: {second}")
     settings = [yaml.safe_load((f / "config.yaml").read_text()) for f in (first, second)]
-    for key in ("model", "asked", "template", "max_new_tokens", "max_pixels", "max_frames", "dtype", "sample"):
+    for key in ("model", "asked", "template", "limit", "max_new_tokens", "max_pixels", "max_frames", "dtype", "sample"):
         if settings[0].get(key) != settings[1].get(key):
             print(f"  {key}: {settings[0].get(key)!r} in A, {settings[1].get(key)!r} in B")
     print()
@@ -512,7 +512,10 @@ def compare(first: Path, second: Path) -> None:
     for name in shared:
         rows = [{line["id"]: line for line in read_jsonl(f / f"{name}.jsonl", mend=False)} for f in (first, second)]
         if odd := sorted(rows[0].keys() ^ rows[1].keys()):
-            raise data.DataError(f"--compare: {name}: {len(odd)} rows are in one of them only ({', '.join(odd[:3])})")
+            raise data.DataError(
+                f"--compare: {name}: rows are in one of them only: {len(odd)} ({', '.join(odd[:3])}). Evaluate both on "
+                "the same rows, with the same --limit"
+            )
         if len({result["scores"][name]["judge"] for result in results}) > 1:
             print(f"  {name}: judged differently")
         for protocol in benchmarks.PROTOCOLS:
@@ -531,7 +534,7 @@ def compare(first: Path, second: Path) -> None:
             alone = len({rows[0][i]["cluster"] for i in counted}) == len(counted)
             right = [[v[i] == "right" for i in counted] for v in verdicts]
             of_rows = alone and measure == "accuracy" and counted
-            test = f"{benchmarks.mcnemar(*right):.3f}" if of_rows else "rows are not alone"
+            test = f"{benchmarks.mcnemar(*right):.3f}" if of_rows else "not by rows"
             points = f"{100 * found['value']:+.1f} [{100 * found['low']:+.1f}, {100 * found['high']:+.1f}]"
             numbers = (f"{100 * a:.1f}", f"{100 * b:.1f}", points, f"{found['p']:.3f}")
             print(form.format(name, protocol, f"{measure}, {subset}", *numbers, test))

@@ -387,9 +387,6 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
         run.write(chosen, {"kept": kept, "of": len(ids), "tied": sum(line["variance"] == 0 for line in scores)})
     kept = set(run.first(lambda: json.loads(chosen.read_text())["kept"]))
     run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
-    if len(kept) < cfg.prompts_per_step:
-        size = len(kept) // run.processes * run.processes
-        run.say(f"warning: fewer than --prompts_per_step {cfg.prompts_per_step}: each update sees {size} prompts")
     return [s for s in samples if s.id in kept]
 
 
@@ -732,7 +729,7 @@ class Learner:
         the batch is worked on, depend on the seed and the number only: that makes resuming exact."""
         if self.finished:
             return
-        run = self.run
+        run, asked = self.run, size
         size = min(size, len(samples)) // run.processes * run.processes
         least = max(run.processes, 2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
         if size < least:
@@ -740,6 +737,8 @@ class Learner:
                 f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update of {run.processes} "
                 "process(es). The same command with fewer processes goes on from here"
             )
+        if size < asked:
+            run.say(f"warning: {self.stage} has {len(samples)} rows: each update sees {size}, and not {asked}")
         if self.size not in (None, size):
             raise ConfigError(
                 f"{self.stage}: {len(samples)} rows, in updates of {self.size} so far, make updates of {size} with "

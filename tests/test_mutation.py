@@ -114,7 +114,7 @@ FAULTS = [
     Fault("mean of the passes' means", "train", "**cfg.grpo_options, **counts", "**cfg.grpo_options", "written_out"),
     Fault("old log-probs follow the policy", "train", "logp.detach() if part.old_logp is None else part.old_logp", "logp.detach()", "baselines_and_lora"),
     Fault("all prompts draw the same numbers", "vlm", "f\"{when}/{name}\"", "f\"{when}\"", "chance", "train"),
-    Fault("half a batch is lost with memory", "run", "return self._parts(batch, 0, work, *args)", "return self._parts(batch[: self.most], 0, work, *args)", "where_memory", "train"),
+    Fault("half a batch is lost with memory", "run", "return self.pieces(batch, 0, work, *args)", "return self.pieces(batch[: self.most], 0, work, *args)", "where_memory", "train"),
     # many processes, and nothing lost
     Fault("the mean over processes for their sum", "train", "backward(loss * self.run.processes)", "backward(loss)", "two-plain", "processes"),
     Fault("head trained in every process", "train", "trained = (not self.run or self.run.is_main) and i ==", "trained = i ==", "two-plain", "processes"),
@@ -123,7 +123,7 @@ FAULTS = [
     Fault("others' f_i in another order", "train", "(self.run.rank if self.run else 0) * len(self.parts) + i", "i", "two-plain", "processes"),
     Fault("a checkpoint without moments", "train", "tensors |= {f\"{key}/{name}\": value for", "{f\"{key}/{name}\": value for", "killed_in_every", "nothing_lost"),
     Fault("the rate starts again", "train", "self.schedule.load_state_dict(", "dict(", "killed_in_every", "nothing_lost"),
-    Fault("an update that is not finite counts", "train", "if run.total(torch.tensor(bad, device=run.accelerator.device)) == 0:", "if True:", "not_finite", "nothing_lost"),
+    Fault("an update that is not finite counts", "train", "if run.total(torch.tensor(bad, device=run.device)) == 0:", "if True:", "not_finite", "nothing_lost"),
     Fault("what is half written looks whole", "run", 'beside = folder.with_name(f".{folder.name}.unfinished")', "beside = folder", "a_checkpoint_that_fails", "nothing_lost"),
     Fault("a checkpoint of another model is taken", "run", "if there != set(like):", "if False:", "of_another_model", "nothing_lost"),
     # the judge
