@@ -15,9 +15,9 @@ The schema is the official one, one JSON object per row:
 and, optional, for evaluation: `category` (groups the accuracy), `pair` (two rows of one pair share it), `objects`
 (what the picture holds, for caption hallucination) and `relevant` (those of them that the question is about).
 
-A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, and any `test*`; or one file; or
-a folder written by `datasets` (save_to_disk); or a hub id. Every row is checked, and every picture and clip opened,
-before a model is loaded; the same check alone:
+A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, `validation` (to choose among RL's
+checkpoints) and any `test*`; or one file; or a folder written by `datasets` (save_to_disk); or a hub id. Every row is
+checked, and every picture and clip opened, before a model is loaded; the same check alone:
 
     python data.py check SOURCE               # counts, sizes, and one line for each bad row
     python data.py check SOURCE --model M     # prompt lengths in M's tokens as well
@@ -194,7 +194,7 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
     if not path.is_dir():
         return {"train": (path.name, _rows(path))}, path.parent
     files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
-    if others := [f.name for f in files if not f.stem.startswith(("train", "cold_start", "test"))]:
+    if others := [f.name for f in files if not f.stem.startswith(("train", "cold_start", "validation", "test"))]:
         say(f"data: not a split, left alone: {', '.join(others)}")
     files = [f for f in files if f.name not in others]
     if len({f.stem for f in files}) < len(files):

@@ -18,6 +18,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
 import run
+import train
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "configs" / "accelerate"
@@ -158,6 +159,18 @@ def test_a_judge_that_dies_in_one_process_leaves_its_rewards_unknown(launched):
         unknown = [line["caption"].count(None) for line in lines if line["step"] == step]
         assert sorted(unknown) == [0, 0, 4, 4]
     assert all(line["judge"] == [None] * 4 for line in lines if None in line["caption"])
+
+
+def test_checkpoints_are_compared_on_validation_where_there_is_one(mixed, tmp_path):
+    cfg = train.Config(output_dir=str(tmp_path / "run"), quiet=True, held_out_rows=2)
+    shutil.copytree(mixed, tmp_path / "data")
+    shutil.copy(mixed / "train.json", tmp_path / "data/validation.json")
+    for folder, rows in ((mixed, "test"), (tmp_path / "data", "validation")):
+        sets = train.data.load(folder)
+        asked = train.held_out(sets, None, cfg, run.Run(cfg)).args[0]
+        assert len(asked) == 2 and asked[0] == sets[rows][0]
+    cfg.held_out_rows = 0
+    assert train.held_out(sets, None, cfg, run.Run(cfg)) is None
 
 
 # --- launch files and refusals ---------------------------------------------------------------------------------------
