@@ -141,6 +141,9 @@ def main(out: Path, variants: dict[str, list[str]]) -> None:
         if rank() == 0:
             save_file(variant.tensors, f"{out}.{name}.safetensors")
             out.write_text(json.dumps(results))
+    if torch.distributed.is_initialized():  # threads of it that outlive the interpreter abort the process
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
