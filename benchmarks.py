@@ -196,11 +196,7 @@ def read(name: str, path: str | Path, media: str | Path | None = None, on_bad_ro
     for each. `scan` returns these lines instead.
     """
     rows, problems = scan(name, path, media)
-    if problems and on_bad_row == "error":
-        more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise DataError("\n".join(problems[:10]) + more + "\nMend these rows, or leave them out with --on_bad_row skip")
-    for line in problems:
-        say(f"skipped: {line}")
+    data.refuse(problems, on_bad_row, say)
     if not rows:
         raise DataError(f"{name}: {path} has no usable row")
     if len(rows) != TABLE[name].rows:

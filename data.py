@@ -129,15 +129,20 @@ def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, 
     line for each.
     """
     samples, problems = _read(source, say)
+    refuse(problems, on_bad_row, say)
+    for name, rows in samples.items():
+        if not rows:
+            raise DataError(f"data: {source}, {name} has no usable row")
+    return samples
+
+
+def refuse(problems: list[str], on_bad_row: str, say) -> None:
+    """The one way to treat bad rows, a line for each: DataError with the first ten, or with "skip" all of them said."""
     if problems and on_bad_row == "error":
         more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError("\n".join(problems[:10]) + more + "\nMend these rows, or leave them out with --on_bad_row skip")
     for line in problems:
         say(f"skipped: {line}")
-    for name, rows in samples.items():
-        if not rows:
-            raise DataError(f"data: {source}, {name} has no usable row")
-    return samples
 
 
 def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
@@ -437,13 +442,13 @@ def check(source: str, model: str = "", min_pixels=3136, max_pixels=401_408, fps
     splits, problems = _read(source, print)
     count_text = None
     if model:
-        from transformers import AutoConfig, AutoTokenizer
+        from vlm import context  # here only: reading rows needs no model library
 
         try:
-            tokenizer, config = AutoTokenizer.from_pretrained(model), AutoConfig.from_pretrained(model)
+            most, tokenizer = context(model)
         except (OSError, ValueError) as error:
             raise DataError(f"--model: cannot load {model}: {str(error).splitlines()[0]}") from error
-        count_text, most = prompt_text_tokens(tokenizer), config.text_config.max_position_embeddings
+        count_text = prompt_text_tokens(tokenizer)
         splits, unfit = fitting(splits, tokenizer, most, True, min_pixels, max_pixels, fps, max_frames)
         problems = [*problems, *unfit]
     for name, rows in splits.items():

@@ -104,13 +104,13 @@ def verdicts(
         rows.append(row)
     if judge and four_stage:
         asked = [(s.question, reasoning.parse(t).caption, s.answer, s.problem_type) for s, t in zip(samples, texts)]
-        verdicts: list[tuple[float, str | None]] = []
+        judged: list[tuple[float, str | None]] = []
         for i in range(0, len(asked), 256):  # a deadline for each 256
-            verdicts += judge(asked[i : i + 256])
-            if any(v != v for v, _ in verdicts[i:]) and not any(reply for _, reply in verdicts[i:]):
-                verdicts += [(float("nan"), None)] * (len(asked) - len(verdicts))  # it is gone: do not wait again
+            judged += judge(asked[i : i + 256])
+            if any(v != v for v, _ in judged[i:]) and not any(reply for _, reply in judged[i:]):
+                judged += [(float("nan"), None)] * (len(asked) - len(judged))  # it is gone: do not wait again
                 break
-        for row, (verdict, reply) in zip(rows, verdicts, strict=True):
+        for row, (verdict, reply) in zip(rows, judged, strict=True):
             row["answerable"], row["judge"] = (None if verdict != verdict else bool(verdict)), reply
     return rows
 
@@ -232,7 +232,7 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     run = Run(cfg)
     policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.device))
     judged_by = args.judge_model or args.judge or ""
-    judge = open_judge(args, run.device) if run.is_main else None
+    judge = open_judge(args.judge, args.judge_model, run.device, 256) if args.judge and run.is_main else None
     judge = remembering(judge, judged_by, run.folder) if judge else None
     kept = run.first(lambda: [read_json(run.folder / f"{file}.json") for file in ("scores", "counts")])
     results, counts = kept
@@ -336,11 +336,7 @@ def rows_of(cfg: SimpleNamespace, args: argparse.Namespace) -> dict[str, list[be
     samples = {name: [benchmarks.sample(name, row) for row in rows] for name, rows in sets.items()}
     limits = (True, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
     fit, problems = data.fitting(samples, tokenizer, context - cfg.max_new_tokens, *limits)
-    if problems and args.on_bad_row == "error":
-        remedy = f"{len(problems)} rows cannot be asked. Leave them out with --on_bad_row skip"
-        raise data.DataError("\n".join([*problems[:10], remedy]))
-    for line in problems:
-        say(f"skipped: {line}")
+    data.refuse(problems, args.on_bad_row, say)
     kept = {name: {sample.id for sample in fit[name]} for name in sets}
     return {name: [row for row in rows if row.id in kept[name]] for name, rows in sets.items()}
 
@@ -372,16 +368,15 @@ def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
         raise data.DataError(f"--model: cannot load {model} ({str(error).splitlines()[0]})") from error
 
 
-def open_judge(args: argparse.Namespace, device: torch.device):
-    """A judge that answers prompts: of a causal LM or behind a URL."""
-    if not args.judge:
-        return None
+def open_judge(where: str, model: str, device: torch.device, tokens: int | None = None, **endpoint):
+    """What answers prompts: a causal LM, or the `model` behind a URL (with EndpointJudge's options). tokens: of a reply.
+    Raises DataError where there is no such model, no client library, or no key."""
     try:
-        if args.judge.startswith("http"):
-            return EndpointJudge(args.judge, args.judge_model, max_tokens=256)
-        return vlm.LocalJudge(args.judge, device, max_new_tokens=256)
-    except Exception as error:  # no such model, no client library, or no key
-        raise data.DataError(f"--judge: {str(error).splitlines()[0]}") from error
+        if where.startswith("http"):
+            return EndpointJudge(where, model, **endpoint, **({"max_tokens": tokens} if tokens else {}))
+        return vlm.LocalJudge(where, device, **({"max_new_tokens": tokens} if tokens else {}))
+    except Exception as error:
+        raise data.DataError(f"judge: {str(error).splitlines()[0]}") from error
 
 
 def remembering(judge, name: str, folder: Path):
@@ -565,7 +560,7 @@ def on_own_rows(args: argparse.Namespace) -> None:
     four_stage = settings.get("four_stage", True) and not args.two_stage
     length = args.max_new_tokens or settings.get("max_new_tokens", 768)
     video = {"fps": settings.get("fps", 2.0), "max_frames": settings.get("max_frames", 16)}
-    judge = CaptionReward(open_judge(args, device)) if args.judge else None
+    judge = CaptionReward(open_judge(args.judge, args.judge_model, device, 256)) if args.judge else None
     names, result = vocabulary(sets), {}
     for split, samples in sets.items():
         texts = []

@@ -44,7 +44,7 @@ import report
 import shapes
 import variance_select
 import vlm
-from caption_reward import CaptionReward, EndpointJudge, only_states_the_answer
+from caption_reward import CaptionReward, only_states_the_answer
 from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl, stop
 
 
@@ -1060,11 +1060,7 @@ def _fitting(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict[
     most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
     limits = (cfg.four_stage, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
     fit, problems = data.fitting(sets, tokenizer, most, *limits)
-    if problems and (cfg.on_bad_row == "error" or not all(fit.values())):
-        remedy = "Mend them, or leave them out with --on_bad_row skip"
-        raise data.DataError("\n".join([*problems[:10], f"{len(problems)} rows cannot be used. {remedy}"]))
-    for line in problems:
-        run.say(f"skipped: {line}")
+    data.refuse(problems, cfg.on_bad_row if all(fit.values()) else "error", run.say)
     return fit
 
 
@@ -1074,13 +1070,8 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     if not cfg.caption_reward or run.first((run.folder / "eval" / "after.json").exists):
         return None
     name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
-    if cfg.judge.startswith("http"):
-        try:
-            judge = EndpointJudge(cfg.judge, name, concurrency=cfg.judge_concurrency, deadline=cfg.judge_deadline)
-        except Exception as error:  # no client library, or no key
-            raise ConfigError(f"judge: {error}") from error
-    else:
-        judge = vlm.LocalJudge(name, run.device)
+    bounds = {"concurrency": cfg.judge_concurrency, "deadline": cfg.judge_deadline}
+    judge = evaluation.open_judge(cfg.judge or name, name, run.device, **bounds)
     journal = Journal(run.folder / "judge" / f"{run.rank}.jsonl", name)
     run.accelerator.wait_for_everyone()  # all have read what there was before one writes
     asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4]

@@ -16,6 +16,7 @@ import test_benchmarks as forms
 import torch
 import yaml
 from PIL import Image
+from test_processes import accelerate
 
 import benchmarks
 import data
@@ -431,12 +432,7 @@ def published(tmp_path_factory):
 
 
 def launch(*options, processes=1):
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    file = ROOT / f"configs/accelerate/{'cpu2' if processes > 1 else 'gpu1'}.yaml"
-    command += ["--config_file", file, "--num_processes", processes, "--main_process_port", "0"]
-    command += [ROOT / "eval.py", *options]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=200, env=environment)
+    done = accelerate("cpu2" if processes > 1 else "gpu1", processes, ROOT / "eval.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -436,7 +436,7 @@ def test_a_judge_that_answers_nothing_stops_the_run_before_training(world, tmp_p
 def test_a_prompt_that_is_too_long_is_a_bad_row_before_the_model_is_loaded(world, tmp_path):
     options = ["--world", world, "--output_dir", tmp_path / "run", "--max_prompt_tokens", "20"]
     done = launch(*options, *SMALL, check=False)
-    assert done.returncode != 0 and "rows cannot be used. Mend them, or leave" in done.stderr
+    assert done.returncode != 0 and "Mend these rows, or leave them out" in done.stderr
     assert "cold_start (" in done.stderr and "tokens, more than 20" in done.stderr
 
 
