@@ -35,6 +35,7 @@ FEATURES = {  # which y_i (D-51)
     "greedy": "a greedy response",
     "hidden_mean": "no y: the mean hidden state of the prompt, which is no gradient (official code)",
 }
+ROUNDING = 1e-5  # two cosines of single precision that are nearer than this may stand in either order
 
 
 # --- Eq. 3 -----------------------------------------------------------------------------------------------------------
@@ -95,10 +96,10 @@ def feature_weights(choice: str, mask: Tensor, adv: Tensor, extra: Tensor) -> Te
     choices = [name for name in FEATURES if name != "hidden_mean"]
     if choice not in choices:
         raise ValueError(f"choice must be one of {', '.join(choices)}, got {choice!r}")
-    if mask.shape[:2] != adv.shape or extra.shape != mask[:, 0].shape:
+    if mask.ndim != 3 or not mask.shape[1] or mask.shape[:2] != adv.shape or extra.shape != mask.shape[::2]:
         raise ValueError(
             f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and extra [B, T] {tuple(extra.shape)} "
-            "do not fit together"
+            "do not fit together, or G is 0"
         )
     per_token = mask / mask.sum(-1, keepdim=True).clamp_min(1)  # of the *mean* log-prob of a response
     weights, beside = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])
@@ -176,11 +177,14 @@ def tensor_sketch(
     The circular convolution of a count sketch of r_t with one of h_t (Pham and Pagh 2013), summed over a sample's
     tokens: m numbers instead of V d, small enough to send between processes. Linear in r and h, so gradients flow.
     The error of a cosine has standard deviation about 1 / sqrt(m) to 1.4 / sqrt(m). The hash comes from `seed` and not
-    from the device or the rank: give every process the same, and every step another.
+    from the device or the rank: give every process the same, and every step another. A sample without tokens has
+    sketch 0.
     """
     _check_tokens(hidden, logits, targets, segment, n)
     if m < 1:
         raise ValueError(f"m must be at least 1, got {m}")
+    if not len(hidden):  # some FFT libraries refuse a table of no rows
+        return _wide(hidden).new_zeros(n, m)
     generator = torch.Generator().manual_seed(seed)
 
     def spectrum(x: Tensor) -> Tensor:
@@ -227,7 +231,8 @@ def _residual(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _normalised(residual_gram: Tensor, hidden: Tensor, segment: Tensor, n: int) -> Tensor:
     """K_ij / sqrt(K_ii K_jj),  K_ij = sum_{t in i, s in j} <r_t, r_s> <h_t, h_s>.   [N, N], [N, d] -> [n, n]"""
-    hidden, member = hidden.to(residual_gram), F.one_hot(segment.long(), n).to(residual_gram)  # [N, d], [N, n]
+    member = (segment[:, None] == torch.arange(n, device=segment.device)).to(residual_gram)  # [N, n]
+    hidden = hidden.to(residual_gram)
     gram = member.T @ (residual_gram * (hidden @ hidden.T)) @ member
     square = gram.diagonal()
     zero = square <= torch.finfo(square.dtype).tiny ** 0.5  # about to underflow: no direction is left
@@ -292,14 +297,24 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
 
 
 def quantile_tau(cosine: Tensor, quantile: float) -> float:
-    """A tau that splits this batch's pairs: the quantile of its off-diagonal cosines.   [n, n] -> number
+    """A tau that splits this batch's pairs at the quantile of their cosines.   [n, n] -> number
 
     With tau fixed, a feature whose cosines all lie on one side of it leaves Eq. 4 inert; a quantile moves with them.
+    tau is the middle of the gap between two cosines, the one nearest to the quantile among those wider than
+    `ROUNDING`: were it on a cosine, rounding would decide on which side that pair stands, and with it much of the
+    gradient. 1, with no pair above it, where there is no such gap.
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
-    pairs = cosine.detach()[~torch.eye(len(cosine), dtype=torch.bool, device=cosine.device)]
-    return pairs.quantile(quantile).clamp(-1, 1).item() if len(pairs) else 1.0
+    row, column = torch.triu_indices(*cosine.shape, offset=1, device=cosine.device)
+    pairs = cosine.detach()[row, column].sort().values  # each pair once
+    gaps = pairs.diff()
+    below = torch.arange(1, len(gaps) + 1, device=pairs.device)  # pairs under each gap
+    distance = (below - quantile * len(pairs)).abs().masked_fill(gaps <= ROUNDING, torch.inf)
+    if not distance.isfinite().any():
+        return 1.0
+    k = int(distance.argmin())
+    return ((pairs[k] + pairs[k + 1]) / 2).clamp(-1, 1).item()
 
 
 def descend(vectors: Tensor, steps: int, lr: float = 0.5, tau: float = 0.54) -> Tensor:

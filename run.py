@@ -58,7 +58,6 @@ FREE_TO_CHANGE = (
     "select_batch",
     "prompts_per_pass",
     "gradient_checkpointing",
-    "compile",
 )  # between a run and its resumption
 
 

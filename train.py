@@ -151,8 +151,6 @@ class Config:
     train_vision: bool = option(False, "train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(False, "recompute activations, saves memory [official code: true]")
 
-    compile: bool = option(False, "torch.compile the language model: slow to start, then faster [choice]")
-
     sft_steps: int = option(250, "cold-start updates; 0: none [choice; official code: 2 epochs]")
     sft_epochs: float = option(0.0, "above 0: this many passes over the rows in place of sft_steps [official code: 2]")
     sft_batch: int = option(32, "rows per cold-start update, over all processes [choice; official code: 8]")
@@ -1084,7 +1082,7 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
 
 def load(model: str, trainable: bool, cfg: Config, device: str | torch.device) -> vlm.VLM:
     names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
-    options = {name: getattr(cfg, name) for name in names.split()} | {"compiled": cfg.compile}
+    options = {name: getattr(cfg, name) for name in names.split()}
     return vlm.load(model, **options, trainable=trainable).to(device)
 
 

@@ -41,7 +41,7 @@ def reward_statistics(rewards: Tensor) -> RewardStatistics:
     mean = rewards.nanmean(1)
     squares = torch.where(known, rewards - mean[:, None], 0.0).square().sum(1)
     variance = squares / (count - 1).clamp_min(1)
-    tied = torch.where(known, rewards - mean[:, None], 0.0).abs().amax(1) < 1e-6  # round-off is not variance
+    tied = (torch.where(known, rewards - mean[:, None], 0.0).abs() < 1e-6).all(1)  # round-off is not variance
     return RewardStatistics(mean, variance.masked_fill(tied | (count < 2), 0.0), count)
 
 

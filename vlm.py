@@ -9,6 +9,7 @@ Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T co
 """
 
 import copy
+import inspect
 import random
 import warnings
 from contextlib import contextmanager, nullcontext
@@ -36,6 +37,7 @@ from transformers import (
     BatchFeature,
     DynamicCache,
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     PreTrainedTokenizerBase,
 )
@@ -43,8 +45,16 @@ from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+import reasoning
+
 SEGMENT = 16  # tokens between two looks at which completions have ended
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's linears, never the vision's
+# transformers renames this argument; the old name warns
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
 
 
 @dataclass
@@ -90,12 +100,8 @@ class VLM(nn.Module):
         super().__init__()
         self.model, self.processor = model, processor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
-        config, tokenizer = self.core.config, processor.tokenizer
-        self.end_ids = _end_ids(self.core, tokenizer)
-        names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        banned = {getattr(config, name) for name in names} | {tokenizer.pad_token_id}
-        # a sampled image token has no image behind it and breaks scoring: never sampled, and so never scored
-        self.banned_ids = sorted(banned - {None} - set(self.end_ids))
+        self.end_ids = _end_ids(self.core, processor.tokenizer)
+        self.banned_ids = _banned_ids(self.core, processor.tokenizer, self.end_ids)
         # a convolution whose stride is its kernel is one matrix product, and PyTorch's Conv3d is far slower at it
         conv = self.core.model.visual.patch_embed.proj
         conv.forward = MethodType(_patches_times_kernel, conv)
@@ -117,8 +123,11 @@ class VLM(nn.Module):
         """Chat messages with PIL images or lists of frames -> left-padded model inputs.
 
         One processor call builds ids, mask, token types, pixels and grids, so that they cannot disagree, and
-        generation and scoring get the very same tensors. Nothing is ever truncated.
+        generation and scoring get the very same tensors. Nothing is ever truncated. Raises ValueError for no
+        conversation.
         """
+        if not conversations:
+            raise ValueError("there is no conversation to encode")
         limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         images, videos, metadata = [], [], []
         for part in (part for turns in conversations for turn in turns for part in turn["content"]):
@@ -174,9 +183,12 @@ class VLM(nn.Module):
 
         The prompt, and with it the vision tower, runs once, and its keys and values are held once for all its
         completions (`_Branches`). Every SEGMENT tokens those that have ended leave the batch.
+        Raises ValueError for n below 1.
         draws [B, n, T]: the uniform numbers that choose the tokens, by default from torch's generator. With the same
         numbers a prompt gets the same completions in any batch.
         """
+        if n < 1:
+            raise ValueError(f"n must be at least 1 completion a prompt, got {n}")
         core, prompts, valid = self.core, inputs["input_ids"], inputs["attention_mask"]
         (b, p), device = prompts.shape, prompts.device
         ends = torch.tensor(self.end_ids, device=device)
@@ -185,9 +197,17 @@ class VLM(nn.Module):
         position = _positions(core.model, inputs)
         # the positions that scoring uses; transformers' own deltas count from the largest, a long clip's time
         delta = position[0, :, -1] + 1 - valid.sum(1)
-        prefill = core.model(
-            inputs_embeds=self._embed(inputs), attention_mask=valid, position_ids=position, use_cache=True
-        ).past_key_values
+        attention = core.config.text_config._attn_implementation
+        # transformers' own mask for eager attention lets padding see nothing: in float64 it then holds NaN
+        mask = {"full_attention": _branch_mask(valid, [], core.dtype, attention)} if attention == "eager" else valid
+        prefill = DynamicCache()
+        core.model(
+            inputs_embeds=self._embed(inputs),
+            attention_mask=mask,
+            position_ids=position,
+            use_cache=True,
+            **{CACHE: prefill},
+        )
         prefill.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
         branches = DynamicCache()
         branches.layers = [_Branches(layer, valid[:, :-1], n, max_new_tokens) for layer in prefill.layers]
@@ -210,22 +230,20 @@ class VLM(nn.Module):
             said = ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start)).flatten(0, 1)
             numbers = draws[..., start:stop].to(device).gather(1, index).flatten(0, 1) if sample else None
             core.model.rope_deltas = delta.repeat_interleave(left)[:, None]
-            with _attention(core, "shared_prefix"):
+            with _attention(core, "shared_prefix"), plain_generation(core):
                 sequences = core.generate(
                     input_ids=torch.cat([prompts.repeat_interleave(left, 0), said], 1),
                     attention_mask=torch.cat([valid.repeat_interleave(left, 0), torch.ones_like(said)], 1),
-                    past_key_values=branches,
                     logits_processor=[_NextToken(self.banned_ids, self.end_ids[0], ended.flatten(), numbers)],
                     synced_gpus=False,  # by itself it would keep step with other processes wherever FSDP is in use
-                    # spelled out: released checkpoints ship a repetition penalty and T = 1e-6 in their
-                    # generation_config, and log-probs are those of the plain distribution
                     generation_config=GenerationConfig(
                         do_sample=False,  # _NextToken has chosen, at T = 1, from the whole distribution
-                        repetition_penalty=1.0,
+                        use_cache=True,
                         max_new_tokens=stop - start,
                         eos_token_id=self.end_ids,
                         pad_token_id=self.processor.tokenizer.pad_token_id,
                     ),
+                    **{CACHE: branches},
                 )
             new = sequences[:, p + start :].unflatten(0, kept.shape)
             ids[:, :, start:stop].scatter_(1, index[..., : new.shape[2]], new)
@@ -233,20 +251,20 @@ class VLM(nn.Module):
         mask = (is_end.cumsum(2) - is_end.int()) == 0  # first end token kept, whatever follows it dropped
         length = mask.sum(2)
         ids, mask = ids[..., : length.max()], mask[..., : length.max()]
+        said = mask & ~is_end  # all of it: stage tags may be special tokens of the checkpoint
         text = [
-            [
-                self.processor.tokenizer.decode(row[:k], skip_special_tokens=True)
-                for row, k in zip(rows, ks, strict=True)
-            ]
-            for rows, ks in zip(ids, length.tolist(), strict=True)
+            [self.processor.tokenizer.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
+            for rows, keeps in zip(ids, said[..., : ids.shape[-1]], strict=True)
         ]
         return Completions(ids, mask, text, is_end.any(2))
 
     def encode_responses(self, texts: list[str], after: list[str] | None = None) -> tuple[Tensor, Tensor]:
         """One response text per prompt, teacher-forced: ids and mask [B, 1, T], each closed by the end token.
 
-        after: a beginning of each response that is fed as well but not in the mask.
+        after: a beginning of each response that is fed as well but not in the mask. Raises ValueError for no text.
         """
+        if not texts:
+            raise ValueError("there is no response to encode")
         tokenizer = self.processor.tokenizer
         start = [tokenizer(text, add_special_tokens=False).input_ids for text in after or [""] * len(texts)]
         rows = [tokenizer(text, add_special_tokens=False).input_ids + [self.end_ids[0]] for text in texts]
@@ -264,8 +282,11 @@ class VLM(nn.Module):
         Row b is [prompt_b | y_1 | ... | y_K]; in the 4-D mask a branch sees its prompt and its own past, and its
         positions go on from the prompt's last (mRoPE) position. Equal to K separate rows up to rounding. mask: the
         tokens to be scored, by default all; what follows a branch's last one is not fed, and the head runs on these
-        tokens only. Elsewhere log-prob and entropy are 0. Attention that takes no 4-D mask scores plain rows.
+        tokens only. Elsewhere log-prob and entropy are 0. Attention that takes no 4-D mask scores plain rows. Raises
+        ValueError where K or T is 0.
         """
+        if ids.ndim != 3 or not ids.numel():
+            raise ValueError(f"ids must be [B, K, T] with at least one token each, got shape {tuple(ids.shape)}")
         body, prompts = self.core.model, inputs["input_ids"]
         attention = self.core.config.text_config._attn_implementation
         p, t = prompts.shape[1], ids.shape[2]
@@ -395,8 +416,11 @@ def _wide(x: Tensor) -> Tensor:
 def uniform_numbers(names: list[str], n: int, length: int, when: str) -> Tensor:
     """The chance behind n completions of each prompt [B, n, T]: it depends on `when` (seed, update) and the prompt's
     name only, not on the batch, the process or the device, so that the completions do not either, up to rounding."""
-    streams = (torch.Generator().manual_seed(random.Random(f"{when}/{name}").randrange(2**63)) for name in names)
-    return torch.stack([torch.rand(n, length, dtype=torch.float64, generator=stream) for stream in streams])
+    numbers = torch.empty(len(names), n, length, dtype=torch.float64)
+    for table, name in zip(numbers, names):
+        stream = torch.Generator().manual_seed(random.Random(f"{when}/{name}").randrange(2**63))
+        torch.rand(n, length, generator=stream, out=table)
+    return numbers
 
 
 class _NextToken(LogitsProcessor):
@@ -424,7 +448,7 @@ def _invert(scores: Tensor, u: Tensor, block: int = 128) -> Tensor:
     weights = _wide(scores).softmax(-1)
     if rest := -weights.shape[1] % block:
         weights = F.pad(weights, (0, rest))
-    blocks = weights.view(len(weights), -1, block)
+    blocks = weights.unflatten(1, (weights.shape[1] // block, block))
     mass = blocks.sum(-1).double()
     edges = mass.cumsum(-1)
     passed = u * edges[:, -1:]
@@ -553,6 +577,18 @@ def _branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attent
     return dense(0, length)
 
 
+@contextmanager
+def plain_generation(model: nn.Module):
+    """`generate` takes nothing from the checkpoint's own generation_config, of which transformers fills in whatever the
+    given one leaves open: a repetition penalty or T = 1e-6 (released checkpoints ship both), beams, a minimum length.
+    Log-probs are those of the plain distribution, and so must the samples be. What is saved keeps the checkpoint's."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
 def _end_ids(model: nn.Module, tokenizer) -> list[int]:
     """The end-of-turn token, first in the list, and any other token the checkpoint treats as an end.
 
@@ -561,6 +597,21 @@ def _end_ids(model: nn.Module, tokenizer) -> list[int]:
     listed = model.generation_config.eos_token_id
     listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
     return list(dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i != tokenizer.pad_token_id)]))
+
+
+def _banned_ids(model: nn.Module, tokenizer, end_ids: list[int]) -> list[int]:
+    """The tokens that no response holds: never sampled, and so never scored.
+
+    Control tokens (a sampled image token has no image behind it, and a turn of another speaker is no response), and
+    the rows of the head that stand for no token: real checkpoints pad the vocabulary. Stage tags may be special tokens
+    of a checkpoint, and stay.
+    """
+    config, tags = model.config, {f"<{end}{tag}>" for tag in reasoning.FOUR_STAGES for end in ("", "/")}
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    control = {getattr(config, name) for name in names} | {tokenizer.pad_token_id, *tokenizer.all_special_ids}
+    control -= {None, *end_ids, *tokenizer.convert_tokens_to_ids(sorted(tags & set(tokenizer.all_special_tokens)))}
+    nothing = set(range(model.lm_head.weight.shape[0])) - set(tokenizer.get_vocab().values())
+    return sorted(control | nothing)
 
 
 def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
@@ -589,7 +640,6 @@ def load(
     lora_rank: int = 0,
     train_vision: bool = False,
     gradient_checkpointing: bool = False,
-    compiled: bool = False,
     min_pixels: int = 4 * 28 * 28,
     max_pixels: int = 401_408,
     trainable: bool = True,
@@ -598,7 +648,6 @@ def load(
 
     Full fine-tuning of the language model, or LoRA on its linears.
     The vision tower is frozen unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
-    compiled: torch.compile of the language model, at its first use, once for all lengths.
     """
     ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}  # of the language model, not of the tower
     base, adapter = _base_of(path)
@@ -608,7 +657,9 @@ def load(
     )
     model.config.text_config._attn_implementation = ours.get(attention, attention)
     if adapter:
-        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        with _quietly():
+            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    _without_dropout(model)
     processor = AutoProcessor.from_pretrained(path)
     model.requires_grad_(trainable)
     if not train_vision:
@@ -619,11 +670,28 @@ def load(
         model.enable_input_require_grads()
     if lora_rank and trainable:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
-        model = get_peft_model(model, config)
-    policy = VLM(model, processor, min_pixels, max_pixels).train(trainable)
-    if compiled:
-        policy.core.model.language_model.compile(dynamic=True)
-    return policy
+        with _quietly():
+            model = get_peft_model(model, config)
+    return VLM(model, processor, min_pixels, max_pixels).train(trainable)
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, although training mode stays on for gradient checkpointing: policy, reference and sampler
+    are one distribution. With it the ratios of Eq. 1 are off before anything has been learned."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # probabilities that are handed to functions
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+@contextmanager
+def _quietly():
+    """Without the warning about a name in transformers that peft has not followed yet."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing", category=FutureWarning)
+        yield
 
 
 class LocalJudge:

@@ -6,8 +6,7 @@
 Both use Hugging Face generation, fp32, AdamW, beta 0.04, no clip in effect (one update a batch), sequence-mean loss,
 4 prompts x 8 completions of 48 tokens, an 18.5 M-parameter Qwen2.5-VL (hidden 256, 6 layers, vision depth 4,
 vocabulary 32,768) with frozen vision tower. TRL's micro-batch is swept, and each figure is compared with the one that
-suits TRL best for it; ours is swept over prompts per pass in the same way, and runs compiled as well (`--compile` of
-train.py), which is shown beside the comparison and not in it. Every measurement is a process of its own,
+suits TRL best for it; ours is swept over prompts per pass in the same way. Every measurement is a process of its own,
 ours and TRL's in turn, so that peak memory (the highest resident set) is its own and noise hits both. The first step of
 a process is warm-up. Times are medians over processes, with the smallest and the largest.
 
@@ -81,8 +80,8 @@ def ours(folder: Path, steps: int, work: dict) -> dict:
     import vlm
 
     processes, size, group, length = int(os.environ.get("WORLD_SIZE", 1)), work["size"], work["group"], work["length"]
-    policy = vlm.load(str(folder), max_pixels=PIXELS, compiled=work["compiled"])
-    reference = vlm.load(str(folder), max_pixels=PIXELS, trainable=False, compiled=work["compiled"])
+    policy = vlm.load(str(folder), max_pixels=PIXELS)
+    reference = vlm.load(str(folder), max_pixels=PIXELS, trainable=False)
     policy.end_ids = [NEVER]
     model = policy
     if processes > 1:
@@ -242,7 +241,7 @@ def machine() -> dict:
 
 def measure(side: str, folder: Path, steps: int, processes: int = 1, **work) -> dict:
     """One measurement in a process of its own."""
-    work = {"prompts": PROMPTS, "group": GROUP, "length": LENGTH, "compiled": False} | work
+    work = {"prompts": PROMPTS, "group": GROUP, "length": LENGTH} | work
     command = [sys.executable] + (["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] * (processes > 1))
     command += [str(Path(__file__).with_name("step.py")), "--worker", side, json.dumps([str(folder), steps, work])]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -259,12 +258,11 @@ def middle(values: list[float], form: str = "{:.1f}") -> str:
 
 def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
     """Ours and TRL in turn, every size once; then what suits each best again, `repeats` times in all."""
-    sizes = {"ours": [PROMPTS, 1], "trl": micro, "compiled": [PROMPTS]}
+    sizes = {"ours": [PROMPTS, 1], "trl": micro}
     found = {side: {size: [] for size in sizes[side]} for side in sizes}
 
     def run(side: str, size: int) -> None:
-        who, work = ("trl" if side == "trl" else "ours"), {"visual": visual, "size": size}
-        result = measure(who, folder, 2 if side == "trl" else 3, compiled=side == "compiled", **work)
+        result = measure(side, folder, 2 if side == "trl" else 3, visual=visual, size=size)
         found[side][size].append(result)
         seconds = statistics.median(step["step"] for step in result["steps"])
         name = "micro-batch" if side == "trl" else "prompts per pass"
@@ -301,9 +299,6 @@ def summary(visual: int, found: dict) -> tuple[str, dict]:
     limit = {name: statistics.median(r["floor"][name] for r in fastest) for name in fastest[0]["floor"]}
     ratio = {name: statistics.median(theirs[name]) / statistics.median(mine[name]) for name in ("step", "peak", "over")}
     scoring = limit["reference"] + limit["update"]
-    [compiled] = found["compiled"].values()
-    fused = {name: statistics.median(s[name] for r in compiled for s in r["steps"]) for name in part}
-    theirs_time = statistics.median(theirs["step"])
     decoding = max(limit["decode, arithmetic"], limit["decode, bytes"])
 
     def row(title: str, name: str, form: str) -> str:
@@ -322,9 +317,7 @@ def summary(visual: int, found: dict) -> tuple[str, dict]:
             f"{(part['reference'] + part['update']) / scoring:.2f} times the arithmetic floor ({scoring:.2f} s at "
             f"{limit['GFLOP/s']:.0f} GFLOP/s); the floor of decoding is {decoding:.2f} s (arithmetic "
             f"{limit['decode, arithmetic']:.2f}, bytes {limit['decode, bytes']:.2f} at {limit['GB/s']:.0f} GB/s). "
-            f"Eq. 4 adds {nce:+.1%}. Compiled: {fused['step']:.2f} s a step ({theirs_time / fused['step']:.1f} times "
-            f"as fast as TRL), reference and update {(fused['reference'] + fused['update']) / scoring:.2f} times their "
-            "floor.\n",
+            f"Eq. 4 adds {nce:+.1%}.\n",
         )
     )
     return text, {"best": best, "parts": part, "floor": limit, "ratio": ratio}

@@ -794,3 +794,28 @@ def test_the_worked_example_runs_and_draws(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "H = 1.2125 nats" in done.stdout and "p* = 0.4726" in done.stdout
     assert Image.open(tmp_path / "law.png").size[0] > 500
+
+
+# --- nothing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_norm", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0, 0)])
+def test_a_loss_over_nothing_is_0_and_has_gradient_0(loss_norm, shape):
+    logp = torch.zeros(shape, requires_grad=True)
+    nothing = logp.detach(), torch.zeros(shape[0]), torch.zeros(shape), logp.detach()
+    loss, stats = grpo.grpo_loss(logp, *nothing, beta=0.1, loss_norm=loss_norm)
+    loss.backward()
+    assert loss == 0 and logp.grad.shape == shape and stats["kl"].shape == shape
+
+
+def test_no_prompt_and_no_position_give_empty_tables():
+    none = torch.zeros(0, 3)
+    assert grpo.total_reward({"a": none}, {"a": 1.0}).shape == grpo.group_advantages(none).shape == (0, 3)
+    row = torch.zeros(0)
+    assert grpo.logit_gradient(none, row.long(), row, row).shape == (0, 3)
+    assert grpo.entropy_change(none, row.long(), 1.0).shape == grpo.sharpening_threshold(none).shape == (0,)
+    for kind in grpo.KL_KINDS:
+        assert grpo.kl_penalty(none, none, kind).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"\[B, G\] with G > 1"):
+        grpo.group_advantages(torch.zeros(3, 0))

@@ -928,16 +928,83 @@ def test_limitation_over_many_draws_on_policy_features_of_different_prompts_have
 # --- quantile_tau ----------------------------------------------------------------------------------------------------
 
 
-def test_a_quantile_splits_the_pairs_wherever_they_lie():
+def table_of(pairs):
+    """The symmetric cosines [n, n] whose pairs i < j, row by row, are these."""
+    n = (1 + math.isqrt(1 + 8 * len(pairs))) // 2
+    s, (row, column) = torch.eye(n), torch.triu_indices(n, n, offset=1)
+    s[row, column] = s[column, row] = tensor(pairs)
+    return s
+
+
+@pytest.mark.parametrize("quantile", [0.1, 0.25, 0.5, 0.8])
+def test_the_quantile_splits_the_pairs_wherever_they_lie(quantile):
     for shift in (-0.5, 0.0, 0.4):
-        s = (0.3 * torch.rand(7, 7) + shift).fill_diagonal_(1.0)
-        tau = quantile_tau(s, 0.5)
-        assert tau == pytest.approx(s[~torch.eye(7, dtype=torch.bool)].median().item(), abs=0.02)
-        assert info_nce(s, tau)[1]["active"] >= 5
-    assert quantile_tau(torch.ones(1, 1), 0.5) == 1.0
+        pairs = (0.3 * torch.rand(21) + shift).tolist()
+        tau, below = quantile_tau(table_of(pairs), quantile), round(quantile * 21)
+        low, high = sorted(pairs)[below - 1 : below + 1]
+        assert tau == pytest.approx((low + high) / 2) and sum(s <= tau for s in pairs) == below
+        assert info_nce(table_of(pairs), tau)[1]["active"] >= 3
+
+
+def test_rounding_does_not_decide_on_which_side_of_tau_a_pair_stands():
+    """A median on a pair's own cosine changes the loss when every cosine moves by a millionth; the gap's middle not."""
+    s, others = table_of((1.6 * torch.rand(55) - 0.8).tolist()), ~torch.eye(11, dtype=torch.bool)
+    noise = 1e-6 * (2 * torch.rand(11, 11) - 1)
+    moved = s + noise + noise.T
+
+    def positives(cosine, tau):
+        return (cosine <= tau)[others]
+
+    on_a_pair = s[others].quantile(0.5).item()
+    assert any(not torch.equal(positives(s, on_a_pair), positives(x, on_a_pair)) for x in (moved, 2 * s - moved))
+    for quantile in (0.1, 0.3, 0.5, 0.7, 0.9):
+        taus = [quantile_tau(cosine, quantile) for cosine in (s, moved)]
+        assert torch.equal(positives(s, taus[0]), positives(moved, taus[1]))
+        assert (s[others] - taus[0]).abs().min() > ntk_infonce.ROUNDING / 2
+
+
+def test_cosines_that_are_equal_but_for_rounding_are_not_parted():
+    """Duplicate prompts: the median lies among equal cosines, so the nearest gap is taken."""
+    assert quantile_tau(table_of([0.1, 0.5, 0.5 + 1e-9, 0.5, 0.5 - 1e-9, 0.9]), 0.5) == pytest.approx(0.3)
+    assert quantile_tau(table_of([0.5, 0.5 + 1e-9, 0.5]), 0.5) == 1.0
+    assert quantile_tau(table_of([0.2]), 0.5) == 1.0 and quantile_tau(torch.ones(1, 1), 0.5) == 1.0
     for quantile in (-0.1, 1.1, NAN):
         with pytest.raises(ValueError, match="quantile"):
             quantile_tau(MIXED, quantile)
+
+
+# --- nothing ---------------------------------------------------------------------------------------------------------
+
+NO_TOKEN = torch.zeros(0, dtype=torch.long)
+
+
+@pytest.mark.parametrize("n", [0, 1, 3])
+def test_without_any_token_every_feature_is_zero(n):
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.randn(5, 4, requires_grad=True)
+    tables = [
+        gradient_cosine(hidden, hidden @ weight.T, NO_TOKEN, NO_TOKEN, n),
+        gradient_cosine_chunked(hidden, weight, NO_TOKEN, NO_TOKEN, n, chunk=2),
+        cosine(tensor_sketch(hidden, hidden @ weight.T, NO_TOKEN, NO_TOKEN, n, 8)),
+        cosine(hidden_mean(hidden, NO_TOKEN, n)),
+    ]
+    for s in tables:
+        assert torch.equal(s, torch.zeros(n, n))
+        loss, stats = info_nce(s, quantile_tau(s, 0.5))
+        assert loss == 0 and stats["active"] == 0 and all(x.isfinite() for x in stats.values())
+
+
+def test_a_sample_without_tokens_leaves_the_others_sketches_alone():
+    hidden, logits, y = torch.randn(3, 4), torch.randn(3, 5), torch.tensor([1, 2, 0])
+    sketch = tensor_sketch(hidden, logits, y, torch.tensor([0, 2, 2]), 3, 64)
+    assert sketch[1].abs().max() == 0 and sketch[[0, 2]].abs().amax(1).min() > 0
+
+
+def test_weights_of_no_prompt_and_no_token_are_empty_and_of_no_response_refused():
+    for choice in ("reference", "best", "advantage", "greedy", "own_prefix"):
+        for b, t in ((0, 3), (2, 0)):
+            assert feature_weights(choice, torch.ones(b, 2, t), torch.ones(b, 2), torch.ones(b, t)).shape == (b, 3, t)
+        with pytest.raises(ValueError, match="or G is 0"):
+            feature_weights(choice, torch.ones(2, 0, 3), torch.ones(2, 0), torch.ones(2, 3))
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, NAN])
