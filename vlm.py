@@ -249,13 +249,13 @@ class VLM(nn.Module):
             ids[:, :, start:stop].scatter_(1, index[..., : new.shape[2]], new)
         is_end = torch.isin(ids, ends)
         mask = (is_end.cumsum(2) - is_end.int()) == 0  # first end token kept, whatever follows it dropped
-        length = mask.sum(2)
-        ids, mask = ids[..., : length.max()], mask[..., : length.max()]
-        said = mask & ~is_end  # all of it: stage tags may be special tokens of the checkpoint
+        said = mask & ~is_end  # decoded whole, special tokens too: stage tags may be among a checkpoint's
         text = [
             [self.processor.tokenizer.decode(row[keep]) for row, keep in zip(rows, keeps, strict=True)]
-            for rows, keeps in zip(ids, said[..., : ids.shape[-1]], strict=True)
+            for rows, keeps in zip(ids, said, strict=True)
         ]
+        length = mask.sum(2).max()
+        ids, mask = ids[..., :length], mask[..., :length]
         return Completions(ids, mask, text, is_end.any(2))
 
     def encode_responses(self, texts: list[str], after: list[str] | None = None) -> tuple[Tensor, Tensor]:

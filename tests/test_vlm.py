@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import random
+import re
 import shutil
 import warnings
 
@@ -655,7 +656,7 @@ def test_the_mask_keeps_exactly_the_first_end_token(fresh):
             n = ends[0] + 1 if ends else len(ids)
             assert out.mask[b, k].tolist() == [True] * n + [False] * (len(ids) - n)
             assert bool(out.ended[b, k]) == bool(ends)
-            assert out.text[b][k] == policy.processor.tokenizer.decode(ids[:n], skip_special_tokens=True)
+            assert out.text[b][k] == policy.processor.tokenizer.decode(ids[: n - bool(ends)])
             lengths.add(n)
     assert len(lengths) > 5 and 0 < out.ended.float().mean() < 1  # ragged, and some were cut off
 
@@ -723,7 +724,19 @@ def test_decoding_attends_as_plain_attention_over_prompt_and_own_tokens_does(dty
     assert error <= max(tolerance, 1.1 * (plain(dtype) - want).abs().max())
 
 
-SHIPPED = {"repetition_penalty": 5.0, "temperature": 1e-6, "top_k": 1, "top_p": 0.01, "do_sample": True}
+SHIPPED = {
+    "released": {"repetition_penalty": 5.0, "temperature": 1e-6, "top_k": 1, "top_p": 0.01, "do_sample": True},
+    "length": {"min_new_tokens": 12, "exponential_decay_length_penalty": [2, 50.0], "max_new_tokens": 3},
+    "repeats": {"no_repeat_ngram_size": 1, "encoder_repetition_penalty": 9.0},
+    "words": {"bad_words_ids": [[i] for i in range(20, 500)], "begin_suppress_tokens": [50], "forced_eos_token_id": 60},
+    "beams": {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 3.0},
+    "no cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "strings": {"stop_strings": ["a", "e"]},
+    "output": {"return_dict_in_generate": True, "output_scores": True, "renormalize_logits": True},
+    "guidance": {"guidance_scale": 3.0},
+    "lookup": {"prompt_lookup_num_tokens": 3},
+}
 
 
 def test_gradient_checkpointing_is_off_while_generating_and_on_again_after(world):
@@ -735,20 +748,152 @@ def test_gradient_checkpointing_is_off_while_generating_and_on_again_after(world
     assert texts[0] == texts[1]
 
 
-@pytest.mark.parametrize("sample", [True, False])
-def test_sampling_settings_that_a_checkpoint_ships_change_nothing(world, tmp_path, policy, sample):
-    folder = tmp_path / "shipped"
-    shutil.copytree(world / "policy", folder)
-    config = json.loads((folder / "generation_config.json").read_text())
-    (folder / "generation_config.json").write_text(json.dumps(config | SHIPPED))
-    shipped = vlm.load(str(folder), trainable=False)
-    assert shipped.core.generation_config.repetition_penalty == 5.0 and shipped.core.generation_config.top_k == 1
-    texts = []
-    for each in (policy, shipped):
-        torch.manual_seed(0)
-        texts.append(each.generate(each.encode([prompts()["a clip"]]), 6, 12, sample=sample).text)
-    assert texts[0] == texts[1]
-    assert len(set(texts[0][0])) == (6 if sample else 1)
+@pytest.fixture
+def shipped(world, tmp_path):
+    """The policy as another would ship it: shipped(file, values) -> a folder in which `file` has these values too."""
+
+    def ship(file, values):
+        folder = tmp_path / "shipped"
+        shutil.copytree(world / "policy", folder)
+        (folder / file).write_text(json.dumps(json.loads((folder / file).read_text()) | values))
+        return folder
+
+    return ship
+
+
+@pytest.mark.parametrize("kind", SHIPPED)
+def test_generation_settings_that_a_checkpoint_ships_change_nothing(shipped, tmp_path, policy, kind):
+    """Neither samples nor greedy responses, alone and in a batch; and what is saved keeps the checkpoint's file."""
+    theirs = vlm.load(str(shipped("generation_config.json", SHIPPED[kind])), trainable=False)
+    for name, value in SHIPPED[kind].items():
+        assert getattr(theirs.core.generation_config, name) == value
+    for sample in (True, False):
+        found = []
+        for each in (policy, theirs):
+            torch.manual_seed(0)
+            inputs = each.encode([prompts()["a clip"], prompts()["a picture"]])
+            found.append(each.generate(inputs, 6, 20, sample=sample))
+        assert torch.equal(found[0].ids, found[1].ids) and found[0].text == found[1].text
+        assert len(set(found[0].text[0])) == (6 if sample else 1)
+    theirs.core.generation_config.do_sample = True  # transformers refuses to save sampling values that do not act
+    theirs.save(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "generation_config.json").read_text())
+    assert {name: saved[name] for name in SHIPPED[kind]} == SHIPPED[kind]
+
+
+def test_a_config_without_cache_and_no_generation_config_generate_alike(shipped, policy):
+    folder = shipped("config.json", {"use_cache": False})
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["use_cache"] = False
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs = vlm.load(str(folder), trainable=False)
+    assert not theirs.core.config.text_config.use_cache
+    found = [each.generate(each.encode([prompts()["a clip"]]), 1, 12, sample=False) for each in (policy, theirs)]
+    assert torch.equal(found[0].ids, found[1].ids)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_in_a_checkpoint_does_not_act_and_is_kept_in_its_file(shipped, tmp_path, checkpointing):
+    """Scores in training mode equal those in evaluation mode: the ratio of a first update is 1."""
+    config = json.loads((shipped("config.json", {}) / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = config["vision_config"]["attention_dropout"] = 0.5
+    (tmp_path / "shipped/config.json").write_text(json.dumps(config))
+    for options in ({}, {"attention": "eager"}, {"lora_rank": 2}, {"train_vision": True}):
+        policy = vlm.load(str(tmp_path / "shipped"), gradient_checkpointing=checkpointing, **options)
+        inputs, ids = policy.encode([prompts()["a clip"]]), ragged(5, 3)
+        assert policy.training
+        logp = policy(inputs, ids).logp.detach()
+        close(logp, policy(inputs, ids).logp.detach(), 1e-5)
+        close(logp, policy.eval()(inputs, ids).logp.detach(), 1e-5)
+    policy.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved/config.json").read_text())["text_config"]["attention_dropout"] == 0.5
+
+
+@pytest.fixture
+def padded(world, tmp_path):
+    """A policy whose vocabulary has 37 rows that stand for no token, all likelier than any other, as are controls."""
+    policy = vlm.load(str(world / "policy"))
+    model, size = policy.core, len(policy.processor.tokenizer)
+    model.resize_token_embeddings(size + 37)
+    with torch.no_grad():
+        model.lm_head.weight[size:] = 4 * torch.randn(37, model.lm_head.in_features)
+        model.lm_head.weight[never_ids(policy)] *= 5
+    policy.save(tmp_path / "padded")
+    return vlm.load(str(tmp_path / "padded"), trainable=False), size
+
+
+def test_rows_of_the_head_without_a_token_are_never_sampled_nor_scored(padded):
+    policy, size = padded
+    assert policy.core.lm_head.weight.shape[0] == size + 37
+    assert policy.banned_ids == sorted([*never_ids(policy), *range(size, size + 37)])
+    torch.manual_seed(0)
+    inputs = policy.encode([prompts()["a picture"], prompts()["a clip"]])
+    out = policy.generate(inputs, 50, 8)
+    assert not torch.isin(out.ids[out.mask], torch.tensor(policy.banned_ids)).any()
+    p = policy(inputs, torch.arange(size + 37).view(1, -1, 1).expand(2, -1, 1)).logp[..., 0].double().exp()
+    assert p[:, policy.banned_ids].max() == 0
+    torch.testing.assert_close(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
+
+
+def test_stage_tags_that_are_special_tokens_are_said_and_scored(world, tmp_path, policy):
+    """A checkpoint may have added them as such: what is decoded keeps them, or every format reward would be 0."""
+    tags = [f"<{end}{tag}>" for tag in ("prethink", "caption", "think", "answer") for end in ("", "/")]
+    shutil.copytree(world / "policy", tmp_path / "special")
+    special = vlm.load(str(tmp_path / "special"), trainable=False)
+    special.processor.tokenizer.add_special_tokens({"additional_special_tokens": tags})
+    special = vlm.VLM(special.core, special.processor, 3136, 401_408)
+    ids = special.processor.tokenizer.convert_tokens_to_ids(tags)
+    assert set(ids) <= set(special.processor.tokenizer.all_special_ids) and not set(ids) & set(special.banned_ids)
+    with torch.no_grad():
+        special.core.lm_head.weight[ids] *= 4
+    torch.manual_seed(0)
+    out = special.generate(special.encode([prompts()["a picture"]]), 20, 12)
+    said = torch.isin(out.ids, torch.tensor(ids)) & out.mask
+    assert said.sum() > 20
+    for row, keep, text in zip(out.ids[0], said[0], out.text[0], strict=True):
+        want = policy.processor.tokenizer.convert_ids_to_tokens(row[keep].tolist())
+        assert [tag for tag in re.findall(r"</?\w+>", text) if tag in tags] == want
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_a_padded_prompt_samples_what_it_samples_alone(world, attention, dtype):
+    policy = vlm.load(str(world / "policy"), dtype=dtype, attention=attention, trainable=False)
+    rows = [prompts()[kind] for kind in ("a picture", "several pictures", "a clip")]
+    batch = policy.encode(rows)
+    assert batch["attention_mask"].sum(1).unique().numel() == 3
+    draws = torch.rand(3, 2, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    together = policy.generate(batch, 2, 6, draws=draws)
+    scores = policy(batch, together.ids, together.mask)
+    assert scores.logp.isfinite().all() and scores.logp[together.mask].exp().mean() > 1e-3
+    if dtype == "float64":
+        for b, row in enumerate(rows):
+            alone = policy.generate(policy.encode([row]), 2, 6, draws=draws[b : b + 1])
+            assert alone.text[0] == together.text[b]
+
+
+def test_nothing_to_score_or_to_draw_gives_nothing_or_one_clear_error(policy):
+    hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
+    logp, entropy = vlm.log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), [1])
+    logp.sum().backward()
+    assert logp.shape == entropy.shape == (0,) and torch.equal(weight.grad, torch.zeros(5, 4))
+    assert vlm._invert(torch.zeros(0, 5), torch.zeros(0, 1)).shape == (0, 1)
+    assert vlm.uniform_numbers([], 2, 3, "0/1").shape == (0, 2, 3)
+    inputs = policy.encode([prompts()["a picture"]])
+    none = policy.generate(inputs, 2, 0)
+    assert none.ids.shape == (1, 2, 0) and none.text == [["", ""]] and not none.ended.any()
+    scores = policy(inputs, ragged(3, 2), torch.zeros(1, 2, 3))
+    assert not scores.logp.any() and not scores.entropy.any()
+    for call, says in (
+        (lambda: policy.encode([]), "no conversation"),
+        (lambda: policy.encode_responses([]), "no response"),
+        (lambda: policy.generate(inputs, 0, 3), "at least 1 completion"),
+        (lambda: policy(inputs, torch.zeros(1, 0, 3, dtype=torch.long)), "at least one token each"),
+        (lambda: policy(inputs, torch.zeros(1, 2, 0, dtype=torch.long)), "at least one token each"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            call()
 
 
 def test_the_padding_token_is_no_end_even_where_a_checkpoint_lists_it_as_one(world, policy):
