@@ -369,7 +369,7 @@ def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
 
 
 def open_judge(where: str, model: str, device: torch.device, tokens: int | None = None, **endpoint):
-    """What answers prompts: a causal LM, or the `model` behind a URL (with EndpointJudge's options). tokens: of a reply.
+    """What answers prompts: a causal LM, or the `model` behind a URL. tokens: the most of a reply.
     Raises DataError where there is no such model, no client library, or no key."""
     try:
         if where.startswith("http"):

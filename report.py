@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 STAGES = {"prethink": "Planning", "caption": "Caption", "think": "Thinking", "answer": "Answer"}
 SIDES = {"before": "Before RL", "after": "After RL"}
 PICTURES = 4  # gallery rows per held-out set
+NEARLY_NONE = 0.2  # a category that keeps less than this part of its share is warned about
 POINTS = 3000  # most dots in the scatter; more only make the page heavy
 
 MEASURES = {  # of eval/*.json: which way is better (0: neither), and what it is
@@ -333,6 +334,22 @@ def selection(run: Run) -> Drawing | None:
     return (text, draw) if run.scores else None
 
 
+def selected_by_category(selected: dict) -> list[str]:
+    """What select/selected.json says of each category: how many prompts were kept, and a warning where nearly none."""
+    share = len(selected["kept"]) / max(1, selected["of"])
+    lines = [f"{name}: {kept} of {of}" for name, (kept, of) in selected.get("categories", {}).items()]
+    lines = [", ".join(lines)] if len(lines) > 1 else []
+    lost = [name for name, (kept, of) in selected.get("categories", {}).items() if kept < NEARLY_NONE * share * of]
+    if lost:
+        lines.append(
+            f"warning: nearly no prompt of {', '.join(lost)} was kept, so RL hardly trains it. "
+            "--select_within category keeps the same share of each"
+        )
+    if selected.get("unjudged"):
+        lines.append(f"warning: {selected['unjudged']} prompts had no two verdicts of the judge and were not ranked")
+    return lines
+
+
 def figures(run: Run) -> str:
     """All figures whose numbers the run has, and a sentence on those it has not."""
     rl, conflict = run.rl, [row for row in run.rl if "nce/active" in row]
@@ -375,7 +392,8 @@ def summary(run: Run, lines: list[Line]) -> str:
     with_what = ", ".join(text for name, text in switches.items() if cfg.get(name)) or "none of the paper's mechanisms"
     did = [f"a cold start of {len(run.sft)} updates" if run.sft else "no cold start"]
     if run.selected:
-        did.append(f"{len(run.selected['kept'])} of {run.selected['of']} prompts selected")
+        of_each = "".join(f" ({line})" for line in selected_by_category(run.selected))
+        did.append(f"{len(run.selected['kept'])} of {run.selected['of']} prompts selected{of_each}")
     if cfg.get("method") != "sft":
         did.append(f"{len(run.rl)} of {cfg.get('rl_steps', '?')} updates of reinforcement learning")
     text = [f"A run with {with_what}: {', '.join(did)}."]

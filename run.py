@@ -30,7 +30,7 @@ from typing import Any, NoReturn
 import torch
 import yaml
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, is_torch_version, set_seed
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, gather_object, set_seed
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -322,11 +322,11 @@ class Run:
             with file.open("a", encoding="utf-8") as out:
                 out.write(to_jsonl(lines))
 
-    def forget_after(self, file: Path, step: int) -> None:
-        """Drop the lines of updates that a resumed stage will do again."""
+    def keep_lines(self, file: Path, wanted: Callable[[dict], bool]) -> None:
+        """Drop the other lines: what they stand for is done again."""
         if self.is_main and file.exists():
-            kept = [line for line in read_jsonl(file) if line["step"] <= step]
-            rewrite(file, to_jsonl(kept))
+            rewrite(file, to_jsonl([line for line in read_jsonl(file) if wanted(line)]))
+        self.accelerator.wait_for_everyone()
 
     # screen
     def say(self, text: str) -> None:
@@ -424,8 +424,6 @@ def check_launch(env: dict[str, str], gpus: int, cores: int) -> None:
     if env.get("ACCELERATE_USE_FSDP") == "true":
         if env.get("FSDP_VERSION") != "2":
             raise ConfigError("launch file: give fsdp_version: 2, see configs/accelerate/fsdp2.yaml")
-        if not is_torch_version(">=", "2.9"):  # before, a shard's weights had to be of one dtype
-            raise ConfigError("launch file: FSDP2 needs torch 2.9 or newer here")
     for name in ("DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if env.get(f"ACCELERATE_USE_{name}") == "true":
             raise ConfigError(f"launch file: {name} is not supported. Shard with FSDP2: configs/accelerate/fsdp2.yaml")

@@ -17,10 +17,12 @@ import random
 import shutil
 import sys
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import count as count_from
+from itertools import islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,8 +32,9 @@ import torch
 import yaml
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
-from transformers import BatchFeature, HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers import BatchFeature, HfArgumentParser
 from transformers.utils import is_flash_attn_2_available
 
 import answers
@@ -62,7 +65,7 @@ def main(cfg: "Config") -> None:
         prompts = select_prompts(start, sets["train"], judge, cfg, run)
 
         # Reinforcement learning: GRPO with the Caption Reward, and the conflict regulariser.
-        steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step)
+        steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step, run.processes)
         learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, held_out(sets, judge, cfg, run))
         reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
         for step, batch in learner.batches(prompts, cfg.prompts_per_step):
@@ -158,6 +161,7 @@ class Config:
 
     responses: int = option(64, "responses per prompt scored for selection [paper]")
     keep: float = option(0.5, "share of the prompts kept [paper]")
+    select_within: str = option("", "category: that share of each category is kept; empty: of all prompts [paper]")
     select_batch: int = option(16, "prompts scored at a time in each process, by memory [choice]")
 
     rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
@@ -168,7 +172,7 @@ class Config:
     max_new_tokens: int = option(40, "longest response [choice; official code: 768]")
     rl_lr: float = option(3e-4, "learning rate, cosine [choice for a 1.5 M model; official code: 1e-6]")
     warmup: float = option(0.05, "share of a stage's updates with rising rate [choice; official code: 0]")
-    weight_decay: float = option(0.01, "AdamW's [official code]")
+    weight_decay: float = option(0.01, "AdamW's, on matrices: norms and biases have none [official code]")
     max_grad_norm: float = option(1.0, "gradient clipping [choice; official code: 5]")
     beta: float = option(0.04, "weight of the KL in Eq. 1; 0: no reference model [official code, paper silent]")
     kl_kind: str = option("k3", "k1, k2, k3 or rho_k3 [official code]")
@@ -195,7 +199,7 @@ class Config:
     save_every: int = option(20, "checkpoint every so many updates [choice; official code: 100]")
     keep_last: int = option(1, "checkpoints kept while a stage runs [choice]")
     held_out_rows: int = option(
-        64, "test rows on which RL's checkpoints are compared, to keep the best; 0: no [choice]"
+        64, "test rows, of every category, on which RL's checkpoints are compared; 0: no [choice]"
     )
     max_skipped: int = option(5, "stop after so many updates in a row with a loss or gradient not finite [choice]")
     max_truncated: float = option(0.25, "warn where a greater share of responses is cut at max_new_tokens [choice]")
@@ -212,6 +216,7 @@ class Config:
             "kl_kind": grpo.KL_KINDS,
             "loss_norm": ("sequence", "token", "constant"),
             "nce_feature": tuple(ntk_infonce.FEATURES),
+            "select_within": ("", "category"),
             "tracker": ("", "tensorboard", "wandb"),
         }
         for name, allowed in choices.items():
@@ -331,7 +336,7 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
         return cfg.start
     for sample in rows:
         reference_response(sample, cfg.four_stage)  # a bad one is found before the model is loaded
-    steps = updates(cfg.sft_steps, cfg.sft_epochs, len(rows), cfg.sft_batch)
+    steps = updates(cfg.sft_steps, cfg.sft_epochs, len(rows), cfg.sft_batch, run.processes)
     learner = Learner("sft", cfg.start, steps, cfg.sft_lr, cfg, run)
     for step, batch in learner.batches(rows, cfg.sft_batch):
         inputs = learner.policy.encode(data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames))
@@ -343,9 +348,14 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: "Run") -> s
     return learner.finish()
 
 
-def updates(steps: int, epochs: float, rows: int, batch: int) -> int:
+def updates(steps: int, epochs: float, rows: int, batch: int, processes: int = 1) -> int:
     """How many updates a stage has: `steps`, or as many as `epochs` passes over its rows take."""
-    return math.ceil(epochs * rows / min(batch, rows)) if epochs else steps
+    return math.ceil(epochs * rows / max(1, batch_size(rows, batch, processes))) if epochs else steps
+
+
+def batch_size(rows: int, asked: int, processes: int) -> int:
+    """Rows of an update: as many as asked for, where there are so many, and as many in each process."""
+    return min(asked, rows) // processes * processes
 
 
 def reference_response(sample: data.Sample, four_stage: bool) -> str:
@@ -361,11 +371,13 @@ def reference_response(sample: data.Sample, four_stage: bool) -> str:
 def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward | None, cfg: Config, run: "Run"):
     """Score every prompt by its responses' rewards and keep the top share by variance (D-40).
 
-    select/scores.jsonl gets one line a prompt as it is scored, so an interrupted stage goes on where it was.
+    select/scores.jsonl gets one line a prompt as it is scored, so an interrupted stage goes on where it was. A prompt
+    on which a verdict is missing is asked about again, once and whenever the stage is resumed; without two verdicts it
+    has no variance to be ranked by.
     """
     if not cfg.selection:
         return samples
-    chosen = run.folder / "select" / "selected.json"
+    chosen, file = (run.folder / "select" / name for name in ("selected.json", "scores.jsonl"))
     if not run.first(chosen.exists):
         policy = cache(lambda: load(start, False, cfg, run.device))  # where all prompts are scored it is not needed
 
@@ -374,17 +386,33 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
             scored = zip(parts, reward(parts, judge, cfg))
             return [line for part, (rewards, _) in scored for line in score_lines(part.samples, rewards, cfg)]
 
-        scores = run.each(run.folder / "select" / "scores.jsonl", samples, cfg.select_batch, score, "select")
-        ids = [line["id"] for line in scores]
-        kept = variance_select.select_top_variance(ids, torch.tensor([line["variance"] for line in scores]), cfg.keep)
+        for _ in range(2):
+            run.keep_lines(file, lambda line: None not in line.get("caption", ()))
+            scores = run.each(file, samples, cfg.select_batch, score, "select")
+        known = [line for line in scores if sum(x is not None for x in line.get("caption", (0, 0))) > 1]
+        if len(known) < len(scores) / 2:
+            raise ConfigError(
+                f"selection: the judge gave no verdict on the captions of {len(scores) - len(known)} of {len(scores)} "
+                "prompts, although they were asked about twice. Is it up? The same command asks again"
+            )
+        kind = {sample.id: sample.category for sample in samples}
+        ids, variance = [line["id"] for line in known], torch.tensor([line["variance"] for line in known])
+        within = [kind[i] for i in ids] if cfg.select_within else None
+        kept = variance_select.select_top_variance(ids, variance, cfg.keep, within)
         if not kept:
             raise data.DataError(
                 f"selection: all {cfg.responses} responses of every prompt earn the same reward, so RL has nothing to "
                 "learn from. Train the cold start longer, or give harder or easier prompts"
             )
-        run.write(chosen, {"kept": kept, "of": len(ids), "tied": sum(line["variance"] == 0 for line in scores)})
-    kept = set(run.first(lambda: json.loads(chosen.read_text())["kept"]))
+        kept_of, of = Counter(kind[i] for i in kept), Counter(kind.values())
+        found = {"kept": kept, "of": len(scores), "tied": sum(line["variance"] == 0 for line in known)}
+        found |= {"unjudged": len(scores) - len(known), "categories": {k: [kept_of[k], of[k]] for k in sorted(of)}}
+        run.write(chosen, found)
+    found = run.first(lambda: json.loads(chosen.read_text()))
+    kept = set(found["kept"])
     run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
+    for line in report.selected_by_category(found):
+        run.say(f"  {line}")
     return [s for s in samples if s.id in kept]
 
 
@@ -623,25 +651,32 @@ def count(parts: list[Rollouts], run: Run) -> dict[str, float]:
 def held_out(sets: dict, judge: CaptionReward | None, cfg: Config, run: Run) -> Callable[[vlm.VLM], float] | None:
     """Scores a policy on some rows that are not trained on; None without such rows."""
     rows = sets.get("validation") or next((rows for name, rows in sets.items() if name.startswith("test")), [])
-    rows = rows[:: max(1, len(rows) // max(1, cfg.held_out_rows))][: cfg.held_out_rows]
+    rows = balanced(rows, cfg.held_out_rows, cfg.seed)
     return partial(held_out_reward, rows, judge, cfg, run) if rows else None
 
 
+def balanced(rows: list[data.Sample], n: int, seed: int) -> list[data.Sample]:
+    """n rows drawn at random, as evenly over the categories as their numbers allow."""
+    kinds: dict[str, list] = defaultdict(list)
+    for row in random.Random(f"{seed}/held out").sample(rows, len(rows)):
+        kinds[row.category].append(row)
+    return [row for turn in zip_longest(*kinds.values()) for row in turn if row][:n]
+
+
 def held_out_reward(rows: list, judge: CaptionReward | None, cfg: Config, run: Run, policy: vlm.VLM) -> float:
-    """Mean total reward of greedy responses."""
+    """Mean total reward of greedy responses. NaN where a verdict is missing although it was asked for twice: a policy
+    is not compared on what the network let through."""
     answered = run.pieces(run.mine(rows), cfg.eval_batch, greedily, policy, cfg)
     parts = [
         SimpleNamespace(samples=some, text=[[text] for text in texts], mask=torch.zeros(1)) for some, texts in answered
     ]
-    tables = [table for table, _ in reward(parts, judge, cfg)]
-    found = run.gather(
-        [{name: one[name][i, 0].item() for name in one} for one in tables for i in range(len(one["format"]))]
-    )
-    score = 0.0
-    for name, weight in cfg.reward_weights.items():  # each over what is known of it
-        known = [one[name] for one in found if one[name] == one[name]]
-        score += weight * sum(known) / max(1, len(known))
-    return score
+    weights = {name: weight for name, weight in cfg.reward_weights.items() if weight}
+    for _ in range(2):  # the second time only what is not known yet is asked for
+        totals = [sum(w * one[name] for name, w in weights.items()) for one, _ in reward(parts, judge, cfg)]
+        if not any(total.isnan().any() for total in totals):
+            break
+    found = run.gather([value for total in totals for value in total[:, 0].tolist()])
+    return sum(found) / len(found)
 
 
 def greedily(some: list[data.Sample], policy: vlm.VLM, cfg: Config) -> tuple[list[data.Sample], list[str]]:
@@ -705,12 +740,16 @@ class Learner:
             return
         run.reseed(stage, "initialisation")
         policy = load(model, True, cfg, run.device)
-        self.names = [name for name, p in policy.named_parameters() if p.requires_grad]
-        trained = [p for p in policy.parameters() if p.requires_grad]
-        run.widen(trained)
-        optimizer = AdamW(trained, lr=lr, weight_decay=cfg.weight_decay, fused=True)
+        trained = {name: p for name, p in policy.named_parameters() if p.requires_grad}
+        run.widen(list(trained.values()))
+        # as transformers' Trainer: what scales or shifts (norms, biases) is not pulled towards 0
+        decayed, others = ([n for n, p in trained.items() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        self.names = decayed + others  # in the optimiser's order
+        groups = [{"params": [trained[n] for n in decayed]}, {"params": [trained[n] for n in others]}]
+        groups[1]["weight_decay"] = 0.0
+        optimizer = AdamW(groups, lr=lr, weight_decay=cfg.weight_decay, fused=True)
         total = steps * (cfg.iterations if stage == "rl" else 1)
-        schedule = get_cosine_schedule_with_warmup(optimizer, round(cfg.warmup * total), total)
+        schedule = LambdaLR(optimizer, partial(rate, warmup=round(cfg.warmup * total), total=total))
         self.model, self.optimizer, self.schedule = run.prepare(policy, optimizer, schedule)
         self.policy = run.accelerator.unwrap_model(self.model)
         if last := run.first(lambda: max(self.checkpoints(), default=None, key=number)):
@@ -720,7 +759,7 @@ class Learner:
             if number(folder) > self.step:  # of updates that are done again
                 run.remove(folder)
         for name in ("metrics", "rollouts", "held_out", "skipped"):
-            run.forget_after(self.folder / f"{name}.jsonl", self.step)
+            run.keep_lines(self.folder / f"{name}.jsonl", lambda line: line["step"] <= self.step)
 
     def batches(self, samples: list[data.Sample], size: int) -> Iterator[tuple[int, list[data.Sample]]]:
         """(update number from 1, this process's share of its batch). Which rows, and the random numbers drawn while
@@ -728,7 +767,7 @@ class Learner:
         if self.finished:
             return
         run, asked = self.run, size
-        size = min(size, len(samples)) // run.processes * run.processes
+        size = batch_size(len(samples), size, run.processes)
         least = max(run.processes, 2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
         if size < least:
             raise data.DataError(
@@ -744,17 +783,28 @@ class Learner:
             )
         self.size = size
         self.bar = run.bar(self.steps, self.stage, "step", self.step)
+        rows = islice(self._rows(len(samples), size), self.step * size, None)
         while self.step < self.steps:
-            where = range(self.step * size, (self.step + 1) * size)
             self.step += 1
             self.skipped, self.left_out = self.skipped + 1 if self.left_out else 0, 0
-            batch = [samples[run.order(self.stage, i // len(samples), len(samples))[i % len(samples)]] for i in where]
+            batch = [samples[i] for i in islice(rows, size)]
             self.ids = [sample.id for sample in batch]
             run.reseed(self.stage, self.step)
             yield self.step, run.mine(batch)
             self.bar.update()
             if self.step % self.cfg.save_every == 0 and self.step < self.steps and not self.left_out:
                 self._save_checkpoint()
+
+    def _rows(self, n: int, size: int) -> Iterator[int]:
+        """Rows 0..n-1 epoch after epoch, in an order of its own each. No batch of `size` holds a row twice: where two
+        epochs share a batch, the later one begins with rows that the earlier one has not left over for it."""
+        order: list[int] = []
+        for epoch in count_from():
+            left = set(order[n - epoch * n % size :])
+            order = self.run.order(self.stage, epoch, n)
+            first = [i for i in order if i not in left][: size - len(left)]
+            order = [*first, *(i for i in order if i not in set(first))]
+            yield from order
 
     def passes(self, parts: list) -> Iterator[tuple[int, Any]]:
         """The parts of an update with their numbers."""
@@ -873,12 +923,16 @@ class Learner:
         parameters = dict(self.policy.named_parameters())
         return {name: parameters[name] for name in self.names}
 
+    def _slots(self) -> list[Tensor]:
+        """What the optimiser changes, in the order of `names`."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _save_checkpoint(self) -> None:
         """All that the rest of the stage depends on: weights, optimiser, schedule, place in the data. Random numbers
         follow from the seed and the place (`Run.reseed`)."""
         self._compare()
         tensors = {}
-        for name, slot in zip(self.names, self.optimizer.param_groups[0]["params"], strict=True):
+        for name, slot in zip(self.names, self._slots(), strict=True):
             tensors[f"weight/{name}"] = slot  # in float32, also of half-precision weights
             tensors |= {f"{key}/{name}": value for key, value in self.optimizer.state.get(slot, {}).items()}
         schedule = {key: value for key, value in self.schedule.state_dict().items() if key != "lr_lambdas"}
@@ -893,7 +947,7 @@ class Learner:
         weights = self._weights()
         state, tensors = self.run.load_checkpoint(folder, weights, ("size", "most", "schedule"))
         self.step, self.size, self.run.most = state["step"], state["size"], state["most"]
-        now, slots = self.optimizer.state_dict(), self.optimizer.param_groups[0]["params"]
+        now, slots = self.optimizer.state_dict(), self._slots()
         for group in now["param_groups"]:
             group["lr"] = state["schedule"]["_last_lr"][0]
         of = {name: i for i, name in enumerate(self.names)}
@@ -906,7 +960,7 @@ class Learner:
             else:
                 kept[of[name]][kind] = value
         self.optimizer.load_state_dict({"state": dict(kept), "param_groups": now["param_groups"]})
-        self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None]})
+        self.schedule.load_state_dict(state["schedule"] | {"lr_lambdas": [None] * len(now["param_groups"])})
 
     def _compare(self) -> None:
         """Score the policy on held-out rows; write it as best-N where none was better."""
@@ -915,8 +969,10 @@ class Learner:
         with self.run.whole(self.policy):
             score = self.held_out(self.policy)
         best = self.run.first(lambda: max((line["reward"] for line in self._held_out()), default=-math.inf))
-        self.run.append(self.folder / "held_out.jsonl", [{"step": self.step, "reward": score}])
-        self.run.say(f"{self.stage} {self.step:>4}/{self.steps}  held-out reward {score:.3f}")
+        known = math.isfinite(score)
+        self.run.append(self.folder / "held_out.jsonl", [{"step": self.step, "reward": score if known else None}])
+        said = f"{score:.3f}" if known else "unknown: the judge left captions without a verdict, so it is not compared"
+        self.run.say(f"{self.stage} {self.step:>4}/{self.steps}  held-out reward {said}")
         if score >= best and self.step < self.steps:  # the last is the result itself
             self._write_policy(self.folder / f"best-{self.step}")
 
@@ -928,7 +984,9 @@ class Learner:
                 self.run.remove(folder)
 
     def _held_out(self) -> list[dict]:
-        return read_jsonl(self.folder / "held_out.jsonl", mend=self.run.is_main)
+        """The comparisons so far whose reward is known."""
+        lines = read_jsonl(self.folder / "held_out.jsonl", mend=self.run.is_main)
+        return [line for line in lines if line["reward"] is not None]
 
 
 def number(folder: Path) -> int:
@@ -939,15 +997,25 @@ class Diverged(RuntimeError):
     """Training has stopped because its numbers are not finite any more."""
 
 
+def rate(update: int, warmup: int, total: int) -> float:
+    """The share of the learning rate in update 0, 1, ...: a linear rise over `warmup` updates, of which the first has
+    its share already, then half a cosine to 0."""
+    if update < warmup:
+        return (update + 1) / warmup
+    return (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup))) / 2
+
+
 class AdamW(torch.optim.AdamW):
     """AdamW on float32 copies of half-precision weights, as mixed precision has it: a step of 1e-6 is far below what
     bfloat16 resolves at 0.02, and would be lost. Checkpoints hold the copies. Gradients are summed over passes in half
     precision."""
 
-    def __init__(self, params: list[Tensor], **options):
-        half = (torch.bfloat16, torch.float16)
-        copies = [p.detach().float().requires_grad_() if p.dtype in half else p for p in params]
-        self.pairs = [(p, copy) for p, copy in zip(params, copies) if p is not copy]
+    def __init__(self, groups: list[dict], **options):
+        half, self.pairs, copies = (torch.bfloat16, torch.float16), [], []
+        for group in groups:
+            slots = [p.detach().float().requires_grad_() if p.dtype in half else p for p in group["params"]]
+            self.pairs += [(p, slot) for p, slot in zip(group["params"], slots) if p is not slot]
+            copies.append(group | {"params": slots})
         super().__init__(copies, **options)
 
     def step(self, closure=None) -> None:

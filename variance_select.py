@@ -55,14 +55,23 @@ def classify(mean: float, variance: float, best: float) -> str:
     return "easy" if mean >= HIGH_MEAN * best else "hard"
 
 
-def select_top_variance(ids: list[str], variance: Tensor, keep: float = 0.5) -> list[str]:
+def select_top_variance(
+    ids: list[str], variance: Tensor, keep: float = 0.5, within: list[str] | None = None
+) -> list[str]:
     """The ids of the top `keep` share by variance, in descending order.   P ids, [P] -> at most ceil(keep * P) ids
 
     Zero-variance prompts are dropped first, so fewer may come back. Independent of the order of the rows.
+    within: the kind of each prompt; then it is the top share of each kind [choice]. By variance alone (the paper's
+    rule) a kind of question on which all responses agree is never trained.
     """
-    if len(ids) != len(variance):
-        raise ValueError(f"{len(ids)} ids but {len(variance)} variances")
+    kinds = [""] * len(ids) if within is None else within
+    if not len(ids) == len(variance) == len(kinds):
+        raise ValueError(f"{len(ids)} ids but {len(variance)} variances and {len(kinds)} kinds")
     if not 0.0 < keep <= 1.0:
         raise ValueError(f"keep must lie in (0, 1], got {keep}")
-    ranked = sorted((-v, i) for v, i in zip(variance.tolist(), ids, strict=True) if v > 0)
-    return [i for _, i in ranked[: math.ceil(keep * len(ids) - 1e-9)]]
+    kept: list[tuple[float, str]] = []
+    for kind in set(kinds):
+        of_kind = [(v, i) for v, i, k in zip(variance.tolist(), ids, kinds, strict=True) if k == kind]
+        ranked = sorted((-v, i) for v, i in of_kind if v > 0)
+        kept += ranked[: math.ceil(keep * len(of_kind) - 1e-9)]
+    return [i for _, i in sorted(kept)]

@@ -1,16 +1,19 @@
 """The pipeline as a user starts it: `accelerate launch train.py`, in miniature, with every stage."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
-import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import Trainer, get_cosine_schedule_with_warmup
 
 import data
 import ntk_infonce
@@ -24,8 +27,10 @@ SMALL = (
 ).split()
 
 
-def command(*options):
-    return [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / "train.py"), *map(str, options)]
+def command(*options, script=("train.py",)):
+    file, *arguments = script
+    line = [sys.executable, "-m", "accelerate.commands.launch", str(ROOT / file), *arguments]
+    return [*line, *map(str, options)]
 
 
 def launch(*options, check=True, cwd=None):
@@ -102,21 +107,18 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, worl
     """Two runs with one seed give the same metrics, also when one of them is stopped in two of its stages."""
     folder, _ = finished
     other = tmp_path / "again"
-    for stage, lines in (("sft", 5), ("rl", 3)):
-        process = subprocess.Popen(
-            command("--world", world, "--output_dir", other, *SMALL),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
+    for moment in ("sft-5", "rl-4"):
+        done = subprocess.run(
+            command("--world", world, "--output_dir", other, *SMALL, script=["tests/stops.py", moment, "INT"]),
+            capture_output=True,
+            text=True,
+            start_new_session=True,  # the signal goes to all of it, the launcher too
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
+            timeout=300,
         )
-        file = other / stage / "metrics.jsonl"
-        deadline = time.time() + 120
-        while not (file.exists() and file.read_text().count("\n") >= lines):
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.01)
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
-        assert not (other / stage / "policy").exists(), "too late: the stage had finished"
+        assert done.returncode != 0 and "interrupted. The same command" in done.stderr, done.stderr[-3000:]
+        stage, number = moment.split("-")
+        assert len(metrics_of(other, stage).splitlines()) == int(number) - 1 and not (other / stage / "policy").exists()
     done = launch("--world", world, "--output_dir", other, *SMALL)
     assert "resumed after update" in done.stdout
     for stage in ("sft", "rl"):
@@ -407,6 +409,212 @@ def test_epochs_stand_for_as_many_updates_as_their_rows_take():
     assert train.updates(60, 0, 100, 8) == 60
     assert train.updates(60, 2, 100, 8) == 25 and train.updates(60, 0.5, 100, 8) == 7
     assert train.updates(60, 1, 3, 8) == 1  # fewer rows than a batch: each update sees them all
+    assert train.updates(60, 1, 7, 8, 2) == 2 and train.updates(60, 6, 7, 8, 2) == 7  # two processes: 6 rows an update
+    assert train.updates(60, 1, 1, 8, 2) == 1  # too few rows, which is refused when the stage begins
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 7, 12, 13])
+def test_every_epoch_holds_every_row_and_no_batch_a_row_twice(n, tmp_path):
+    """At every batch size, over nine epochs; and a resumed stage sees the rows of one that was not stopped."""
+    run = train.Run(train.Config(output_dir=str(tmp_path / "run"), quiet=True))
+    stage, orders = SimpleNamespace(stage="rl", run=run), set()
+    for size in range(1, n + 1):
+        rows = list(itertools.islice(train.Learner._rows(stage, n, size), 9 * n))
+        epochs = [tuple(rows[i : i + n]) for i in range(0, 9 * n, n)]
+        assert all(sorted(epoch) == list(range(n)) for epoch in epochs)
+        batches = [rows[i : i + size] for i in range(0, 9 * n - size + 1, size)]
+        assert all(len(set(batch)) == size for batch in batches)
+        assert list(itertools.islice(train.Learner._rows(stage, n, size), 5 * size, 9 * n)) == rows[5 * size :]
+        orders |= set(epochs)
+    assert len(orders) > 9 or n < 5
+
+
+def test_the_rate_begins_with_its_first_share_and_follows_a_cosine():
+    """Behind the rise it is transformers' schedule; in the rise the first update counts, where transformers' is 0."""
+    for warmup, total in ((0, 7), (1, 7), (4, 40), (40, 40)):
+        slot = torch.nn.Parameter(torch.zeros(1))
+        optimizer = torch.optim.SGD([slot], lr=1.0)
+        theirs, want = get_cosine_schedule_with_warmup(optimizer, warmup, total), []
+        for _ in range(total):
+            want.append(theirs.get_last_lr()[0])
+            optimizer.step()
+            theirs.step()
+        rates = [train.rate(i, warmup, total) for i in range(total)]
+        assert rates[warmup:] == pytest.approx(want[warmup:]) and min(rates) > 0
+        assert rates[:warmup] == pytest.approx([x + 1 / warmup for x in want[:warmup]])
+
+
+def learner_of(world, folder, *options):
+    cfg = train.parse_config(["--output_dir", str(folder), "--quiet", "true", "--world", str(world), *options])
+    return train.Learner("rl", f"{world}/policy", 4, cfg.rl_lr, cfg, train.Run(cfg))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weight_decay_acts_on_what_transformers_trainer_lets_it_act_on(world, tmp_path, dtype):
+    """With gradient 0 a step only decays: matrices by rate times decay, norms and biases not at all."""
+    learner = learner_of(world, tmp_path / "run", "--weight_decay", "0.5", "--rl_lr", "0.1", "--dtype", dtype)
+    before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
+    for p in learner.policy.parameters():
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    learner.optimizer.step()
+    theirs = set(Trainer.get_decay_parameter_names(None, learner.policy))
+    trained = {name for name, p in learner.policy.named_parameters() if p.requires_grad}
+    moved = {name for name, p in learner.policy.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == theirs & trained and any("norm" in name for name in trained - moved)
+    assert any(name.endswith("bias") for name in trained - moved) and len(moved) > 20
+    first = learner.schedule.get_last_lr()[0]
+    for name, p in learner.policy.named_parameters():
+        if name in moved:
+            torch.testing.assert_close(p, (before[name] * (1 - 0.5 * first)).to(p.dtype), atol=1e-6, rtol=2**-7)
+
+
+def test_a_checkpoint_brings_back_both_groups_of_the_optimiser(world, tmp_path):
+    def step(learner, seed):
+        chance = torch.Generator().manual_seed(seed)
+        for p in learner.policy.parameters():
+            p.grad = torch.randn(p.shape, generator=chance) if p.requires_grad else None
+        learner.gradient_norm, learner.losses = 1.0, [torch.zeros(())]
+        learner.step += 1
+        learner.update()
+
+    learner = learner_of(world, tmp_path / "run", "--max_grad_norm", "1e9")
+    step(learner, 1)
+    learner._save_checkpoint()
+    again = learner_of(world, tmp_path / "run", "--max_grad_norm", "1e9")
+    assert again.step == 1 and [g["weight_decay"] for g in again.optimizer.param_groups] == [0.01, 0.0]
+    for each in (learner, again):
+        step(each, 2)
+    for (name, p), (_, q) in zip(learner.policy.named_parameters(), again.policy.named_parameters(), strict=True):
+        assert torch.equal(p, q), name
+    assert learner.schedule.get_last_lr() == again.schedule.get_last_lr()
+
+
+# --- what is held out ------------------------------------------------------------------------------------------------
+
+
+def rows_of(kinds):
+    return [SimpleNamespace(id=str(i), category=kind) for i, kind in enumerate(kinds)]
+
+
+@pytest.mark.parametrize("n", [1, 5, 20, 26, 40, 80, 200])
+def test_the_rows_held_out_are_of_every_category(n):
+    rows = rows_of(["existence", "count", "colour", "row", "motion"] * 40)
+    chosen = train.balanced(rows, n, 0)
+    counts = Counter(row.category for row in chosen)
+    assert len({row.id for row in chosen}) == n and max(counts.values()) - min(counts.values()) <= 1
+    assert len(counts) == min(n, 5) and train.balanced(rows, n, 0) == chosen
+    assert n == 200 or train.balanced(rows, n, 1) != chosen
+    assert any(int(row.id) >= 100 for row in train.balanced(rows, 20, 0)), "drawn from all of the file"
+
+
+def test_a_rare_category_gives_what_it_has():
+    chosen = train.balanced(rows_of(["a"] * 50 + ["b"] * 3 + ["c"] * 50), 23, 0)
+    assert Counter(row.category for row in chosen) == {"a": 10, "b": 3, "c": 10}
+    assert len(train.balanced(rows_of("aab"), 9, 0)) == 3 and train.balanced(rows_of("aab"), 0, 0) == []
+
+
+SAY = "<prethink>x</prethink><caption>caption of {}</caption><think>x</think><answer>{}</answer>"
+
+
+class Judge:
+    """Says A; silent whenever `silent(prompt, how often it was asked this)` is true."""
+
+    def __init__(self, silent=lambda prompt, times: False):
+        self.silent, self.times = silent, Counter()
+
+    def __call__(self, prompts):
+        self.times.update(prompts)
+        return [None if self.silent(prompt, self.times[prompt]) else "A" for prompt in prompts]
+
+
+def held_out_reward(world, monkeypatch, tmp_path, judge, **options):
+    rows = data.load(world / "data")["test"]
+    monkeypatch.setattr(train, "greedily", lambda some, *_: (some, [SAY.format(s.id, s.answer) for s in some]))
+    cfg = train.Config(output_dir=str(tmp_path / "run"), quiet=True, **options)
+    return train.held_out_reward(rows, train.CaptionReward(judge), cfg, train.Run(cfg), None)
+
+
+def test_the_held_out_reward_is_the_same_whatever_the_network_does_or_unknown(world, monkeypatch, tmp_path):
+    """Up, failing once, failing for one caption, and away: 1 + 0.1 + the share of captions, the same, NaN, NaN."""
+    rows = data.load(world / "data")["test"]
+    right = sum(s.answer == "A" and s.problem_type == "multiple choice" for s in rows) / len(rows)
+    arguments = (world, monkeypatch, tmp_path)
+    assert held_out_reward(*arguments, Judge()) == pytest.approx(1.1 + right)
+    assert held_out_reward(*arguments, Judge(lambda _, times: times == 1)) == pytest.approx(1.1 + right)
+    assert math.isnan(held_out_reward(*arguments, Judge(lambda prompt, _: f"of {rows[3].id}\n" in prompt)))
+    assert math.isnan(held_out_reward(*arguments, Judge(lambda *_: True)))
+    away = Judge(lambda *_: True)
+    assert held_out_reward(world, monkeypatch, tmp_path / "0", away, caption_weight=0.0) == pytest.approx(1.1)
+
+
+# --- selection -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scoring(world, monkeypatch):
+    """select_prompts with responses that are known: every second one of a prompt is right, and its captions differ."""
+    samples = data.load(world / "data")["train"]
+
+    def roll_out(batch, policy, reference, cfg, when, n):
+        text = [[SAY.format(f"{s.id} {k}", s.answer if k % 2 else "?") for k in range(n)] for s in batch]
+        return SimpleNamespace(samples=batch, text=text, mask=torch.zeros(1))
+
+    monkeypatch.setattr(train, "load", lambda *_: None)
+    monkeypatch.setattr(train, "roll_out", roll_out)
+
+    def select(folder, judge, **options):
+        options = {"responses": 4, "select_batch": 3} | options
+        cfg = train.Config(output_dir=str(folder), **options)
+        kept = train.select_prompts("", samples, train.CaptionReward(judge), cfg, train.Run(cfg))
+        return [s.id for s in kept], json.loads((folder / "select/selected.json").read_text())
+
+    return samples, select
+
+
+def test_a_verdict_that_is_missing_is_asked_for_again_before_selection(scoring, tmp_path):
+    samples, select = scoring
+    want = select(tmp_path / "up", Judge())
+    flaky = Judge(lambda _, times: times == 1)  # every caption is unknown at first
+    assert select(tmp_path / "flaky", flaky) == want and set(flaky.times.values()) == {2}
+    scores = [(tmp_path / name / "select/scores.jsonl").read_text().splitlines() for name in ("up", "flaky")]
+    assert sorted(scores[0]) == sorted(scores[1]) and len(scores[0]) == len(samples)
+    assert want[1]["unjudged"] == 0
+
+
+def test_a_judge_that_is_away_stops_selection_and_is_asked_again_by_the_same_command(scoring, tmp_path):
+    samples, select = scoring
+    with pytest.raises(train.ConfigError, match=f"no verdict on the captions of {len(samples)} of {len(samples)} prom"):
+        select(tmp_path / "away", Judge(lambda *_: True))
+    assert not (tmp_path / "away/select/selected.json").exists()
+    assert select(tmp_path / "away", Judge()) == select(tmp_path / "up", Judge())
+
+
+def test_a_prompt_without_verdicts_is_not_ranked_and_said_so(scoring, tmp_path, capsys):
+    samples, select = scoring
+    quiet, partly = samples[2].id, samples[3].id
+    judge = Judge(lambda prompt, _: f"of {quiet} " in prompt or f"of {partly} 0" in prompt)
+    kept, found = select(tmp_path / "run", judge, keep=1.0)
+    assert quiet not in kept and partly in kept and found["unjudged"] == 1 and found["of"] == len(samples)
+    assert "1 prompts had no two verdicts of the judge and were not ranked" in capsys.readouterr().out
+
+
+def test_selection_says_by_category_what_it_kept_and_can_keep_of_each(scoring, tmp_path, capsys):
+    """The answers of all categories but one vary; by variance alone that one is lost."""
+    samples, select = scoring
+    lost = samples[0].category
+    for sample in samples:
+        object.__setattr__(sample, "answer", "?" if sample.category == lost else sample.answer)
+    kept, found = select(tmp_path / "all", Judge(), keep=0.5, caption_weight=0.0)
+    of = Counter(s.category for s in samples)
+    assert set(found["categories"]) == set(of) and found["categories"][lost] == [0, of[lost]]
+    assert Counter(s.category for s in samples if s.id in kept) == {
+        name: k for name, (k, _) in found["categories"].items() if k
+    }
+    said = capsys.readouterr().out
+    assert f"{lost}: 0 of {of[lost]}" in said and f"warning: nearly no prompt of {lost} was kept" in said
+    _, within = select(tmp_path / "within", Judge(), keep=0.5, select_within="category", caption_weight=0.0)
+    for name, (k, n) in within["categories"].items():
+        assert k == (0 if name == lost else math.ceil(n / 2)) and n == of[name]
 
 
 def test_the_journal_remembers_replies_of_its_judge_whichever_process_wrote_them(tmp_path):
@@ -482,7 +690,7 @@ def test_small_steps_on_half_precision_weights_add_up_and_survive_a_checkpoint(d
 
     def fresh(kind, dtype=dtype):
         weight = start.to(dtype).clone().requires_grad_()
-        return weight, kind([weight], lr=1e-5, fused=True)
+        return weight, kind([{"params": [weight]}], lr=1e-5, fused=True)
 
     want = train_from(*fresh(torch.optim.AdamW, torch.float32), 1000)
     moved = (want - start.float()).abs().mean()

@@ -170,3 +170,27 @@ def test_prompts_with_the_same_rewards_in_another_order_tie_and_the_smaller_id_i
     rows = torch.stack([rewards[torch.randperm(64)] for _ in range(20)])
     ids = [f"{i:02}" for i in range(20)]
     assert select_top_variance(ids, reward_statistics(rows).variance) == ids[:10]
+
+
+@exact
+@given(
+    variance=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    kinds=st.lists(st.sampled_from("abc"), min_size=20, max_size=20),
+    keep=st.sampled_from([0.1, 0.3, 0.5, 1.0]),
+)
+def test_within_kinds_each_kind_keeps_what_it_would_alone(variance, kinds, keep):
+    ids, kinds = [f"p{i:02}" for i in range(len(variance))], kinds[: len(variance)]
+    values = torch.tensor(variance, dtype=torch.float64)
+    kept = select_top_variance(ids, values, keep, kinds)
+    alone = []
+    for kind in set(kinds):
+        rows = [i for i, k in enumerate(kinds) if k == kind]
+        alone += select_top_variance([ids[i] for i in rows], values[rows], keep)
+    assert sorted(kept) == sorted(alone)
+    ranks = [(-variance[ids.index(i)], i) for i in kept]
+    assert ranks == sorted(ranks)
+
+
+def test_kinds_must_be_as_many_as_prompts():
+    with pytest.raises(ValueError, match="2 ids but 2 variances and 1 kinds"):
+        select_top_variance(["a", "b"], torch.ones(2), 0.5, ["x"])

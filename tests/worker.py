@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import stops
+
 import train
 import vlm
 
@@ -51,7 +53,7 @@ class Variant:
     def update(self, learner) -> None:
         """Keep what the optimiser is given and what it makes of it."""
         self.run, k = learner.run, len(self.updates)
-        tensors = [*learner.policy.parameters(), *learner.optimizer.param_groups[0]["params"]]
+        tensors = [*learner.policy.parameters(), *learner._slots()]
         tensors += [p.grad for p in tensors if p.grad is not None] + [
             x for pair in optimizer_of(learner).pairs for x in pair
         ]
@@ -121,11 +123,14 @@ def dying(judge: vlm.LocalJudge, prompts: list[str], original=vlm.LocalJudge.__c
     return [None] * len(prompts) if judge.asked > 2 and rank() == 1 else original(judge, prompts)
 
 
-def launch(argv: list[str], log: str) -> None:
-    """train.py's command line, in a process that a test forks and kills; what it prints goes to a file."""
+def launch(argv: list[str], log: str, moment: str = "") -> None:
+    """train.py's command line, in a process that a test forks and kills, or that kills itself at a moment of stops.py;
+    what it prints goes to a file."""
     with open(log, "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    if moment:
+        stops.stop_at(moment, "KILL")
     sys.argv = ["train.py", *argv]
     train.cli()
 
