@@ -194,15 +194,23 @@ def test_f_is_the_autograd_gradient_of_the_log_prob_that_the_choice_names(world,
     assert got.triu(1).abs().max() > 1e-3
 
 
-def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, tmp_path, monkeypatch):
-    """`main` up to its first optimiser step, in passes of two and one prompts, against plain rows and autograd."""
-    parts, options = (
-        [],
-        "--sft_steps 0 --selection false --rl_steps 1 --prompts_per_step 3 --prompts_per_pass 2",
-    )
+UPDATES = {  # options of an update that is written out again below
+    "fixed tau": "--tau 0.3 --prompts_per_pass 2",
+    "quantile": "--tau_quantile 0.5 --prompts_per_pass 3",
+    "quantile, passes of one": "--tau_quantile 0.5 --prompts_per_pass 1 --loss_norm token --kl_kind k2",
+    "LoRA": "--tau_quantile 0.3 --lora_rank 4 --gradient_checkpointing true --prompts_per_pass 2 --kl_kind rho_k3",
+    "vision": "--tau_quantile 0.7 --train_vision true --loss_norm constant --kl_kind k1",
+}
+
+
+@pytest.mark.parametrize("options", UPDATES.values(), ids=UPDATES)
+def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, tmp_path, monkeypatch, options):
+    """`main` up to its first optimiser step against plain rows, one forward pass each, autograd and Python's loops."""
+    parts, gradients, weights, n = [], {}, {}, 4
     cfg = train.parse_config(
-        f"{options} --group_size 3 --max_new_tokens 6 --nce_weight 2 --tau 0.3 --nce_temperature 0.4 --beta 0.2 "
-        f"--quiet true --model {world}/policy --judge {world}/judge --data {world}/data --output_dir {tmp_path}".split()
+        f"--dtype float64 --sft_steps 0 --selection false --rl_steps 1 --prompts_per_step {n} --group_size 3 "
+        f"--max_new_tokens 6 --nce_weight 2 --nce_temperature 0.4 --beta 0.2 --held_out_rows 0 --quiet true {options} "
+        f"--model {world}/policy --judge {world}/judge --data {world}/data --output_dir {tmp_path}".split()
     )
 
     def roll_out(*args):
@@ -215,25 +223,29 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
 
     def reward(parts, judge, cfg):
         shapes = [(len(part.samples), 3) for part in parts]
-        return [({"accuracy": torch.randn(s), "format": torch.zeros(s)}, [[None] * 3] * 3) for s in shapes]
+        return [({"accuracy": torch.randn(s), "format": torch.zeros(s)}, [[None] * 3] * s[0]) for s in shapes]
 
     class Stop(Exception):
         pass
 
     def update(learner):
         gradients.update({n: p.grad.clone() for n, p in learner.policy.named_parameters() if p.grad is not None})
+        weights.update(learner.policy.state_dict())
         raise Stop
 
-    original, gradients = train.roll_out, {}
+    original = train.roll_out
     monkeypatch.setattr(train, "roll_out", roll_out)
     monkeypatch.setattr(train, "reward", reward)
     monkeypatch.setattr(train, "evaluate", lambda *_: None)
     monkeypatch.setattr(train.Learner, "update", update)
     with pytest.raises(Stop):
         train.main(cfg)
-    assert [len(part.samples) for part in parts] == [2, 1]
+    assert sum(len(part.samples) for part in parts) == n and len(parts) == -(-n // (cfg.prompts_per_pass or n))
 
-    policy, loss, features = vlm.load(f"{world}/policy", dtype="float64"), 0.0, []
+    policy = vlm.load(f"{world}/policy", dtype="float64", lora_rank=cfg.lora_rank, train_vision=cfg.train_vision)
+    policy.load_state_dict(weights)
+    loss, features, tokens = 0.0, [], sum(part.mask.sum().item() for part in parts)
+    head = policy.core.lm_head.weight.requires_grad_()  # under LoRA too: f_i is the gradient with respect to it
     for part in parts:
         for i, sample in enumerate(part.samples):
             r = part.rewards["accuracy"][i].double()
@@ -241,24 +253,30 @@ def test_the_gradient_of_an_update_is_that_of_eq_1_and_eq_4_written_out(world, t
             for g in range(3):
                 mask = part.mask[3 * i + g]
                 logp = plain_logp(policy, sample, cfg, part.branches[i, g][mask])
-                x = part.ref_logp[3 * i + g][mask].double() - logp
-                loss = loss + (-adv[g] * (logp - logp.detach()).exp() + 0.2 * (x.exp() - x - 1)).mean() / 9
+                x, rho = part.ref_logp[3 * i + g][mask] - logp, (logp - logp.detach()).exp()
+                k3 = x.exp() - x - 1
+                kl = {"k1": -x, "k2": x * x / 2, "k3": k3, "rho_k3": rho * k3}[cfg.kl_kind]
+                length = {"sequence": 3 * n * len(logp), "token": tokens, "constant": 3 * n * 6}[cfg.loss_norm]
+                loss = loss + (-adv[g] * rho + 0.2 * kl).sum() / length
             objective = plain_logp(policy, sample, cfg, answer_ids(policy, sample)).mean()
-            head = policy.core.lm_head.weight
             features.append(torch.autograd.grad(objective, head, create_graph=True)[0].flatten())
     s = torch.stack([torch.stack([torch.cosine_similarity(a, b, 0) for b in features]) for a in features])
+    ordered, k = sorted(s[i, j].item() for i in range(n) for j in range(i)), round(cfg.tau_quantile * n * (n - 1) / 2)
+    tau = (ordered[k - 1] + ordered[k]) / 2 if cfg.tau_quantile else 0.3
     terms = []
-    for i in range(3):
-        others = [k for k in range(3) if k != i]
-        positives = [k for k in others if s[i, k] <= 0.3]
-        if 0 < len(positives) < 2:
+    for i in range(n):
+        others = [k for k in range(n) if k != i]
+        positives = [k for k in others if s[i, k] <= tau]
+        if 0 < len(positives) < n - 1:
             terms.append(-((s[i, positives] / 0.4).exp().sum() / (s[i, others] / 0.4).exp().sum()).log())
     assert terms, "tau splits no anchor's pairs: choose another"
     (loss + 2 * sum(terms) / len(terms)).backward()
-    largest = max(p.grad.abs().max() for p in policy.parameters() if p.grad is not None).item()
-    for name, p in policy.named_parameters():
-        if p.grad is not None:
-            torch.testing.assert_close(gradients[name].double(), p.grad, atol=1e-4 * largest, rtol=1e-3)
+    head.requires_grad_(not cfg.lora_rank)
+    trained = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    assert gradients.keys() == trained.keys()
+    largest = max(gradient.abs().max() for gradient in trained.values()).item()
+    for name, gradient in trained.items():
+        torch.testing.assert_close(gradients[name], gradient, atol=2e-6 * largest, rtol=0, msg=lambda m, n=name: n + m)
 
 
 def test_where_memory_does_not_suffice_fewer_prompts_at_a_time_get_the_same_responses(world, tmp_path):
