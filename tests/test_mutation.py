@@ -84,7 +84,7 @@ FAULTS = [
     Fault("population variance", "variance_select", "squares / (count - 1).clamp_min(1)", "squares / count.clamp_min(1)"),
     Fault("unknown rewards count as 0", "variance_select", "rewards = rewards.sort(1)", "rewards = rewards.nan_to_num(0.0).sort(1)"),
     Fault("lowest variance first", "variance_select", "sorted((-v, i)", "sorted((v, i)"),
-    Fault("tied prompts are kept", "variance_select", "strict=True) if v > 0)", "strict=True))"),
+    Fault("tied prompts are kept", "variance_select", "for v, i in of_kind if v > 0)", "for v, i in of_kind)"),
     # sampling and scoring
     Fault("end token dropped from the mask", "vlm", "(is_end.cumsum(2) - is_end.int()) == 0", "is_end.cumsum(2) == 0", "end_token"),
     Fault("off-by-one shift", "vlm", "torch.cat([hidden[:, p - 1 : p], part], 1)", "torch.cat([hidden[:, p - 2 : p - 1], part], 1)", "equal_plain_rows"),
