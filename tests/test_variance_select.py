@@ -194,3 +194,9 @@ def test_within_kinds_each_kind_keeps_what_it_would_alone(variance, kinds, keep)
 def test_kinds_must_be_as_many_as_prompts():
     with pytest.raises(ValueError, match="2 ids but 2 variances and 1 kinds"):
         select_top_variance(["a", "b"], torch.ones(2), 0.5, ["x"])
+
+
+def test_a_small_difference_is_no_tie_and_round_off_is_one():
+    rewards = torch.tensor([[1.0, 1.0, 1.005], [1.0, 1.0, 1.0 + 1e-7]], dtype=torch.float64)
+    variance = reward_statistics(rewards).variance
+    assert variance[0].item() == pytest.approx(0.005**2 / 3) and variance[1] == 0

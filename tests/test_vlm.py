@@ -939,6 +939,18 @@ def lora(world):
     return policy
 
 
+def test_the_adapter_adds_two_b_a_to_every_linear(lora):
+    """lora_alpha is twice the rank: W + (alpha / r) B A."""
+    count = 0
+    for module in lora.core.modules():
+        if hasattr(module, "lora_A"):
+            a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+            x = torch.randn(3, a.shape[1])
+            close(module(x) - module.base_layer(x), 2 * x @ a.T @ b.T, 1e-4)
+            count += 1
+    assert count == 7 * lora.core.config.text_config.num_hidden_layers
+
+
 def test_lora_gradients_reach_the_language_models_adapters_and_nothing_else(lora):
     names = trained(lora)
     layers = lora.core.config.text_config.num_hidden_layers

@@ -33,10 +33,10 @@ RUNS = {
         "sft_steps": 2,
         "sft_batch": 5,
         "sft_lr": 1e-3,
-        "responses": 3,
+        "responses": 4,
         "keep": 0.75,
         "select_within": "category",
-        "select_batch": 5,
+        "select_batch": 7,
         "rl_steps": 4,
         "prompts_per_step": 4,
         "prompts_per_pass": 3,
@@ -83,14 +83,14 @@ RUNS = {
         "on_bad_row": "skip",
         "train_vision": True,
         "sft_epochs": 0.2,
-        "rl_epochs": 0.5,
+        "rl_epochs": 1.0,
         "tau_quantile": 0.3,
         "max_skipped": 2,
         "max_truncated": 1.0,
     },
 }
 ELSEWHERE = {"world", "output_dir", "quiet", "tracker"}  # given to every run here; the last two have tests below
-BASE = {"sft_batch": 8, "responses": 2, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 4, "nce_weight": 0.1}
+BASE = {"sft_batch": 8, "responses": 3, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 4, "nce_weight": 0.1}
 PLACES = {  # where values act: calls that are watched
     "load": (vlm, "load"),
     "rows": (data, "load"),
@@ -111,14 +111,12 @@ PLACES = {  # where values act: calls that are watched
     "respond": (evaluation, "respond"),
     "is_correct": (train.answers, "is_correct"),
     "seed": (train.Run, "reseed"),
-    "save": (train.Learner, "_save_checkpoint"),
-    "append": (train.Run, "append"),
     "backward": (train.Learner, "backward"),
     "held out": (train, "held_out_reward"),
 }
 
 
-class Seen(dict):
+class Seen(defaultdict):
     """What one run did: (arguments, named arguments) of each call at a place, its folder, what it printed."""
 
     def one(self, place, name):
@@ -157,21 +155,26 @@ def ran(world, tmp_path_factory):
                 if given in options:
                     options[given] = str(world / options[given])
             watch(monkeypatch, calls)
-            endpoint = lambda *args, calls=calls, **named: (
+
+            def endpoint(*args, calls=calls, **named):
                 calls["endpoint"].append((args, named))
-                or (  # noqa: E731
-                    lambda prompts: ["A"] * len(prompts)
-                )
-            )
+                return lambda prompts: ["A"] * len(prompts)
+
             monkeypatch.setattr(evaluation, "EndpointJudge", endpoint)
             monkeypatch.setattr(train, "reward", varied)
+
+            def save(learner, calls=calls, original=train.Learner._save_checkpoint):
+                original(learner)
+                calls["saved"].append((learner.stage, learner.step, len(learner.checkpoints())))
+
+            monkeypatch.setattr(train.Learner, "_save_checkpoint", save)
             printed = []
             monkeypatch.setattr(train.Run, "say", lambda self, text, printed=printed: printed.append(text))
             words = [f"--{key}={value}" for key, value in options.items()]
             cfg = train.parse_config([*words, f"--world={world}", f"--output_dir={folder}"])
             assert all(getattr(cfg, key) == value for key, value in options.items())
             train.main(cfg)
-            seen = runs[name] = Seen(calls)
+            seen = runs[name] = Seen(list, calls)
             seen.folder, seen.printed, seen.cfg = folder, printed, cfg
     return runs
 
@@ -220,7 +223,7 @@ def test_the_judge_is_the_one_that_was_asked_for(ran):
 
 def test_stages_take_as_many_updates_of_as_many_rows(ran):
     ours, other = ran["ours"], ran["grpo"]
-    for seen, sft, rl in ((ours, 2, 4), (other, 2, 2)):  # .2 of 60 rows by 8; .5 of 12 prompts by 4
+    for seen, sft, rl in ((ours, 2, 4), (other, 2, 2)):  # a fifth of 60 rows by 8; 6 prompts by 4
         assert [len(lines(seen.folder, f"{stage}/metrics.jsonl")) for stage in ("sft", "rl")] == [sft, rl]
         rollouts = lines(seen.folder, "rl/rollouts.jsonl")
         assert len(rollouts) == rl * 4 and {len(line["text"]) for line in rollouts} == {seen.cfg.group_size}
@@ -228,12 +231,12 @@ def test_stages_take_as_many_updates_of_as_many_rows(ran):
         assert {len(line["accuracy"]) for line in scores} == {seen.cfg.responses}
         asked = {args[2:4] for args, _ in seen["generate"]}  # n, max_new_tokens
         assert asked == {(n, seen.cfg.max_new_tokens) for n in (seen.cfg.responses, seen.cfg.group_size, 1)}
-    batches = [args[0] for args, _ in ours["prompts"]]
-    sizes = [len(batch) for batch in batches]
-    assert sizes[:1] != [5] and 5 in sizes, "select_batch and sft_batch are both 5"
-    passes = [len(args[0]) for args, named in ours["prompts"]][-2:]
-    assert passes and max(len(args[1]) for args, _ in ours["respond"]) <= 3, "eval_batch"
-    assert ours["seed"][0][0][0].cfg.seed == 3
+    assert [len(args[0]) for args, _ in ours["prompts"]][:2] == [5, 5], "sft_batch"
+    sizes = {n: [len(args[1]["input_ids"]) for args, _ in ours["generate"] if args[2] == n] for n in (4, 3)}
+    assert sizes[4] == [7, 5], "select_batch"
+    assert sizes[3] == [3, 1] * 4, "prompts_per_pass"
+    assert max(len(args[1]) for args, _ in ours["respond"]) == 3, "eval_batch"
+    assert {args[0].cfg.seed for args, _ in ours["seed"]} == {3}
 
 
 def test_selection_keeps_what_was_asked_for(ran):
@@ -275,11 +278,9 @@ def test_the_optimiser_is_the_one_that_was_asked_for(ran):
         rates = [(named["lr"], named["weight_decay"]) for _, named in seen["adamw"]]
         assert rates == [(cfg.sft_lr, cfg.weight_decay), (cfg.rl_lr, cfg.weight_decay)]
         assert {args[2] for args, _ in seen["clip"]} == {cfg.max_grad_norm}
-        sft, rl = ({(named["warmup"], named["total"]) for _, named in seen["rate"]} for _ in range(2))
         steps = {"ours": (2, 4 * 2), "grpo": (2, 2)}[cfg.method]  # iterations count
-        assert sft | rl == {(round(cfg.warmup * n), n) for n in steps}
-        first = lines(seen.folder, "rl/metrics.jsonl")[0]["lr"]
-        assert first > 0
+        rates = {(named["warmup"], named["total"]) for _, named in seen["rate"]}
+        assert rates == {(round(cfg.warmup * n), n) for n in steps}
     ours = lines(ran["ours"].folder, "rl/metrics.jsonl")
     shares = [line["lr"] / 2e-4 for line in ours]  # of the second iteration of each update
     assert shares == pytest.approx([train.rate(i, 2, 8) for i in (1, 3, 5, 7)])
@@ -288,11 +289,10 @@ def test_the_optimiser_is_the_one_that_was_asked_for(ran):
 
 def test_what_a_run_keeps_and_says_is_as_asked(ran):
     ours, other = ran["ours"], ran["grpo"]
-    assert [args[0].step for args, _ in ours["save"] if args[0].stage == "rl"] == [1, 2, 3] and not other["save"]
-    assert {args[0].cfg.keep_last for args, _ in ours["save"]} == {2}
-    assert {len(args[0]) for args, _ in ours["held out"]} == {3} and {
-        len(args[0]) for args, _ in other["held out"]
-    } == {10}
+    assert [saved for saved in ours["saved"] if saved[0] == "rl"] == [("rl", 1, 1), ("rl", 2, 2), ("rl", 3, 2)]
+    assert not other["saved"]
+    rows = [{len(args[0]) for args, _ in seen["held out"]} for seen in (ours, other)]
+    assert rows == [{3}, {10}], "all ten test rows by default"
     shown = [text for text in ours.printed if text.startswith("  ") and "[" in text and "\n" in text]
     assert len(shown) == 2, "of updates 2 and 4"
     cut = "of responses were cut at --max_new_tokens"
