@@ -346,7 +346,8 @@ def selected_by_category(selected: dict) -> list[str]:
             "--select_within category keeps the same share of each"
         )
     if selected.get("unjudged"):
-        lines.append(f"warning: {selected['unjudged']} prompts had no two verdicts of the judge and were not ranked")
+        count = f"warning: {selected['unjudged']} of {selected['of']} prompts were not ranked"
+        lines.append(f"{count}: the judge gave fewer than two verdicts on their captions")
     return lines
 
 

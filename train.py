@@ -803,7 +803,8 @@ class Learner:
             left = set(order[n - epoch * n % size :])
             order = self.run.order(self.stage, epoch, n)
             first = [i for i in order if i not in left][: size - len(left)]
-            order = [*first, *(i for i in order if i not in set(first))]
+            taken = set(first)
+            order = [*first, *(i for i in order if i not in taken)]
             yield from order
 
     def passes(self, parts: list) -> Iterator[tuple[int, Any]]:

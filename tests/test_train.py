@@ -612,7 +612,7 @@ def test_a_prompt_without_verdicts_is_not_ranked_and_said_so(scoring, tmp_path, 
     judge = Judge(lambda prompt, _: f"of {quiet} " in prompt or f"of {partly} 0" in prompt)
     kept, found = select(tmp_path / "run", judge, keep=1.0)
     assert quiet not in kept and partly in kept and found["unjudged"] == 1 and found["of"] == len(samples)
-    assert "1 prompts had no two verdicts of the judge and were not ranked" in capsys.readouterr().out
+    assert f"1 of {len(samples)} prompts were not ranked: the judge gave fewer" in capsys.readouterr().out
 
 
 def test_selection_says_by_category_what_it_kept_and_can_keep_of_each(scoring, tmp_path, capsys):
