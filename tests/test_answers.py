@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 import answers
 
+pytestmark = pytest.mark.quick
 KINDS = ("multiple choice", "numerical", "regression", "OCR", "free-form")
 exact = settings(derandomize=True, deadline=None)
 numbers = st.one_of(st.integers(-(10**9), 10**9).map(str), st.floats(-1e6, 1e6).map(lambda x: f"{x:.3f}"))

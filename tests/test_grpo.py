@@ -16,7 +16,7 @@ from PIL import Image
 import grpo
 
 NAN, ZERO = float("nan"), torch.zeros(1)
-pytestmark = pytest.mark.usefixtures("double_and_seeded")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("double_and_seeded")]
 exact = settings(derandomize=True, deadline=None, max_examples=60)
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import pytest
 
+pytestmark = pytest.mark.mutation
 ROOT = Path(__file__).parent.parent
 
 
@@ -190,7 +191,6 @@ def copy(tmp_path_factory):
     return folder
 
 
-@pytest.mark.mutation
 @pytest.mark.parametrize("file", sorted({fault.test_file for fault in FAULTS}))
 def test_without_a_fault_the_copy_passes(copy, file):
     expression = " or ".join({fault.tests for fault in FAULTS if fault.test_file == file and fault.tests})
@@ -198,7 +198,6 @@ def test_without_a_fault_the_copy_passes(copy, file):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
-@pytest.mark.mutation
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: re.sub(r"\W+", "-", fault.name))
 def test_the_fault_is_caught(copy, fault):
     path = copy / f"{fault.file}.py"

@@ -30,7 +30,7 @@ from ntk_infonce import (
 )
 
 NAN = float("nan")
-pytestmark = pytest.mark.usefixtures("double_and_seeded")
+pytestmark = [pytest.mark.quick, pytest.mark.usefixtures("double_and_seeded")]
 
 
 # --- Eq. 3 -----------------------------------------------------------------------------------------------------------

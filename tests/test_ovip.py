@@ -7,6 +7,7 @@ import pytest
 
 import ovip
 
+pytestmark = pytest.mark.quick
 ROWS = json.loads((Path(__file__).parent / "benchmark_vectors.json").read_text(encoding="utf-8"))["ovip"]["vectors"]
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 import reasoning
 from reasoning import FOUR_STAGES, PROBLEM_TYPES, TWO_STAGES, Stages
 
+pytestmark = pytest.mark.quick
 BODY = {"prethink": "top left", "caption": "a red ball", "think": "the ball is red", "answer": "A"}
 PART = {tag: f"<{tag}>{body}</{tag}>" for tag, body in BODY.items()}
 GOOD = "".join(PART.values())

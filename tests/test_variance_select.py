@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from variance_select import classify, reward_statistics, select_top_variance
 
+pytestmark = pytest.mark.quick
 NAN = float("nan")
 exact = settings(derandomize=True, deadline=None, max_examples=100)
 
