@@ -18,9 +18,10 @@ The schema is the official one, one JSON object per row:
 and, optional, for evaluation: `category` (groups the accuracy), `pair` (two rows of one pair share it), `objects`
 (what the picture holds, for caption hallucination) and `relevant` (those of them that the question is about).
 
-The columns that users of TRL have will do: `image` or `images` (or `video`) for `path`, `prompt` for `problem`, `answer`
-for `solution`. What such a row leaves out is decided, and said: its number is its id, multiple choice is told by options,
-by lettered options in the question or by a capital letter as solution, numerical by a number; else it is free-form.
+The columns that users of TRL have will do: `image` or `images` (or `video`) for `path`, `prompt` for `problem` and
+`answer` for `solution`. What such a row leaves out is decided, and said: its number is its id; multiple choice is told
+by options, by lettered options in the question or by a capital letter as solution, numerical by a number; else it is
+free-form.
 
 A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, `validation` (to choose among RL's
 checkpoints) and any `test*`; or one file; or a folder written by `datasets` (save_to_disk); or a hub id. Every row is
@@ -67,7 +68,7 @@ COLUMNS = {  # ours, and what it may be called elsewhere
 }
 MARK, NUMBERED = re.compile(r"<(?:image|video)>"), re.compile(r"<(image|video)[ _]?(\d+)>")
 # a letter with its mark, such as "A.", "(A)", "a:", and no abbreviation ("a.m.")
-LABEL = r"[(\[（]?\s*([A-Za-zＡ-Ｚａ-ｚ])\s*(?:\.\)|[.:)\]．：）、])(?![A-Za-z]\.)"
+LABEL = r"[(\[（]?\s*([A-Za-zＡ-Ｚａ-ｚ])\s*(?:\.\)|\.(?![A-Za-z]\.)|[:)\]．：）、])"
 OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
 LISTED = re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE), re.compile(rf"(?<!\S){LABEL}\s*")  # on lines; in a row
 
@@ -133,10 +134,9 @@ class Sample:
         words = "".join(before)
         if len(before) > 1 and words.strip():
             return "".join(f"{text}picture {i}" for i, text in enumerate(before, 1)) + last
-        if before:
-            last = last if words.strip() else last.lstrip()
-            return (words if last[:1].isalnum() else words.rstrip()) + last
-        return last
+        if not words.strip():
+            return last.lstrip() if before else last
+        return (words if last[:1].isalnum() else words.rstrip()) + last
 
 
 def length(sample: Sample) -> tuple[int, int]:
