@@ -869,10 +869,12 @@ TRL = [  # what is asked, the solution, and the type that they tell
     ("Which?\n\nChoices:\nA. 3\nB. 5\nC. 8", "<think>8</think>\n<answer>C. 8</answer>", "multiple choice", "C"),
     ("Which? (A) 3 (B) 5 (C) 8", "5", "multiple choice", "B"),
     ("Which?\na) red\nb) blue\nGive the letter.", "B", "multiple choice", "b"),
+    ("What is the angle at (A) here? (A) 30 (B) 60", "60", "multiple choice", "B"),
     ("Which option is it?", "D", "multiple choice", "D"),
     ("How many cups?", "<answer> 3 </answer>", "numerical", "3"),
     ("How many cups?", "1,204.5", "numerical", "1,204.5"),
     ("Who is A. B. Smith?", "a poet", "free-form", "a poet"),
+    ("Is person A: tall, or person B: small?", "neither", "free-form", "neither"),
     ("What is it?", "a cup", "free-form", "a cup"),
     ("Which variable?", "x", "free-form", "x"),
 ]
@@ -880,13 +882,14 @@ TRL = [  # what is asked, the solution, and the type that they tell
 
 def test_rows_of_trl_are_read_and_what_is_decided_is_said(media, tmp_path, capsys):
     """Columns of datasets' Image type, no ids and no types, a question as text or as a chat."""
-    photos = [f"{name}.png" for name in PHOTOS] * 3
+    photos = [f"{name}.png" for name in PHOTOS] * 4
     rows = [
         {"image": embedded(media, p), "prompt": t, "answer": a, "source": "x"} for p, (t, a, *_) in zip(photos, TRL)
     ]
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.to_parquet(tmp_path / "train.parquet")
-    table.with_format("numpy").save_to_disk(tmp_path / "saved")
+    listed = table.map(lambda row: {"answer": [row["answer"]]}, remove_columns="answer")
+    listed.with_format("numpy").save_to_disk(tmp_path / "saved")  # whose rows are arrays
     for source in (tmp_path / "train.parquet", tmp_path / "saved"):
         samples = data.load(source)["train"]
         assert [(s.problem, s.problem_type, s.answer) for s in samples] == [(t, k, g) for t, _, k, g in TRL]
@@ -898,11 +901,11 @@ def test_rows_of_trl_are_read_and_what_is_decided_is_said(media, tmp_path, capsy
     capsys.readouterr()
     assert data.check(str(tmp_path / "train.parquet"))
     said = capsys.readouterr().out
-    for words in ("image is read as path (9 rows)", "prompt is read as problem (9 rows)", "answer is read as solution",
-                  "the row's number is read as problem_id (9 rows)", "numerical by a number as solution (2 rows)",
-                  "multiple choice by lettered options in the question (3 rows)", "      4 image, multiple choice",
-                  "multiple choice by a letter as solution (1 rows)", "fields left alone: source (9 rows)",
-                  "free-form without options, letter or number (3 rows)"):  # fmt: skip
+    for words in ("image is read as path (11 rows)", "prompt is read as problem (11 rows)", "answer is read as solution",
+                  "the row's number is read as problem_id (11 rows)", "numerical by a number as solution (2 rows)",
+                  "multiple choice by lettered options in the question (4 rows)", "      5 image, multiple choice",
+                  "multiple choice by a letter as solution (1 rows)", "fields left alone: source (11 rows)",
+                  "free-form without options, letter or number (4 rows)"):  # fmt: skip
         assert words in said, words
 
 
