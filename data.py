@@ -533,7 +533,7 @@ def fingerprint(sets: dict[str, list[Sample]]) -> str:
             fields = [value for field, value in vars(s).items() if field not in ("media", "sizes")]
             accepted = getattr(s.answer, "accepted", ())
             digest.update(repr((fields, accepted, [_trace(medium) for medium in s.media])).encode())
-        lines.append(f"{name}: {len(rows)} rows, {digest.hexdigest()[:16]}")
+        lines.append(f"{name}: {len(rows)} rows, {digest.hexdigest()[:12]}")
     return "; ".join(lines)
 
 
