@@ -3,12 +3,15 @@
 Two rules. *Strict* is the official one (OMNEX-VL's `reward_fn`): the whole answer must be the option letter, or a
 number equal to two decimals. *Lenient* takes the answer out of the words around it, as a person reads it: "The answer
 is (B).", "B. a cat", "$1,200", "50 %", "12 cm". Neither takes what hedges ("A or B", every letter listed, two numbers,
-"not 5"): such a rule could be hacked.
+"not 5"): such a rule could be hacked. Both compare in Unicode's composed form (NFC), so that an accent is an accent
+however it is stored; full-width letters and signs ("（Ｂ）") are plain ones for the lenient rule only.
 
 Strings in, booleans out.
 """
 
 import re
+import unicodedata
+from collections.abc import Sequence
 
 LEAD_IN = re.compile(
     r"(?:(?:so|thus|therefore)\b,?\s*)?(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)*"
@@ -29,6 +32,19 @@ HEDGE = re.compile(
     re.IGNORECASE,
 )
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+NARROW = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width -> plain
+
+
+class Answers(str):
+    """The solution of a row that accepts several answers: any of `accepted` is right, and the first of them is its
+    text, which is what is taught (cold start, y_i of Eq. 4) and shown."""
+
+    accepted: tuple[str, ...]
+
+    def __new__(cls, first: str, *others: str) -> "Answers":
+        self = super().__new__(cls, first)
+        self.accepted = (first, *others)
+        return self
 
 
 def extract(answer: str | None, text: str) -> str:
@@ -37,11 +53,9 @@ def extract(answer: str | None, text: str) -> str:
 
 
 def solution_of(field: str) -> str:
-    """The bare solution of a data row: 'A' from '<answer>A</answer>', or the field as it is."""
-    field = field.strip()
-    if field.startswith("<answer>") and field.endswith("</answer>"):
-        field = field[len("<answer>") : -len("</answer>")]
-    return field.strip()
+    """The bare solution of a data row: 'A' from '<think>...</think><answer>A</answer>', or the field as it is."""
+    found = re.findall(r"<answer>(.*?)</answer>", field, re.DOTALL)
+    return (found[0] if len(found) == 1 else field).strip()
 
 
 def to_number(text: str) -> float | None:
@@ -53,8 +67,8 @@ def to_number(text: str) -> float | None:
     return number if abs(number) < float("inf") else None  # also refuses nan
 
 
-def is_correct(prediction: str, solution: str, problem_type: str, lenient: bool = False) -> bool:
-    """The verdict on one answer. Both are bare strings (no tags).
+def is_correct(prediction: str, solution: str | Sequence[str], problem_type: str, lenient: bool = False) -> bool:
+    """The verdict on one answer. Both are bare strings (no tags); of several accepted answers any is right.
 
     multiple choice   the same letter, nothing else, case kept
     numerical         both written with or both without a decimal point or comma, and equal to two decimals (D-19)
@@ -65,6 +79,10 @@ def is_correct(prediction: str, solution: str, problem_type: str, lenient: bool 
     strict rule is right by the lenient one.
     Raises ValueError for any other problem type.
     """
+    several = getattr(solution, "accepted", solution)
+    if not isinstance(several, str):
+        return any(is_correct(prediction, one, problem_type, lenient) for one in several)
+    prediction, solution = (unicodedata.normalize("NFC", text) for text in (prediction, solution))
     if lenient and not is_correct(prediction, solution, problem_type):
         got, want = (read(text, problem_type) for text in (prediction, solution))
         if got is None or want is None or isinstance(got, str):
@@ -97,12 +115,14 @@ def read(text: str, problem_type: str) -> str | float | None:
 
     "The answer is (b)." -> "B"; "$1,200" -> 1200.0; "Two cats" -> 2.0; "It is the Red one!" -> "red one".
     """
-    bare = without_lead_in(text)
+    bare = without_lead_in(text.translate(NARROW))
     if problem_type == "multiple choice":
         found = LETTER.fullmatch(bare)
         rest = (found and found[2]) or ""
         return None if not found or ANOTHER.search(rest) or DOUBT.search(rest) else found[1].upper()
-    words = re.findall(r"\w+", bare.casefold())
+    folded = bare.casefold()
+    marks = "".join({c for c in folded if unicodedata.category(c)[0] == "M"})  # parts of a word, as vowels are in Hindi
+    words = re.findall(rf"[\w{marks}]+", folded)
     if problem_type not in ("numerical", "regression"):
         return " ".join(words[words[:1] in (["a"], ["an"], ["the"]) :]) or None
     bare = re.sub("[\N{MINUS SIGN}\N{EN DASH}\N{EM DASH}\N{HYPHEN}]", "-", bare)

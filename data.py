@@ -4,16 +4,24 @@ The schema is the official one, one JSON object per row:
 
     data_type     "image" or "video"
     problem_type  one of `reasoning.PROBLEM_TYPES`
-    problem       the question
-    options       ["A. red", "B. green"], empty where there are none
+    problem       the question, or a chat with one turn, the user's. Pictures are placed at its marks <image> (a clip at
+                  <video>), or before the text where it has none
+    options       ["A. red", "B. green"], empty where there are none. "A) red", "(a) red" and "a: red" are shown as
+                  "A. red", and options without letters get them in their order
     path          the picture or clip, relative to the file ("./images/0.png"); a list of them for several images. In
                   place of a path: the bytes, a PIL image, or what `datasets` makes of them, {"bytes": ..., "path": ...}
-    solution      "<answer>A</answer>" (a bare "A" is taken too)
+    solution      "<answer>A</answer>" (a bare "A" is taken too), a number, or a list of accepted answers; among options
+                  without letters also the words of one
     problem_id    unique
     process       optional: a reference response with all its stages, for the cold start
 
 and, optional, for evaluation: `category` (groups the accuracy), `pair` (two rows of one pair share it), `objects`
 (what the picture holds, for caption hallucination) and `relevant` (those of them that the question is about).
+
+The columns that users of TRL have will do: `image` or `images` (or `video`) for `path`, `prompt` for `problem` and
+`answer` for `solution`. What such a row leaves out is decided, and said: its number is its id; multiple choice is told
+by options, by lettered options in the question or by a capital letter as solution, numerical by a number; else it is
+free-form.
 
 A dataset is a folder of such files, its splits named by file: `cold_start`, `train`, `validation` (to choose among RL's
 checkpoints) and any `test*`; or one file; or a folder written by `datasets` (save_to_disk); or a hub id. Every row is
@@ -25,11 +33,14 @@ checked, and every picture and clip opened, before a model is loaded; the same c
 
 import argparse
 import glob
+import hashlib
 import io
 import json
 import math
 import re
+import string
 import sys
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,6 +61,18 @@ FIELDS = (
 ).split()
 
 
+COLUMNS = {  # ours, and what it may be called elsewhere
+    "path": ("image", "images", "video", "videos"),
+    "problem": ("prompt",),
+    "solution": ("answer",),
+}
+MARK, NUMBERED = re.compile(r"<(?:image|video)>"), re.compile(r"<(image|video)[ _]?(\d+)>")
+# a letter with its mark, such as "A.", "(A)", "a:", and no abbreviation ("a.m.")
+LABEL = r"[(\[（]?\s*([A-Za-zＡ-Ｚａ-ｚ])\s*(?:\.\)|\.(?![A-Za-z]\.)|[:)\]．：）、])"
+OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
+LISTED = re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE), re.compile(rf"(?<!\S){LABEL}\s*")  # on lines; in a row
+
+
 class DataError(ValueError):
     """Something in the data, in one line: which file, which row, which field, what to do."""
 
@@ -62,9 +85,10 @@ class Embedded:
     table: Any  # a datasets.Dataset
     row: int
     place: int | None  # in a list of them
+    column: str = "path"
 
     def read(self) -> bytes:
-        cell = self.table[self.row]["path"]
+        cell = self.table[self.row][self.column]
         return (cell if self.place is None else cell[self.place])["bytes"]
 
     def __str__(self) -> str:
@@ -86,7 +110,8 @@ class Size:
 
 @dataclass(frozen=True)
 class Sample:
-    """One checked row. Media stay on disk until `messages` is asked for them."""
+    """One checked row. Media stay on disk until `messages` is asked for them. `answer` is an `answers.Answers` where
+    several are accepted."""
 
     id: str
     data_type: str
@@ -104,7 +129,14 @@ class Sample:
 
     @property
     def question(self) -> str:
-        return reasoning.question(self.problem, self.options)
+        """What the judge reads, without marks; several among the words are "picture 1", "picture 2", ..."""
+        *before, last = MARK.split(reasoning.question(self.problem, self.options))
+        words = "".join(before)
+        if len(before) > 1 and words.strip():
+            return "".join(f"{text}picture {i}" for i, text in enumerate(before, 1)) + last
+        if not words.strip():
+            return last.lstrip() if before else last
+        return (words if last[:1].isalnum() else words.rstrip()) + last
 
 
 def length(sample: Sample) -> tuple[int, int]:
@@ -153,21 +185,26 @@ def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
         raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
     samples, problems = {}, []
     for name, (label, rows) in tables.items():
-        samples[name], seen, unknown = [], Counter(), Counter()
+        samples[name], seen, unknown, decided = [], Counter(), Counter(), Counter()
         for number, row in enumerate(rows):
+            called, choices = _columns(row), []
             try:
-                sample = _sample(row, root, rows, number)
+                sample = _sample(row, root, rows, number, called, choices)
                 seen[sample.id] += 1
-                unknown.update(set(row) - set(FIELDS))
+                unknown.update(set(row) - set(FIELDS) - set(called.values()))
                 if seen[sample.id] > 1:
                     raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
                 samples[name].append(sample)
+                decided.update(choices)
             except DataError as error:
                 named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
-                problems.append(f"{label} row {number}{named}, {error}")
+                field, _, what = str(error).partition(":")
+                problems.append(f"{label} row {number}{named}, {called.get(field, field)}:{what}")
         if unknown:
             counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
             say(f"data: {label}: fields left alone: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}")
+        if decided:
+            say(f"data: {label}: decided: " + "; ".join(f"{what} ({n} rows)" for what, n in sorted(decided.items())))
     return samples, problems
 
 
@@ -213,9 +250,10 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
 
 
 def _undecoded(table):
-    """Pictures stay bytes until they are opened."""
+    """Pictures stay bytes until they are opened, and lists lists."""
     import datasets
 
+    table = table.with_format(None)
     for name, feature in table.features.items():
         inner = getattr(feature, "feature", feature)
         if isinstance(inner, datasets.Image | datasets.Video):
@@ -234,12 +272,16 @@ def _rows(file: Path):
             raise DataError(f"data: cannot read {file}: {error}") from error
         return _undecoded(table)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_bytes().decode("utf-8-sig")
+        if "\0" in text:  # UTF-16 without a byte order mark
+            raise ValueError("it is not in UTF-8. Save it as UTF-8")
         rows = (
             [json.loads(line) for line in text.split("\n") if line.strip()]
             if file.suffix == ".jsonl"
             else json.loads(text)
         )
+    except UnicodeDecodeError as error:
+        raise DataError(f"data: cannot read {file}: it is not in UTF-8 ({error.reason}). Save it as UTF-8") from error
     except (OSError, ValueError) as error:
         raise DataError(f"data: cannot read {file}: {error}") from error
     if not isinstance(rows, list):
@@ -247,61 +289,274 @@ def _rows(file: Path):
     return rows
 
 
-def _sample(row: dict, root: Path | None, table=None, number: int = 0) -> Sample:
-    """One row, checked; DataError("field: what is wrong. What to do")."""
+def _columns(row) -> dict[str, str]:
+    """Ours -> theirs, for what a row has under another name of COLUMNS only."""
+    row = row if isinstance(row, dict) else {}
+    found = {ours: [name for name in theirs if not _missing(row.get(name))] for ours, theirs in COLUMNS.items()}
+    return {ours: names[0] for ours, names in found.items() if names and _missing(row.get(ours))}
+
+
+def _missing(value) -> bool:
+    """Nothing, or what stands for it: blanks, an empty list, pandas' not-a-number."""
+    if isinstance(value, float | str):
+        return value != value or not str(value).strip()
+    return value is None or (isinstance(value, list) and not value)
+
+
+def _sample(row: dict, root: Path | None, table=None, number: int = 0, called=None, decided=None) -> Sample:
+    """One row, checked; DataError("field: what is wrong. What to do"). called: its `_columns`. decided: gets a few
+    words for each thing that the row leaves open."""
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object, got {type(row).__name__}")
-    for name in ("data_type", "problem_type", "problem", "path", "solution", "problem_id"):
-        if row.get(name) in (None, "", []):
-            raise DataError(f"{name}: missing or empty. Every row needs one")
+    called, decided = called or {}, [] if decided is None else decided
+    decided += [f"{theirs} is read as {ours}" for ours, theirs in called.items()]
+    row = {name: value if isinstance(value, list) or not _missing(value) else None for name, value in row.items()}
+    row |= {ours: row[theirs] for ours, theirs in called.items()}
+    if "path" in called:
+        if row.get("problem_id") is None:
+            row["problem_id"] = number
+            decided.append("the row's number is read as problem_id")
+        row["data_type"] = row.get("data_type") or ("video" if called["path"].startswith("video") else "image")
+    for name in ("path", "data_type", "problem_type", "problem", "solution", "problem_id"):
+        if _missing(row.get(name)) and not ("path" in called and name == "problem_type"):
+            other = f" (or {', '.join(COLUMNS[name])})" if name in COLUMNS else ""
+            raise DataError(f"{name}: missing or empty. Every row needs one{other}")
     if row["data_type"] not in ("image", "video"):
         raise DataError(f"data_type: {row['data_type']!r} is neither 'image' nor 'video'")
-    if row["problem_type"] not in reasoning.PROBLEM_TYPES:
+    if row.get("problem_type") not in (*reasoning.PROBLEM_TYPES, None):
         raise DataError(f"problem_type: {row['problem_type']!r} is not one of {', '.join(reasoning.PROBLEM_TYPES)}")
     for name in ("options", "objects", "relevant"):
         value = row.get(name)
         if value is not None and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
             raise DataError(f'{name}: must be a list of strings such as ["A. red", "B. green"]')
-    options, answer = tuple(row.get("options") or ()), answers.solution_of(str(row["solution"]))
-    if not answer:
-        raise DataError("solution: no answer inside <answer></answer>")
-    if row["problem_type"] == "multiple choice":
-        letters = [option.split(".")[0].strip() for option in options]
-        if answer not in letters:
-            raise DataError(
-                f"solution: {answer!r} is not the letter of an option ({', '.join(letters) or 'no options'})"
-            )
-    if row["problem_type"] in ("numerical", "regression") and answers.to_number(answer) is None:
-        raise DataError(f"solution: {answer!r} is not a number")
-    for name in ("category", "pair"):
-        if not isinstance(row.get(name), str | int | None):
-            raise DataError(f"{name}: must be a string, got {row[name]!r}")
+    cells = row["path"] if isinstance(row["path"], list) else [row["path"]]
+    if row["data_type"] == "video" and len(cells) > 1:
+        raise DataError("path: a row has one clip. Give one path")
+    problem, *options = _marked([_question(row["problem"], decided), *(row.get("options") or ())], row, len(cells))
     process = row.get("process") or row.get("process_and_answer")
     if process is not None and not isinstance(process, str):
         raise DataError(f"process: must be a string, got {type(process).__name__}")
     if process and not any(reasoning.format_reward(process, four_stage) for four_stage in (True, False)):
         raise DataError("process: lacks a stage, or holds text outside them. Give all four, once each, in order")
-    cells = row["path"] if isinstance(row["path"], list) else [row["path"]]
-    if row["data_type"] == "video" and len(cells) > 1:
-        raise DataError("path: a row has one clip. Give one path")
+    golds = _golds(row["solution"])
+    problem_type, names = _type(row.get("problem_type"), problem, options, golds, decided)
+    if problem_type == "multiple choice":
+        if not isinstance(row["solution"], str | list):
+            raise DataError(f"solution: {row['solution']} is a number, a place or a text. Give the option's letter")
+        if options:
+            shown, names = _lettered(options, decided)
+            if process and shown != options:  # the letter is what is taught, however the row writes it
+                letter = _letter(reasoning.parse(process).answer, names, "process")
+                process = re.sub(r"<answer>.*</answer>", f"<answer>{letter}</answer>", process, flags=re.DOTALL)
+            options = shown
+        golds = list(dict.fromkeys(_letter(gold, names, "solution") for gold in golds))
+        if len(golds) > 1:
+            raise DataError(f"solution: holds the letters {', '.join(golds)}. Give one, or leave the row out")
+    for gold in golds if problem_type in ("numerical", "regression") else ():
+        if answers.to_number(gold) is None:
+            raise DataError(f"solution: {gold!r} is not a number")
+    try:
+        "".join([problem, *options, *golds, process or ""]).encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"problem: it, or another text of the row, holds half a character ({error})") from error
     places = range(len(cells)) if isinstance(row["path"], list) else [None]
-    media = tuple(_medium(cell, root, Embedded(table, number, i)) for i, cell in zip(places, cells))
+    column = called.get("path", "path")
+    media = tuple(_medium(cell, root, Embedded(table, number, i, column)) for i, cell in zip(places, cells))
     sizes = tuple(_check_media(medium, row["data_type"]) for medium in media)
     as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
     return Sample(
-        id=str(row["problem_id"]),
+        id=_name_of(row, "problem_id"),
         data_type=row["data_type"],
         media=media,
-        problem=str(row["problem"]),
-        options=options,
-        problem_type=row["problem_type"],
-        answer=answer,
+        problem=problem,
+        options=tuple(options),
+        problem_type=problem_type,
+        answer=golds[0] if len(golds) == 1 else answers.Answers(*golds),
         process=process,
-        category=str(row.get("category") or row["problem_type"]),
-        pair=None if row.get("pair") is None else str(row["pair"]),
+        category=_name_of(row, "category") or problem_type,
+        pair=_name_of(row, "pair"),
         sizes=sizes,
         **as_tuple,
     )
+
+
+def _name_of(row: dict, field: str) -> str | None:
+    value = row.get(field)
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # pandas makes 3.0 of 3 where another row has none
+    if isinstance(value, bool) or not isinstance(value, str | int | None):
+        raise DataError(f"{field}: must be a string, got {value!r}")
+    return None if value is None else str(value)
+
+
+def _question(value, decided: list) -> str:
+    """The text of `problem`, or of the user's turn in a chat, whose pictures become marks."""
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        turns = [turn for turn in value if turn.get("role") != "system"]
+        if [turn.get("role") for turn in turns] != ["user"]:
+            raise DataError("problem: must be a text, or a chat with one turn, the user's")
+        if len(turns) < len(value):
+            decided.append("the system's turn is left out")
+        value = turns[0].get("content")
+    if isinstance(value, list) and all(isinstance(part, dict) for part in value):
+        parts = [f"<{p['type']}>" if p.get("type") in ("image", "video") else p.get("text") for p in value]
+        value = "".join(parts) if all(isinstance(part, str) for part in parts) else value
+    if not isinstance(value, str):
+        raise DataError(f"problem: must be a text, or a chat with one turn, the user's; got {type(value).__name__}")
+    return value
+
+
+def _marked(texts: list[str], row: dict, count: int) -> list[str]:
+    """Question and options; each picture or clip has its mark in them, or none has."""
+    numbers = [int(number) for text in texts for _, number in NUMBERED.findall(text)]
+    if numbers != list(range(1, len(numbers) + 1)):
+        raise DataError(f"problem: marks <image {numbers[0]}> ... are not 1, 2, ... in order, each once. Use <image>")
+    texts = [NUMBERED.sub(r"<\1>", text) for text in texts]
+    marks = [mark for text in texts for mark in MARK.findall(text)]
+    if marks and len(marks) != count:
+        raise DataError(f"problem: {len(marks)} marks {marks[0]} for {count} in `path`. Give one for each, or none")
+    if "<video>" in marks and row["data_type"] == "image":
+        raise DataError("problem: holds the mark <video>, and the row has a picture. Write <image>")
+    if not MARK.sub("", texts[0]).strip():
+        raise DataError("problem: holds no words. Every row needs a question")
+    return texts
+
+
+def _golds(solution) -> list[str]:
+    """The accepted answers as text. A whole number may have been written 5 or, as pandas and JSON have it, 5.0."""
+    golds = []
+    for one in solution if isinstance(solution, list) else [solution]:
+        if isinstance(one, str):
+            golds.append(answers.solution_of(one))
+        elif isinstance(one, float) and math.isfinite(one):
+            golds += [str(int(one)), f"{int(one)}.0"] if one.is_integer() else [str(one)]
+        elif isinstance(one, int) and not isinstance(one, bool):
+            golds.append(str(one))
+        else:
+            raise DataError(f"solution: must be a text, a number or a list of accepted ones, got {one!r}")
+    if not all(golds):
+        raise DataError("solution: no answer inside <answer></answer>")
+    if any(re.search("</?answer>", gold) for gold in golds):
+        raise DataError("solution: <answer> is not closed, or is there twice. Give <answer>...</answer> once")
+    return list(dict.fromkeys(golds))
+
+
+def _type(given: str | None, problem: str, options: list[str], golds: list[str], decided: list):
+    """The problem type, decided where none is given, and the names of options that the question itself lists."""
+    names = {} if options or given not in ("multiple choice", None) else _listed(problem, golds)
+    if given:
+        return given, names
+    if options or names:
+        kind, why = "multiple choice", "by its options" if options else "by lettered options in the question"
+    elif all(re.fullmatch("[A-Z]", gold) for gold in golds):
+        kind, why, names = "multiple choice", "by a letter as solution", {gold: [] for gold in golds}
+    elif all(answers.NUMBER.fullmatch(gold) for gold in golds):
+        kind, why = "numerical", "by a number as solution"
+    else:
+        kind, why = "free-form", "without options, letter or number"
+    decided.append(f"{kind} {why}")
+    return kind, names
+
+
+def _lettered(options: list[str], decided: list) -> tuple[list[str], dict[str, list[str]]]:
+    """Options as they are shown, "A. red", and by letter what a solution may call each: the option as it is written,
+    and the number that it begins with where all are numbered 1, 2, ... in order."""
+    if len(options) > 26:
+        raise DataError(f"options: {len(options)} of them, and only 26 letters")
+    letters, options = string.ascii_uppercase[: len(options)], [option.strip() for option in options]
+    found = [OPTION.fullmatch(option) for option in options]
+    told = [unicodedata.normalize("NFKC", match[1]).upper() if match else "" for match in found]
+    own = [a == b for a, b in zip(told, letters)]
+    if all(options) and (all(told) or any(own)) and not all(own):
+        begin = ", ".join(letter or "no letter" for letter in told)
+        raise DataError(f"options: begin with {begin}. Give all of them letters, A, B, ... in order, or none")
+    texts = [match[2].strip() for match in found] if all(own) else options
+    if not all(texts):
+        raise DataError(f"options: one is empty ({', '.join(map(repr, options))}). Leave it out, or fill it")
+    if not all(own):
+        decided.append("options get letters in their order")
+    numbered = [re.match(rf"\(?{i}[.)]\s", option) for i, option in enumerate(options, 1)]
+    names = {a: [option, f"{a}. {text}"] for a, option, text in zip(letters, options, texts)}
+    if all(numbered):
+        names = {a: [*of, str(i)] for i, (a, of) in enumerate(names.items(), 1)}
+    return [f"{a}. {text}" for a, text in zip(letters, texts)], names
+
+
+def _listed(question: str, golds: list[str]) -> dict[str, list[str]]:
+    """By letter, what a solution may call each of the options that a question lists itself: on lines of their own, or
+    one behind the other, which is believed only where a solution names one. {}: it lists none."""
+    for pattern in LISTED:
+        found = list(pattern.finditer(question))
+        letters = [unicodedata.normalize("NFKC", match[1]) for match in found]
+        start = "".join(letters).upper().rfind("A")
+        found, letters = found[start:], letters[start:]
+        ends = [match.start() for match in found[1:]] + [len(question)]
+        texts = [question[match.end() : end].strip() for match, end in zip(found, ends)]
+        in_order = "".join(letters).upper() == string.ascii_uppercase[: len(letters)]
+        if len(found) < 2 or not in_order or not all(texts):
+            continue
+        texts[-1] = texts[-1].split("\n")[0]
+        names = {letter: [text, f"{letter}. {text}"] for letter, text in zip(letters, texts)}
+        if pattern is LISTED[0] or all(any(_names(gold, letter, of) for letter, of in names.items()) for gold in golds):
+            return names
+    return {}
+
+
+def _names(answer: str, letter: str, others: list[str]) -> bool:
+    """Does an answer of a row stand for this option: its letter, in any usual form, or one of its other names?"""
+    bare = re.fullmatch(r"\(?([A-Za-z])\)?[.:]?", answer.translate(answers.NARROW))
+    if bare and bare[1].upper() == letter.upper():
+        return True
+    return answers.is_correct(answer, others, "free-form")
+
+
+def _letter(answer: str, names: dict[str, list[str]], field: str) -> str:
+    """The letter of the option that an answer of the row stands for."""
+    found = [letter for letter, others in names.items() if _names(answer, letter, others)]
+    if len(found) > 1:
+        raise DataError(f"{field}: {answer!r} may be option {' or '.join(found)}. Give the letter")
+    if not found:
+        known = ", ".join(names) or "no options"
+        raise DataError(
+            f"{field}: {answer!r} is not the letter of an option ({known}). Give a letter, or another problem_type"
+        )
+    return found[0]
+
+
+def fingerprint(sets: dict[str, list[Sample]]) -> str:
+    """What a run works on, a few words for each set: equal where its rows are, in their order, with every field and
+    every picture and clip. A file is known by path, size and time of change, anything else by its content."""
+    lines = []
+    for name, rows in sorted(sets.items()):
+        digest = hashlib.sha256()
+        for s in rows:
+            fields = [value for field, value in vars(s).items() if field not in ("media", "sizes")]
+            accepted = getattr(s.answer, "accepted", ())
+            digest.update(repr((fields, accepted, [_trace(medium) for medium in s.media])).encode())
+        lines.append(f"{name}: {len(rows)} rows, {digest.hexdigest()[:12]}")
+    return "; ".join(lines)
+
+
+def _trace(medium: Media) -> tuple:
+    if isinstance(medium, Path):
+        stat = medium.stat()
+        return str(medium), stat.st_size, stat.st_mtime_ns
+    content = medium.read() if isinstance(medium, Embedded) else medium
+    look = (content.mode, content.size) if isinstance(content, Image.Image) else ()
+    return *look, hashlib.sha256(content.tobytes() if look else content).hexdigest()
+
+
+def _placed(media: list[dict], text: str) -> list[dict]:
+    """Media at their marks in the text; all before it where it has none."""
+    before, *behind = MARK.split(text)
+    if not media or len(behind) != len(media):
+        return [*media, {"type": "text", "text": text}]
+    content = [{"type": "text", "text": before}] if before.strip() else []
+    for medium, words in zip(media, behind):
+        if all(part["type"] != "text" for part in content):
+            words = words.lstrip()  # a mark before all words is where the picture goes anyway
+        content += [medium, {"type": "text", "text": words}] if words.strip() else [medium]
+    return content
 
 
 def _medium(cell, root: Path | None, embedded: Embedded) -> Media:
@@ -384,13 +639,14 @@ def _open_video(medium: Media):
 
 
 def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) -> list[dict]:
-    """The user turn: the pictures or the clip, then `text`, as chat content that `vlm.VLM.encode` takes."""
+    """The user turn: the pictures or the clip at their marks in `text`, or before it, as chat content that
+    `vlm.VLM.encode` takes."""
     if sample.data_type == "video":
         frames, true_fps = read_video(sample.media[0], fps, max_frames)
         media = [{"type": "video", "video": frames, "fps": true_fps}]
     else:
         media = [{"type": "image", "image": read_image(path)} for path in sample.media]
-    return [{"role": "user", "content": [*media, {"type": "text", "text": text}]}]
+    return [{"role": "user", "content": _placed(media, text)}]
 
 
 def read_image(medium: Media) -> Image.Image:
@@ -484,7 +740,9 @@ def prompt_text_tokens(tokenizer, four_stage: bool = True):
 
     def count(sample: Sample) -> int:
         text = reasoning.prompt(sample.problem, sample.options, sample.problem_type, four_stage)
-        return around + len(tokenizer(text).input_ids) + 2 * len(sample.media)  # vision_start, vision_end
+        words = [part["text"] for part in _placed([{"type": "image"}] * len(sample.media), text) if "text" in part]
+        tokens = sum(len(tokenizer(part).input_ids) for part in words)
+        return around + tokens + 2 * len(sample.media)  # vision_start, vision_end
 
     return count
 

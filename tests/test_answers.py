@@ -1,6 +1,7 @@
 """answers.py: one verdict on an answer, by the official strict rule and by the lenient one."""
 
 import math
+import unicodedata
 
 import pytest
 from hypothesis import assume, given, settings
@@ -122,6 +123,8 @@ def test_the_solution_is_taken_out_of_its_tags():
     assert answers.solution_of(" A ") == "A"
     assert answers.solution_of("<answer>A") == "<answer>A"
     assert answers.solution_of("A</answer>") == "A</answer>"
+    assert answers.solution_of("<think>\nB?\n</think>\n<answer> A </answer>") == "A"
+    assert answers.solution_of("<answer>A</answer><answer>B</answer>") == "<answer>A</answer><answer>B</answer>"
 
 
 @exact
@@ -316,3 +319,50 @@ def test_every_usual_form_is_right_for_its_letter_and_for_no_other(letter, form)
     text = form.format(letter)
     right = [x for x in "ABCDEFGH" if answers.is_correct(text, x, "multiple choice", lenient=True)]
     assert right == [letter]
+
+
+# --- several answers, and how text is stored --------------------------------------------------------------------------
+
+
+@exact
+@given(
+    st.text(max_size=12), st.lists(st.text(max_size=12), min_size=1, max_size=4), st.sampled_from(KINDS), st.booleans()
+)
+def test_of_several_answers_any_is_right_and_nothing_else(prediction, accepted, kind, lenient):
+    want = any([answers.is_correct(prediction, one, kind, lenient) for one in accepted])
+    assert answers.is_correct(prediction, answers.Answers(*accepted), kind, lenient) is want
+    assert answers.is_correct(accepted[-1], answers.Answers(*accepted), "OCR", lenient)
+    assert answers.Answers(*accepted) == accepted[0]
+
+
+@exact
+@given(st.text(st.characters(categories=["L", "M", "N", "Z"]), max_size=12), st.sampled_from(["OCR", "free-form"]))
+def test_composed_and_decomposed_text_is_the_same(text, kind):
+    """Two forms of one text, by the interpreter's own Unicode tables."""
+    forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
+    for lenient in (False, True):
+        verdicts = {answers.is_correct(a, b, kind, lenient) for a in (text, *forms) for b in (text, *forms)}
+        assert verdicts == {True}
+
+
+def test_combining_marks_are_part_of_a_word():
+    """Hindi's vowels are marks: without them "ki" and "ka" were one word."""
+    ki, ka = "\u0915\u0940", "\u0915\u093e"
+    assert answers.is_correct(f"{ki}!", ki, "free-form", lenient=True)
+    assert not answers.is_correct(ki, ka, "free-form", lenient=True)
+    assert not answers.is_correct("Zu\u0308rich", "Zurich", "OCR", lenient=True)
+
+
+def test_full_width_forms_are_read_by_the_lenient_rule_only():
+    wide = str.maketrans({chr(code): chr(code + 0xFEE0) for code in range(0x21, 0x7F)})
+    for text, solution, kind in (
+        ("B", "B", "multiple choice"),
+        ("(B)", "B", "multiple choice"),
+        ("Exit", "exit", "OCR"),
+    ):
+        assert answers.is_correct(text.translate(wide), solution, kind, lenient=True)
+        assert not answers.is_correct(text.translate(wide), solution, kind)
+    assert answers.is_correct("50%".translate(wide), "50", "numerical", lenient=True)
+    for text in (">5", "5-6", "1/2", "A/B", "A or B"):  # what hedges in plain letters hedges in wide ones
+        assert not any(answers.is_correct(text.translate(wide), x, "numerical", lenient=True) for x in "1256")
+        assert not any(answers.is_correct(text.translate(wide), x, "multiple choice", lenient=True) for x in "AB")

@@ -1,8 +1,13 @@
 """data.py: bad rows are named one by one, three formats say the same, real photographs and real clips are read."""
 
+import copy
+import dataclasses
 import json
+import os
+import pickle
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import av
@@ -13,6 +18,7 @@ import skimage.data
 import torch
 from PIL import Image
 
+import answers
 import data
 import reasoning
 import vlm
@@ -588,3 +594,413 @@ def test_the_tokens_counted_are_those_that_the_processor_makes(media, tmp_path, 
         seen = ((ids == config.image_token_id) | (ids == config.video_token_id)).sum().item()
         assert data.visual_tokens(sample, 3136, 50_000, 2.0, 4) == seen
         assert seen + count(sample) == ids.shape[1]
+
+
+# --- rows as people have them -----------------------------------------------------------------------------------------
+
+FORMS = {
+    "A) red": "{A}) {text}",
+    "(A) red": "({A}) {text}",
+    "A: red": "{A}: {text}",
+    "A.red": "{A}.{text}",
+    "A.) red": "{A}.) {text}",
+    "[A] red": "[{A}] {text}",
+    "a. red": "{a}. {text}",
+    "(a) red": "({a}) {text}",
+    "full width": "\uff21\uff0e{text}|\uff22\uff0e{text}",
+    "an enumeration comma": "{A}\u3001{text}",
+}
+
+
+def loaded(tmp_path: Path, *rows: dict, say=lambda text: None) -> list[data.Sample]:
+    return data.load(write(tmp_path / "train.json", list(rows)), say=say)["train"]
+
+
+def refused(tmp_path: Path, row: dict) -> str:
+    with pytest.raises(data.DataError) as error:
+        loaded(tmp_path, row)
+    return str(error.value).splitlines()[0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("solution", ["B", "b", "(B)", "B.", "as written"])
+def test_lettered_options_are_shown_as_letter_and_stop(media, tmp_path, form, solution):
+    """Whatever marks the letters have, policy and judge see "A. red", and the gold is the bare letter."""
+    forms = FORMS[form].split("|") * 2
+    texts = ("an hour", "2.5 cm")
+    options = [forms[i].format(A="AB"[i], a="ab"[i], text=text) for i, text in enumerate(texts)]
+    solution = options[1] if solution == "as written" else solution
+    [sample] = loaded(tmp_path, choice(media, options=options, solution=solution))
+    assert sample.options == ("A. an hour", "B. 2.5 cm") and sample.answer == "B"
+    assert sample.question.endswith("Options:\nA. an hour\nB. 2.5 cm")
+    assert answers.is_correct("The answer is B.", sample.answer, sample.problem_type, lenient=True)
+    assert not answers.is_correct("b", sample.answer, sample.problem_type)  # strict is strict
+
+
+@pytest.mark.parametrize(
+    ("options", "solution", "letter"),
+    [
+        (["red", "blue"], "blue", "B"),
+        (["red", "blue"], "<answer>B</answer>", "B"),
+        (["1.5 cm", "2.5 cm"], "2.5 cm", "B"),
+        (["1: 2", "2: 1"], "2: 1", "B"),
+        (["2", "3", "1"], "1", "C"),
+        (["a.m.", "p.m."], "a.m.", "A"),
+        (["U.K.", "U.S."], "U.S.", "B"),
+        (["J. Smith", "Mary Jones"], "Mary Jones", "B"),
+        (["1. red", "2. blue"], "2", "B"),
+        (["(1) red", "(2) blue"], "(2) blue", "B"),
+        (["A", "B", "C"], "C", "C"),
+        ([unicodedata.normalize("NFD", "Z\u00fcrich"), "Bern"], "Z\u00fcrich", "A"),
+    ],
+)
+def test_options_without_letters_get_them_in_order(media, tmp_path, options, solution, letter):
+    said = []
+    [sample] = loaded(tmp_path, choice(media, options=options, solution=solution, process=...), say=said.append)
+    assert sample.options == tuple(f"{a}. {text}" for a, text in zip("ABC", options))
+    assert sample.answer == letter
+    assert said == ["data: train.json: decided: options get letters in their order (1 rows)"]
+
+
+@pytest.mark.parametrize(
+    ("options", "solution", "words"),
+    [
+        (["A. red", "A. blue"], "A", "options: begin with A, A. Give all of them letters"),
+        (["B. red", "A. blue"], "A", "options: begin with B, A."),
+        (["A. red", "C. blue"], "A", "options: begin with A, C."),
+        (["A. red", "blue"], "A", "options: begin with A, no letter."),
+        (["A. red", "B."], "A", "options: one is empty ('A. red', 'B.')"),
+        (["red", " "], "A", "options: one is empty"),
+        (["1.5 cm", "2.5 cm"], "1", "'1' is not the letter of an option (A, B)"),
+        (["red", "blue"], "violet", "'violet' is not the letter of an option (A, B)"),
+        (["red", "red"], "red", "'red' may be option A or B. Give the letter"),
+        (["B", "A"], "A", "'A' may be option A or B"),
+        (["2", "3", "1"], 1, "1 is a number, a place or a text. Give the option's letter"),
+        (["A. red", "B. blue"], ["A", "B"], "holds the letters A, B. Give one"),
+        (["A. red", "B. blue"], "B. red", "'B. red' is not the letter"),
+        ([str(i) for i in range(27)], "3", "options: 27 of them"),
+    ],
+)
+def test_options_that_could_mislead_are_refused(media, tmp_path, options, solution, words):
+    assert words in refused(tmp_path, choice(media, options=options, solution=solution, process=...))
+
+
+def test_a_reference_response_says_the_letter_as_shown(media, tmp_path):
+    """The cold start teaches what the strict rule accepts: not "b" or "blue" where "B" is asked for."""
+    process = choice(media)["process"].replace("<answer>B", "<answer>{}")
+    for options, said in (
+        (["a) red", "b) blue"], " b "),
+        (["red", "blue"], "blue"),
+        (["A: red", "B: blue"], "B: blue"),
+    ):
+        [sample] = loaded(tmp_path, choice(media, options=options, solution="B", process=process.format(said)))
+        assert sample.process == process.format("B")
+    bad = choice(media, options=["red", "blue"], solution="B", process=process.format("violet"))
+    assert "process: 'violet' is not the letter of an option (A, B)" in refused(tmp_path, bad)
+
+
+def test_any_of_several_accepted_answers_is_right(media, tmp_path):
+    row = number(media, problem_type="free-form", solution=["<answer>Total due</answer>", "total", "Total  due"])
+    [sample] = loaded(tmp_path, row)
+    assert isinstance(sample.answer, str) and f"<answer>{sample.answer}</answer>" == "<answer>Total due</answer>"
+    for answer in (sample.answer, copy.deepcopy(sample).answer, pickle.loads(pickle.dumps(sample)).answer):
+        for said, strict, lenient in (("TOTAL", 1, 1), ("total due", 1, 1), ("It is total!", 0, 1), ("sum", 0, 0)):
+            assert answers.is_correct(said, answer, "free-form") is bool(strict)
+            assert answers.is_correct(said, answer, "free-form", lenient=True) is bool(lenient)
+    counted, one = loaded(tmp_path, number(media, solution=["5", 6]), number(media, solution=["5"], problem_id="one"))
+    assert [answers.is_correct(n, counted.answer, "numerical") for n in "567"] == [True, True, False]
+    assert one.answer == "5" and type(one.answer) is str
+    assert "'many' is not a number" in refused(tmp_path, number(media, solution=["5", "many"]))
+
+
+def test_a_number_is_right_as_it_may_have_been_written(media, tmp_path):
+    """pandas makes a column of 5, nothing, 7 one of floats: 5.0 there is no gold that refuses "5"."""
+    column = [number(media, problem_id=str(i), solution=value) for i, value in enumerate((5.0, 2.5, -3.0))]
+    datasets.Dataset.from_list(column).to_parquet(tmp_path / "a.parquet")
+    for rows in (loaded(tmp_path, *column), data.load(tmp_path / "a.parquet")["train"]):
+        right = [
+            [s for s in ("5", "5.0", "2.5", "2", "-3") if answers.is_correct(s, r.answer, "numerical")] for r in rows
+        ]
+        assert right == [["5", "5.0"], ["2.5"], ["-3"]]
+        assert [str(r.answer) for r in rows] == ["5", "2.5", "-3"]
+    [text] = loaded(tmp_path, number(media, solution="5.0"))  # so it was written
+    assert not answers.is_correct("5", text.answer, "numerical")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "words"),
+    [
+        ("solution", {"text": "cat"}, "must be a text, a number or a list of accepted ones, got {'text': 'cat'}"),
+        ("solution", True, "got True"),
+        ("solution", [["cat"]], "got ['cat']"),
+        ("solution", ["cat", None], "got None"),
+        ("solution", ["cat", " "], "no answer inside"),
+        ("solution", "<answer>cat", "<answer> is not closed"),
+        ("solution", "<answer>cat</answer> or <answer>dog</answer>", "is there twice"),
+        ("solution", float("inf"), "got inf"),
+        ("solution", float("nan"), "missing or empty"),
+        ("problem", {"text": "Which?"}, "must be a text, or a chat"),
+        ("problem", 7, "must be a text, or a chat"),
+        ("problem", ["Which?"], "must be a text, or a chat"),
+        ("problem", [{"role": "user", "content": None}], "must be a text, or a chat"),
+        ("problem", [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}], "with one turn"),
+        ("problem", " \n", "missing or empty"),
+        ("problem", "half a \ud83d", "holds half a character"),
+        ("problem_id", ["x"], "must be a string, got ['x']"),
+        ("problem_id", True, "must be a string, got True"),
+        ("problem_id", 1.5, "must be a string, got 1.5"),
+        ("category", False, "must be a string"),
+        ("process", ["<think>"], "must be a string, got list"),
+    ],
+)
+def test_what_is_no_text_is_not_made_one(media, tmp_path, field, value, words):
+    row = number(media, problem_type="free-form", **{field: value})
+    line = refused(tmp_path, row)
+    assert f", {field}: " in line and words in line
+
+
+def test_a_number_for_an_id_is_the_same_as_its_text(media, tmp_path):
+    rows = loaded(tmp_path, number(media, problem_id=3.0, pair=2.0, category=0), number(media, problem_id=4))
+    assert [(s.id, s.pair, s.category) for s in rows] == [("3", "2", "0"), ("4", None, "numerical")]
+
+
+def test_a_gold_in_nfd_is_earned_by_what_the_tokenizer_says(media, tmp_path, world):
+    """Qwen's tokenizer composes what it reads, so no policy can say a decomposed text."""
+    tokenizer = vlm.context(str(world / "policy"))[1]
+    gold = unicodedata.normalize("NFD", "Caf\u00e9 Z\u00fcrich")
+    [sample] = loaded(tmp_path, number(media, problem_type="OCR", solution=gold))
+    said = tokenizer.decode(tokenizer(gold).input_ids)
+    assert said != gold and answers.is_correct(said, sample.answer, "OCR")
+
+
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_a_byte_order_mark_is_no_part_of_the_rows(media, tmp_path, suffix):
+    row = json.dumps(number(media, problem="Combien ? \u00e9"), ensure_ascii=False)
+    (tmp_path / f"a.{suffix}").write_text(f"[{row}]" if suffix == "json" else row, encoding="utf-8-sig")
+    assert data.load(tmp_path / f"a.{suffix}")["train"][0].problem == "Combien ? \u00e9"
+    for encoding in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"):
+        (tmp_path / f"a.{suffix}").write_text(f"[{row}]" if suffix == "json" else row, encoding=encoding)
+        with pytest.raises(data.DataError, match="a.jsonl?: it is not in UTF-8.*Save it as UTF-8") as error:
+            data.load(tmp_path / f"a.{suffix}")
+        assert len(str(error.value).splitlines()) == 1
+
+
+# --- marks ------------------------------------------------------------------------------------------------------------
+
+
+def layout(sample: data.Sample) -> list[str]:
+    """The content of its prompt: "[123]" is a picture 123 pixels wide, anything else is text."""
+    content = data.prompts([sample], True, 2.0, 4)[0][0]["content"]
+    return [part["text"] if part["type"] == "text" else f"[{part['image'].width}]" for part in content]
+
+
+def test_pictures_stand_where_their_marks_are(media, tmp_path):
+    paths = [str(media / name) for name in ("astronaut.png", "coffee.png", "rocket.jpg")]  # 512, 600 and 640 wide
+    ask = {"options": [], "problem_type": "free-form", "solution": "no", "process": ...}
+    rows = [
+        choice(media, **ask, path=paths[:2], problem="Is <image> older than <image>?"),
+        choice(media, **ask, path=paths[:2], problem="Is <image 1> older than <image_2>?", problem_id=1),
+        choice(media, **ask, path=paths[:2], problem="<image>\n<image>\nIs one older?", problem_id=2),
+        choice(media, **ask, path=paths[0], problem="Who is this?\n<image>", problem_id=3),
+        choice(
+            media, path=paths, problem="What goes with <image>?", options=["<image>"] * 2, problem_id=4, process=...
+        ),
+    ]
+    among, numbered, before, behind, options = loaded(tmp_path, *rows)
+    tail = reasoning.prompt("", (), "free-form")
+    assert layout(among) == layout(numbered) == ["Is ", "[512]", " older than ", "[600]", f"?{tail}"]
+    assert layout(before) == ["[512]", "[600]", f"Is one older?{tail}"]
+    assert layout(behind) == ["Who is this?\n", "[512]", tail]
+    assert [part for part in layout(options) if part[0] == "["] == ["[512]", "[600]", "[640]"]
+    assert layout(options)[2::2] == ["?\nOptions:\nA. ", "\nB. ", reasoning.prompt("", (), "multiple choice")]
+    assert [s.question for s in (among, before, behind)] == [
+        "Is picture 1 older than picture 2?",
+        "Is one older?",
+        "Who is this?",
+    ]
+    assert options.question == "What goes with picture 1?\nOptions:\nA. picture 2\nB. picture 3"
+
+
+def test_a_mark_before_all_words_changes_nothing(media, tmp_path):
+    """LLaVA's rows begin with "<image>\\n", also those of clips."""
+    rows = [make(media, problem=mark + "What animal is this?", problem_id=f"{make.__name__}{i}")
+            for make in (choice, film) for i, mark in enumerate(("", "<image>\n", "<image>"))]  # fmt: skip
+    samples = loaded(tmp_path, *rows, film(media, problem="<video>\nWhat animal is this?"))
+    for plain, *marked in (samples[:3], samples[3:]):
+        [want] = data.prompts([plain], True, 2.0, 4)
+        for sample in marked:
+            [got] = data.prompts([sample], True, 2.0, 4)
+            assert [p["type"] for p in got[0]["content"]] == [p["type"] for p in want[0]["content"]]
+            assert got[0]["content"][-1] == want[0]["content"][-1] and sample.question == plain.question
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(problem="<image> or <image>?"), "2 marks <image> for 1 in `path`. Give one for each, or none"),
+        (dict(problem="<image>?", path=["MEDIA/coffee.png"] * 2), "1 marks <image> for 2"),
+        (dict(problem="What?", options=["A. <image>", "B. <image>"]), "2 marks <image> for 1"),
+        (dict(problem="<video>What?"), "holds the mark <video>, and the row has a picture"),
+        (dict(problem="<image>\n"), "holds no words"),
+        (dict(problem="<image 2> or <image 1>?", path=["MEDIA/coffee.png"] * 2), "are not 1, 2, ... in order"),
+    ],
+)
+def test_marks_that_do_not_fit_the_media_are_refused(media, tmp_path, changes, words):
+    assert words in refused(tmp_path, choice(media, **filled(changes, media)))
+
+
+def test_tokens_are_counted_around_the_marks(media, tmp_path, world):
+    policy = vlm.load(str(world / "policy"), trainable=False, min_pixels=3136, max_pixels=50_000)
+    two = [str(media / "coffee.png"), str(media / "rocket.jpg")]
+    rows = [
+        choice(media, path=two, problem=f"{text}?", problem_id=text)
+        for text in ("<image><image>Is", "Is <image> or <image>")
+    ]
+    count = data.prompt_text_tokens(policy.processor.tokenizer)
+    for sample in loaded(tmp_path, *rows):
+        ids = policy.encode(data.prompts([sample], True, 2.0, 4))["input_ids"]
+        assert count(sample) + data.visual_tokens(sample, 3136, 50_000, 2.0, 4) == ids.shape[1]
+        assert "<image>" not in policy.processor.tokenizer.decode(ids[0])
+
+
+# --- the form of TRL --------------------------------------------------------------------------------------------------
+
+TRL = [  # what is asked, the solution, and the type that they tell
+    ("Which?\n\nChoices:\nA. 3\nB. 5\nC. 8", "<think>8</think>\n<answer>C. 8</answer>", "multiple choice", "C"),
+    ("Which? (A) 3 (B) 5 (C) 8", "5", "multiple choice", "B"),
+    ("Which?\na) red\nb) blue\nGive the letter.", "B", "multiple choice", "b"),
+    ("What is the angle at (A) here? (A) 30 (B) 60", "60", "multiple choice", "B"),
+    ("Which option is it?", "D", "multiple choice", "D"),
+    ("How many cups?", "<answer> 3 </answer>", "numerical", "3"),
+    ("How many cups?", "1,204.5", "numerical", "1,204.5"),
+    ("Who is A. B. Smith?", "a poet", "free-form", "a poet"),
+    ("Is person A: tall, or person B: small?", "neither", "free-form", "neither"),
+    ("What is it?", "a cup", "free-form", "a cup"),
+    ("Which variable?", "x", "free-form", "x"),
+]
+
+
+def test_rows_of_trl_are_read_and_what_is_decided_is_said(media, tmp_path, capsys):
+    """Columns of datasets' Image type, no ids and no types, a question as text or as a chat."""
+    photos = [f"{name}.png" for name in PHOTOS] * 4
+    rows = [
+        {"image": embedded(media, p), "prompt": t, "answer": a, "source": "x"} for p, (t, a, *_) in zip(photos, TRL)
+    ]
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.to_parquet(tmp_path / "train.parquet")
+    listed = table.map(lambda row: {"answer": [row["answer"]]}, remove_columns="answer")
+    listed.with_format("numpy").save_to_disk(tmp_path / "saved")  # whose rows are arrays
+    for source in (tmp_path / "train.parquet", tmp_path / "saved"):
+        samples = data.load(source)["train"]
+        assert [(s.problem, s.problem_type, s.answer) for s in samples] == [(t, k, g) for t, _, k, g in TRL]
+        assert [s.id for s in samples] == [str(i) for i in range(len(TRL))] and {s.data_type for s in samples} == {
+            "image"
+        }
+        for sample, photo in zip(samples, photos):
+            assert np.array_equal(pixels(sample)[0], np.asarray(Image.open(media / photo)))
+    capsys.readouterr()
+    assert data.check(str(tmp_path / "train.parquet"))
+    said = capsys.readouterr().out
+    for words in ("image is read as path (11 rows)", "prompt is read as problem (11 rows)", "answer is read as solution",
+                  "the row's number is read as problem_id (11 rows)", "numerical by a number as solution (2 rows)",
+                  "multiple choice by lettered options in the question (4 rows)", "      5 image, multiple choice",
+                  "multiple choice by a letter as solution (1 rows)", "fields left alone: source (11 rows)",
+                  "free-form without options, letter or number (4 rows)"):  # fmt: skip
+        assert words in said, words
+
+
+def test_a_chat_gives_its_question_and_the_places_of_pictures(media, tmp_path):
+    parts = [{"type": "text", "text": "Is "}, {"type": "image", "text": None}, {"type": "text", "text": " red?"}]
+    system = {"role": "system", "content": "Think first."}
+    rows = [
+        {
+            "images": [str(media / "coffee.png")],
+            "prompt": [{"role": "user", "content": "Is it red?"}],
+            "solution": "no",
+        },
+        {
+            "images": [str(media / "coffee.png")],
+            "prompt": [system, {"role": "user", "content": parts}],
+            "solution": "no",
+        },
+        choice(media, problem=[{"role": "user", "content": "What animal is this?"}]),
+    ]
+    said = []
+    plain, placed, official = loaded(tmp_path, *rows, say=said.append)
+    assert plain.problem == "Is it red?" and official.question.startswith("What animal is this?\nOptions:")
+    assert layout(placed)[:2] == ["Is ", "[600]"] and layout(placed)[2].startswith(" red?\n")
+    assert len(said) == 1 and "the system's turn is left out (1 rows)" in said[0]
+
+
+def test_bad_rows_of_trl_are_named_by_their_own_columns(media, tmp_path):
+    row = {"image": "gone.png", "prompt": "What?", "answer": "x"}
+    assert refused(tmp_path, row).startswith("train.json row 0, image: ") and "gone.png" in refused(tmp_path, row)
+    bad = {"image": str(media / "coffee.png"), "prompt": "Which?\nA. red\nB. blue", "answer": "violet"}
+    assert refused(tmp_path, bad).startswith("train.json row 0, answer: 'violet' is not the letter of an option (A, B)")
+    assert ", prompt: " in refused(tmp_path, bad | {"prompt": "<image><image>What?"})
+    assert ", path: missing or empty. Every row needs one (or image, images" in refused(tmp_path, bad | {"image": None})
+    clip = {"video": str(media / "clip.mp4"), "problem": "What?", "solution": "a fade"}
+    [sample] = loaded(tmp_path, clip)
+    assert (sample.data_type, sample.problem_type, sample.sizes[0].frames) == ("video", "free-form", FRAMES)
+
+
+# --- the fingerprint --------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_changes_with_whatever_a_run_works_on(media, tmp_path):
+    (tmp_path / "p.png").write_bytes((media / "coffee.png").read_bytes())
+    base = [choice(media, path="p.png"), number(media, problem_type="free-form", solution=["a", "b"]), film(media)]
+
+    def now(rows=base, name="train") -> str:
+        return data.fingerprint({name: loaded(tmp_path, *rows)})
+
+    first = now()
+    assert first.startswith("train: 3 rows, ") and first == now(copy.deepcopy(base))
+    changed = [
+        [base[0] | change, *base[1:]]
+        for change in (
+            {"problem": "Another?"},
+            {"options": ["A. a dog", "B. a cow"]},
+            {"solution": "A"},
+            {"problem_id": "cat-2"},
+            {"process": None},
+            {"category": "c"},
+            {"pair": "p"},
+            {"objects": []},
+            {"relevant": ["x"]},
+            {"path": str(media / "chelsea.png")},
+        )
+    ]
+    changed += [[base[0], base[1] | {"solution": ["a", "c"]}, base[2]], base[::-1], base[:2]]
+    prints = [first, now(name="test"), *map(now, changed)]
+    os.utime(tmp_path / "p.png", (1, 1))
+    prints.append(now())
+    with open(tmp_path / "p.png", "ab") as file:
+        file.write(b" ")
+    os.utime(tmp_path / "p.png", (1, 1))
+    prints.append(now())
+    assert len(set(prints)) == len(prints)
+    assert data.fingerprint({"b": [], "a": []}) == data.fingerprint({"a": [], "b": []})
+
+
+def test_the_fingerprint_sees_pictures_that_are_no_files(media, tmp_path):
+    def sample(path):
+        return data._sample(choice(media, path=path), None)
+
+    photo, other = (Image.open(media / f"{name}.png").resize((60, 60)) for name in ("coffee", "chelsea"))
+    tables = []
+    for i, name in enumerate(("coffee.png", "chelsea.png", "coffee.png")):
+        datasets.Dataset.from_list([choice(media, path=embedded(media, name))]).to_parquet(tmp_path / f"{i}.parquet")
+        tables.append(data.fingerprint(data.load(tmp_path / f"{i}.parquet")))
+    assert tables[0] == tables[2] != tables[1]
+    for one, same, two in (
+        (photo, photo.copy(), other),
+        (
+            (media / "coffee.png").read_bytes(),
+            (media / "coffee.png").read_bytes(),
+            (media / "chelsea.png").read_bytes(),
+        ),
+    ):
+        a, b, c = (data.fingerprint({"train": [sample(medium)]}) for medium in (one, same, two))
+        assert a == b != c
+    assert {f.name for f in dataclasses.fields(data.Sample)} >= {"media", "sizes"}  # the two that it reads otherwise
