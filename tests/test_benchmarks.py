@@ -235,13 +235,30 @@ def test_mathvista_without_a_judge_is_decided_only_where_the_rules_leave_no_doub
     assert scored.problems == {"judge failed, undecided": ["1"]}
 
 
-def test_the_papers_mathvista_leaves_lists_out_and_takes_the_last_of_equal_choices():
+def test_the_papers_mathvista_leaves_lists_out():
     base = {"question_type": "free_form", "precision": None, "unit": None, "choices": None}
     rows = [mathvista_row(base | {"answer_type": "list", "answer": "[1, 2]"})]
     (verdict,) = benchmarks.score("mathvista", rows, ["<answer>[1, 2]</answer>"], "paper").verdicts
     assert verdict.verdict == "dropped"
-    twice = base | {"answer_type": "text", "question_type": "multi_choice", "choices": ["5", "6", "5"], "answer": "5"}
-    assert benchmarks.paper_form("mathvista", mathvista_row(twice))[1] == "C"
+
+
+@pytest.mark.parametrize(
+    ("choices", "answer", "solution"),
+    [  # what make_conversation_MathVista of OMNEX-VL c606316b, run on these, calls the solution
+        (["4", "9", "9"], "9", "B"),
+        (["9", "9", "9"], "9", "A"),
+        (["7", "8"], "8", "B"),
+        (["C", "B", "D"], "B", "B"),
+        (["B", "A", "C"], "B", "B"),  # B is choice A; and A is choice B
+        (["D", "C", "B", "A"], "C", "C"),  # C is choice B; and B is choice C
+    ],
+)
+def test_mathvistas_solution_is_what_the_papers_loop_ends_at(choices, answer, solution):
+    problem = {"question_type": "multi_choice", "answer_type": "text", "precision": None, "unit": None}
+    made = mathvista_row(problem | {"choices": choices, "answer": answer})
+    assert benchmarks.paper_form("mathvista", made)[1:] == (solution, "multiple choice")
+    (verdict,) = benchmarks.score("mathvista", [made], [f"<answer>{solution}</answer>"], "paper").verdicts
+    assert verdict.verdict == "right"
 
 
 # --- MMVU -------------------------------------------------------------------------------------------------------------
@@ -344,7 +361,7 @@ def test_videommmus_tables():
         assert (got.n, round(got.value, 5)) == (want["num"], want["acc"]), name
     assert round(scored.headline.value, 5) == v["original_overall_acc"] and scored.headline.dropped == 2
     assert [verdict.verdict for verdict in scored.verdicts].count("dropped") == 2
-    assert scored.problems == {"empty output, dropped by this rule": [rows[3].id, rows[5].id]}
+    assert scored.problems == {"empty output, dropped by the official rule": [rows[3].id, rows[5].id]}
     for verdict, parsed in zip(scored.verdicts, v["parsed"]):
         if isinstance(parsed, str):
             assert verdict.answer == parsed
@@ -708,7 +725,7 @@ def test_published_prompts():
 
 
 def test_the_papers_prompts():
-    end = " Please provide the single option letter (e.g., A, B, C, D, etc.) within the <answer> </answer> tags."
+    end = " Please provide only the single option letter (e.g., A, B, C, D, etc.) within the <answer> </answer> tags."
     asked = benchmarks.prompt("pope", row(), "paper")
     assert asked.startswith("Is there a cat?Options:\nA. yes\nB. no\n\n") and asked.endswith(end)
     assert "<caption></caption>" in asked and "<caption>" not in benchmarks.prompt(
@@ -1120,7 +1137,7 @@ def test_missing_extra_empty_and_double_predictions_are_named_and_missing_ones_n
         "row given twice, counted once": ["0"],
         "prediction for no row": ["9"],
         "missing prediction, counted as wrong": ["2", "3"],
-        "empty output, right by this rule": ["1"],
+        "empty output, right by the official rule": ["1"],
     }
     assert scored.metrics["overall"]["recall"].value == 0.5
     assert "missing prediction, counted as wrong: 2 (2, 3)" in scored.notes()
