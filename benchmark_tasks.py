@@ -397,7 +397,8 @@ def _reply_mmvu(row: Row, reply: str) -> tuple[str, str | None]:
     """The judge's own field `correct`. The answer that it quotes is the judged model's, which may write a verdict
     there: so all between the first and the last brace is one object, with each field once, or decides nothing."""
     text = reply[reply.find("{") : reply.rfind("}") + 1]
-    text = re.sub(r'(?<!\\)"correct"\s*:\s*(True|False)\b', lambda found: found[0].lower(), text)  # Python's, as asked for
+    # True and False are Python's, as the prompt writes them
+    text = re.sub(r'(?<!\\)"correct"\s*:\s*(True|False)\b', lambda found: found[0].lower(), text)
     try:
         fields = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError):
@@ -627,7 +628,7 @@ def amber_tools() -> tuple[Callable[[str], list[str]], Callable[[str, str], floa
         vector = functools.cache(spacy.load("en_core_web_lg"))
     except (ImportError, LookupError, OSError) as error:
         raise DataError(
-            f"amber: generative scoring needs nltk and spaCy with their data ({str(error).strip().splitlines()[0]}): "
+            f"amber: generative scoring needs nltk and spaCy with their data ({files.reason(error)}): "
             "pip install nltk spacy; python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger "
             "averaged_perceptron_tagger_eng wordnet; python -m spacy download en_core_web_lg"
         ) from error

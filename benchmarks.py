@@ -317,9 +317,10 @@ def paper_form(name: str, row: Row) -> tuple[dict[str, str], str, str] | None:
     return None
 
 
-def _without_mark(row: Row) -> str:
-    """The question as in Video-R1's file: a picture that Video-MMMU marks in it is the clip's last frame."""
-    return row.question.replace("<image 1>", "").strip() if "<image 1>" in row.question else row.question
+def _asked(name: str, row: Row) -> str:
+    """The question, as in Video-R1's file without Video-MMMU's mark of a picture, which is the clip's last frame."""
+    marked = name == "videommmu" and "<image 1>" in row.question
+    return row.question.replace("<image 1>", "").strip() if marked else row.question
 
 
 def prompt(
@@ -338,7 +339,7 @@ def prompt(
             raise ValueError(f"{name} has no prompt {style!r}, only {', '.join(styles)}")
         return styles[style]
     options, _, problem_type = paper_form(name, row) or (row.options, "", "free-form")
-    question = _without_mark(row)
+    question = _asked(name, row)
     if options:  # no newline before "Options:", as there
         question += "Options:\n" + "".join(f"{letter}. {option}\n" for letter, option in options.items())
     asks = PAPER_ASKS.get(problem_type)
@@ -355,7 +356,7 @@ def sample(name: str, row: Row) -> data.Sample:
         id=row.id,
         data_type=TABLE[name].media,
         media=() if row.media is None else (row.media,),
-        problem=_without_mark(row),
+        problem=_asked(name, row),
         options=tuple(f"{letter}. {option}" for letter, option in options.items()),
         problem_type=problem_type,
         answer=solution,
@@ -444,9 +445,9 @@ def score(
 ) -> Score:
     """The verdict on every output, and the measures by subset.
 
-    outputs: row id -> raw text, or such pairs, or the texts in the order of the rows. A missing one is wrong, and named;
-    so are ids that no row has, those that have two (the first counts), and empty and very long outputs. An empty one is
-    what the rule makes of it (POPE: a yes).
+    outputs: row id -> raw text, or such pairs, or the texts in the order of the rows. A missing one is wrong, and
+    named; so are ids that no row has, those that have two (the first counts), and empty and very long outputs. An empty
+    one is what the rule makes of it (POPE: a yes).
     answer: the step before an official rule, `rules.final_answer` unless said otherwise; `str` scores raw text. The
     paper's rule has its own.
     lettered: yes/no questions were asked with options A and B (as the paper and training do), so that for the official
