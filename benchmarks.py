@@ -382,7 +382,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure as a share of 1; None where it divides by nothing. n: the rows, pairs or questions it is counted over.
+    """A measure as a share of 1; None where it, or a member of a mean, divides by nothing. n: the rows, pairs or
+    questions it is counted over.
 
     undecided of n: not counted as right, so that `value` is the least it can be, and value + undecided / n the most.
     dropped: left out of n. right: where it is a plain share of n, for Wilson's interval (eval.rate_of).
