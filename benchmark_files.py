@@ -145,14 +145,31 @@ def _hub(name: str, hub: str, files: Files, expected: str, known: Sequence[str],
         raise DataError(f"{name}: {hub} does not exist. Give {expected}, or a hub id")
     if not splits:
         raise DataError(f"{name}: {hub} is not on this disk, and on the hub it is plain files. Download and give them")
+    why = []
     for one in dict.fromkeys([hub, *(known if hub in known else ())]):  # it may have moved
         try:
             tables = [(config, split, datasets.load_dataset(one, config, split=split)) for config, split in splits]
         except Exception as error:  # of many kinds, from the hub, the network and the builder
-            why = error
+            generic = isinstance(error, datasets.exceptions.DatasetGenerationError)
+            why.append(f"{one}: {reason(error.__cause__ or error if generic else error)}")
             continue
         return [Source(f"{one} {config or ''}/{split}", data._undecoded(t), files) for config, split, t in tables]
-    raise DataError(f"{name}: {hub} is no file here and cannot be had from the hub ({why})") from why
+    raise DataError(f"{name}: {hub} is no file here and cannot be had from the hub ({'; '.join(why)})")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that has words: nltk's errors begin with a line of stars, some have no text."""
+    return next((line.strip() for line in str(error).splitlines() if re.search(r"\w", line)), type(error).__name__)
+
+
+def _json_lines(text: str) -> list:
+    value = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            value += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return value
 
 
 def table(file: Path):
@@ -167,8 +184,10 @@ def table(file: Path):
         text = file.read_text(encoding="utf-8-sig")
         try:
             value = json.loads(text)
-        except ValueError:  # JSON lines, also under the name .json
-            value = [json.loads(line) for line in text.split("\n") if line.strip()]
+        except json.JSONDecodeError as error:
+            if error.msg != "Extra data" or "\n" in text[: error.pos].strip():
+                raise
+            value = _json_lines(text)  # also under the name .json
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"data: cannot read {file}: {error}") from error
     if isinstance(value, dict):

@@ -49,6 +49,16 @@ def _lettered(options: Iterable[str]) -> dict[str, str]:
     return {chr(ord("A") + i): str(option) for i, option in enumerate(options)}
 
 
+def _own_letters(options: Sequence[str]) -> dict[str, str] | None:
+    """letter -> text of options that are published with their letters ("A. red", "(A) red"); None: not all of them."""
+    found = {}
+    for letter, option in _lettered(options).items():
+        if not (own := re.fullmatch(rf"\(?{letter}[.):] ?(.*)", option, re.IGNORECASE | re.DOTALL)):
+            return None
+        found[letter] = own[1]
+    return found
+
+
 def _yes_or_no(gold: Any) -> str:
     gold = str(gold).strip().lower()
     if gold not in ("yes", "no"):
@@ -64,8 +74,9 @@ def _gold(gold: Any) -> str:
 
 def _as_sample(raw: dict) -> tuple[str, dict[str, str], str]:
     """(question, options, answer) of a row in Video-R1's form, whose options begin with their letters."""
-    parts = [option.partition(".") for option in raw["options"] or ()]
-    return raw["problem"], {a.strip(): b.strip() for a, _, b in parts}, _gold(answers.solution_of(str(raw["solution"])))
+    if (options := _own_letters(raw["options"] or ())) is None:
+        raise DataError(f"options: {raw['options']} do not begin with their letters (A. red, B. blue)")
+    return raw["problem"], options, _gold(answers.solution_of(str(raw["solution"])))
 
 
 # --- POPE -------------------------------------------------------------------------------------------------------------
@@ -86,7 +97,7 @@ def _read_pope(raw: dict, number: int, source: files.Source):
         medium,
         {"A": "yes", "B": "no"},
         tuple(part.strip() for part in category.split(",")),  # VLMEvalKit's "random,popular" counts in both
-        cluster=str(name or hashlib.sha1(raw["image"].encode()).hexdigest()),
+        cluster=str(name or hashlib.sha1(medium).hexdigest()),  # a TSV names no picture
     )
 
 
@@ -383,9 +394,23 @@ def mmvu_judge_messages(row: Row, text: str) -> tuple[str, str]:
 
 
 def _reply_mmvu(row: Row, reply: str) -> tuple[str, str | None]:
-    said = re.search(r'"?correct"?\s*:\s*"?(true|false)', reply, re.IGNORECASE)
-    got = re.search(r'"extracted_answer"\s*:\s*"([^"]*)"', reply)
-    return right_or_wrong(said[1].lower() == "true") if said else "undecided", got and got[1]
+    """The judge's own field `correct`. The answer that it quotes is the judged model's, which may write a verdict
+    there: so all between the first and the last brace is one object, with each field once, or decides nothing."""
+    text = reply[reply.find("{") : reply.rfind("}") + 1]
+    # True and False are Python's, as the prompt writes them
+    text = re.sub(r'(?<!\\)"correct"\s*:\s*(True|False)\b', lambda found: found[0].lower(), text)
+    try:
+        fields = json.loads(text, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError):
+        return "undecided", None
+    said, got = str(fields.get("correct")).lower(), fields.get("extracted_answer")
+    return {"true": "right", "false": "wrong"}.get(said, "undecided"), None if got is None else str(got)
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(fields := dict(pairs)) < len(pairs):
+        raise ValueError("a field stands there twice")
+    return fields
 
 
 # --- Video-MMMU -------------------------------------------------------------------------------------------------------
@@ -414,6 +439,7 @@ def _read_videommmu(raw: dict, number: int, source: files.Source):
     if "problem" in raw:
         video, asked = Path(raw["path"]).stem, str(raw["problem_id"])
         question, options, answer = _as_sample(raw)
+        published = tuple(options.values())
         kind = "multiple choice" if raw["problem_type"] == "multiple choice" else "open"
         if len(source.table) == 900:  # three hundred of each, in this order
             track = ("Adaptation", "Comprehension", "Perception")[number // 300]
@@ -422,7 +448,8 @@ def _read_videommmu(raw: dict, number: int, source: files.Source):
         answer = answer if isinstance(answer, list) else _gold(answer)
         asked = f"{track}/{video}"  # the same clip has a question in every track
         listed = json.loads(raw["options"]) if isinstance(raw["options"], str) else raw["options"]  # VLMEvalKit's
-        options = _lettered(listed or ())
+        published = tuple(map(str, listed or ()))
+        options = _own_letters(published) or _lettered(published)
         kind = "multiple choice" if raw.get("question_type", "multiple-choice") == "multiple-choice" else "open"
     if kind == "multiple choice" and answer not in options:
         raise DataError(f"answer: {answer!r} is not the letter of an option ({', '.join(options)})")
@@ -440,12 +467,20 @@ def _read_videommmu(raw: dict, number: int, source: files.Source):
         options,
         tuple(dict.fromkeys(s for s in subsets if s)),
         cluster=video,
-        more={"track": track},
+        more={"track": track, "published": published},
     )
 
 
+def _published(row: Row) -> Sequence[str]:
+    """The options as they are published, to which the official script gives letters unless they have theirs."""
+    return row.more.get("published", tuple(row.options.values()))
+
+
 def _ask_videommmu(row: Row) -> dict[str, str]:
-    text = "\n".join([row.question, *(f"{letter}. {option}" for letter, option in row.options.items())])
+    shown = _lettered(_published(row))
+    if not all(option.startswith(f"{letter}.") for letter, option in shown.items()):  # one row has its letters
+        shown = {letter: f"{letter}. {option}" for letter, option in shown.items()}
+    text = "\n".join([row.question, *shown.values()])
     if row.more["track"] == "Adaptation":
         kind, text = ("multi-choice", text) if row.kind == "multiple choice" else ("open-ended", row.question)
         lead = "You should watch and learn the video content. Then apply what you learned to answer the following "
@@ -457,7 +492,7 @@ def _ask_videommmu(row: Row) -> dict[str, str]:
 
 def _judge_videommmu(row: Row, text: str, tools) -> tuple[str, str | None]:
     if row.kind == "multiple choice":
-        letter = rules.option_videommmu(text, list(row.options.values()))
+        letter = rules.option_videommmu(text, _published(row))
         return "dropped" if letter == rules.API_ERROR else right_or_wrong(letter == row.answer), letter
     parsed = rules.open_videommmu(text)
     if parsed == rules.API_ERROR:
@@ -468,6 +503,7 @@ def _judge_videommmu(row: Row, text: str, tools) -> tuple[str, str | None]:
 # --- VideoHallucer ----------------------------------------------------------------------------------------------------
 
 SUBSETS = "object_relation temporal semantic_detail external_factual external_nonfactual".split()
+SHARED = dict.fromkeys(("external_factual", "external_nonfactual"), "external")  # they ask about the same clips
 EXTRA_SUBSETS = ("interaction", "fact_detect")  # published beside the five, not in the mean
 
 
@@ -485,7 +521,7 @@ def _read_videohallucer(raw: dict, number: int, source: files.Source):
             {"A": "Yes", "B": "No"},
             (subset,),
             pair,
-            f"{subset}/{raw['basic']['video']}",  # semantic_detail asks of two clips, cut from one
+            f"{SHARED.get(subset, subset)}/{raw['basic']['video']}",  # semantic_detail asks of two clips, cut from one
             more={"variant": variant, "type": raw.get("type", "")},
         )
 
@@ -592,7 +628,7 @@ def amber_tools() -> tuple[Callable[[str], list[str]], Callable[[str, str], floa
         vector = functools.cache(spacy.load("en_core_web_lg"))
     except (ImportError, LookupError, OSError) as error:
         raise DataError(
-            f"amber: generative scoring needs nltk and spaCy with their data ({str(error).strip().splitlines()[0]}): "
+            f"amber: generative scoring needs nltk and spaCy with their data ({files.reason(error)}): "
             "pip install nltk spacy; python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger "
             "averaged_perceptron_tagger_eng wordnet; python -m spacy download en_core_web_lg"
         ) from error

@@ -12,6 +12,7 @@ predictions and the like are counted and named.
 """
 
 import functools
+import hashlib
 import math
 import re
 from collections import Counter, defaultdict
@@ -238,7 +239,25 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
             except (DataError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 said = error if isinstance(error, DataError) else f"cannot be read ({type(error).__name__}: {error})"
                 problems.append(f"{source.label} row {number}, {said}")
-    return rows, problems
+    return _one_cluster_a_picture(rows) if check and name in ("mmbench", "mathvista") else rows, problems
+
+
+def _one_cluster_a_picture(rows: list[Row]) -> list[Row]:
+    """Clusters that hold one picture are one: these benchmarks store it with each question, under a name of its own."""
+    first, same = {}, {}
+
+    def root(cluster: str) -> str:
+        while cluster in same:
+            cluster = same[cluster]
+        return cluster
+
+    for row in rows:
+        stream = data._stream(row.media)
+        content = stream.read_bytes() if isinstance(stream, Path) else stream.getvalue()
+        a, b = root(row.cluster), root(first.setdefault(hashlib.sha1(content).digest(), row.cluster))
+        if a != b:
+            same[a] = b
+    return [replace(row, cluster=root(row.cluster)) for row in rows]
 
 
 def _form(name: str, source: files.Source) -> set[str]:
@@ -264,23 +283,29 @@ def _form(name: str, source: files.Source) -> set[str]:
 # --- asking -----------------------------------------------------------------------------------------------------------
 
 PAPER_ASKS = {  # what the paper's code adds to every prompt
-    "multiple choice": "single option letter (e.g., A, B, C, D, etc.)",
-    "numerical": "numerical value (e.g., 42 or 3.14)",
+    "multiple choice": "only the single option letter (e.g., A, B, C, D, etc.)",
+    "numerical": "the numerical value (e.g., 42 or 3.14)",
 }
 
 
 def paper_form(name: str, row: Row) -> tuple[dict[str, str], str, str] | None:
     """(options, solution, problem type) that the paper's code makes of a row; None: the paper leaves the row out.
 
-    All of MMBench's options are shown, missing ones as "nan"; of equal choices in MathVista the last is the solution.
+    All of MMBench's options are shown, missing ones as "nan". In MathVista the letter of the choice that equals the
+    answer becomes the answer, and the choices after it are compared with that letter: the first of equal choices is
+    the solution, unless choices are letters themselves.
     """
     if row.kind == "yes/no":
         return dict(row.options), "A" if row.answer == "yes" else "B", "multiple choice"
     if name == "mmbench":
         return {letter: row.options.get(letter, "nan") for letter in "ABCD"}, row.answer, "multiple choice"
-    if name == "mathvista" and row.kind != "list":
-        letters = [letter for letter, choice in row.options.items() if choice == row.answer]
-        return (dict(row.options), letters[-1], "multiple choice") if letters else ({}, row.answer, "numerical")
+    if name == "mathvista" and row.more["answer_type"] == "text":
+        solution = row.answer
+        for letter, choice in row.options.items():
+            solution = letter if choice == solution else solution
+        return dict(row.options), solution, "multiple choice"
+    if name == "mathvista":
+        return None if row.more["answer_type"] == "list" else ({}, row.answer, "numerical")
     if row.kind == "multiple choice":
         return dict(row.options), row.answer, "multiple choice"
     if name == "videommmu":
@@ -290,6 +315,12 @@ def paper_form(name: str, row: Row) -> tuple[dict[str, str], str, str] | None:
         listed = re.findall(r"'([\d.]+)'", gold)  # one gold answer is a broken list, "['24/7', '3.429', ..."
         return {}, listed[0] if gold.startswith("[") and listed else gold, "numerical"
     return None
+
+
+def _asked(name: str, row: Row) -> str:
+    """The question, as in Video-R1's file without Video-MMMU's mark of a picture, which is the clip's last frame."""
+    marked = name == "videommmu" and "<image 1>" in row.question
+    return row.question.replace("<image 1>", "").strip() if marked else row.question
 
 
 def prompt(
@@ -308,11 +339,11 @@ def prompt(
             raise ValueError(f"{name} has no prompt {style!r}, only {', '.join(styles)}")
         return styles[style]
     options, _, problem_type = paper_form(name, row) or (row.options, "", "free-form")
-    question = row.question.replace("<image 1>", "").strip() if name == "videommmu" else row.question
+    question = _asked(name, row)
     if options:  # no newline before "Options:", as there
         question += "Options:\n" + "".join(f"{letter}. {option}\n" for letter, option in options.items())
     asks = PAPER_ASKS.get(problem_type)
-    end = f" Please provide the {asks} within the <answer> </answer> tags." if asks else ""
+    end = f" Please provide {asks} within the <answer> </answer> tags." if asks else ""
     stages = template.replace("{Question}", question) if template else question
     return stages + ("" if template else reasoning.prompt("", (), problem_type, four_stage)) + end
 
@@ -325,7 +356,7 @@ def sample(name: str, row: Row) -> data.Sample:
         id=row.id,
         data_type=TABLE[name].media,
         media=() if row.media is None else (row.media,),
-        problem=row.question.replace("<image 1>", "").strip() if name == "videommmu" else row.question,
+        problem=_asked(name, row),
         options=tuple(f"{letter}. {option}" for letter, option in options.items()),
         problem_type=problem_type,
         answer=solution,
@@ -351,7 +382,8 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Metric:
-    """A measure as a share of 1; None where it divides by nothing. n: the rows, pairs or questions it is counted over.
+    """A measure as a share of 1; None where it, or a member of a mean, divides by nothing. n: the rows, pairs or
+    questions it is counted over.
 
     undecided of n: not counted as right, so that `value` is the least it can be, and value + undecided / n the most.
     dropped: left out of n. right: where it is a plain share of n, for Wilson's interval (eval.rate_of).
@@ -403,7 +435,7 @@ class Score:
 def score(
     name: str,
     rows: Sequence[Row],
-    outputs: Mapping[str, str] | Sequence[str | None],
+    outputs: Mapping[str, str] | Sequence[str | None] | Sequence[tuple[str, str | None]],
     protocol: str = "official",
     *,
     answer: Callable[[str], str] = rules.final_answer,
@@ -414,8 +446,9 @@ def score(
 ) -> Score:
     """The verdict on every output, and the measures by subset.
 
-    outputs: row id -> raw text, or the texts in the order of the rows. A missing one is wrong, and named; so are ids
-    that no row has, and empty and very long outputs. An empty one is what the rule makes of it (POPE: a yes).
+    outputs: row id -> raw text, or such pairs, or the texts in the order of the rows. A missing one is wrong, and
+    named; so are ids that no row has, those that have two (the first counts), and empty and very long outputs. An empty
+    one is what the rule makes of it (POPE: a yes).
     answer: the step before an official rule, `rules.final_answer` unless said otherwise; `str` scores raw text. The
     paper's rule has its own.
     lettered: yes/no questions were asked with options A and B (as the paper and training do), so that for the official
@@ -459,15 +492,17 @@ def score(
             if name == "pope" and verdict[1] == "yes" and text.strip() and not re.search(r"(?i)\byes\b", text):
                 problems["neither yes nor a no that POPE's rule knows (No, no, not): taken for a yes"].append(row.id)
         if raw is not None and not raw.strip() and form is not None:
-            problems[f"empty output, {verdicts[row.id].verdict} by this rule"].append(row.id)
+            problems[f"empty output, {verdicts[row.id].verdict} by the {protocol} rule"].append(row.id)
         if raw is not None and len(raw) > LONG:
             problems[f"output of more than {LONG} characters"].append(row.id)
     replies = judge([ASK_JUDGE[name](*case) for case in open_cases]) if open_cases else []
     for (row, _), reply in zip(open_cases, replies, strict=True):
-        if reply is not None:
-            verdicts[row.id] = Verdict(row.id, *REPLY[name](row, reply))
-        else:
+        if reply is None:
             problems["judge failed, undecided"].append(row.id)
+            continue
+        verdicts[row.id] = Verdict(row.id, *REPLY[name](row, reply))
+        if verdicts[row.id].verdict == "undecided":
+            problems["judge's reply is not in the form asked for, undecided"].append(row.id)
     counts: dict[str, Counter] = defaultdict(Counter)
     for cluster, parts in _counted(name, protocol, rows, verdicts, problems):
         counts[cluster].update(parts)
@@ -485,13 +520,14 @@ def _matched(rows: Sequence[Row], outputs) -> tuple[list[Row], dict[str, str], d
         if row.id in unique:
             problems["row given twice, counted once"].append(row.id)
         unique.setdefault(row.id, row)
-    if isinstance(outputs, Mapping):
-        texts = {str(key): text for key, text in outputs.items()}
-        problems["prediction for no row"] += [key for key in texts if key not in unique]
-    else:
-        texts = {row.id: text for row, text in reversed(list(zip(rows, outputs)))}
-        problems["prediction for no row"] += [f"#{i}" for i in range(len(rows), len(outputs))]
-    texts = {key: str(text) for key, text in texts.items() if text is not None}
+    pairs = list(outputs.items() if isinstance(outputs, Mapping) else outputs)
+    if any(not isinstance(pair, tuple) for pair in pairs):  # texts alone
+        problems["prediction for no row"] += [f"#{i}" for i in range(len(rows), len(pairs))]
+        pairs = {row.id: (row.id, text) for row, text in reversed(list(zip(rows, pairs)))}.values()
+    said = Counter(str(key) for key, _ in pairs)
+    problems["prediction for no row"] += [key for key in said if key not in unique]
+    problems["prediction given twice, the first counted"] += [key for key, n in said.items() if n > 1]
+    texts = {str(key): str(text) for key, text in reversed(list(pairs)) if text is not None}
     return list(unique.values()), texts, defaultdict(list, {what: ids for what, ids in problems.items() if ids})
 
 
@@ -530,7 +566,7 @@ def _counted(name, protocol, rows, verdicts, problems):
                     yield row.cluster, {(subset, "", cell[of[row.id], row.answer]): 1}
 
 
-MEANS = {  # the unweighted means that are published
+MEANS = {  # the unweighted means that are published: undefined where a member is
     "pope": ("mean of subsets", ("random", "popular", "adversarial")),
     "videommmu": ("mean of tracks", TRACKS),
     "videohallucer": ("mean of subsets", SUBSETS),
@@ -547,17 +583,18 @@ def measures(name: str, protocol: str, total: Mapping[tuple, float]) -> Metrics:
     if name == "amber":
         return _amber_measures(total)
     found: Metrics = defaultdict(dict)
+    nothing = 0.0 if name == "videommmu" else None  # its script prints 0 where every output is empty
     for subset, measure in dict.fromkeys(key[:2] for key in total if key[1]):
         n, right, undecided, dropped = (total[subset, measure, p] for p in ("n", "right", "undecided", "dropped"))
-        found[subset][measure] = Metric(_ratio(right, n), n, undecided, dropped, right)
+        found[subset][measure] = Metric(right / n if n else nothing, n, undecided, dropped, right)
     if name == "pope" and protocol == "official":
         for subset in found:
             found[subset] |= _binary(total, subset)
     mean, members = MEANS.get(name, ("", ()))
     for measure in dict.fromkeys(measure for member in members for measure in found.get(member, ())):
         parts = [found[member][measure] for member in members if found.get(member, {}).get(measure)]
-        values = [part.value for part in parts if part.value is not None]
-        value = sum(values) / len(values) if values else None
+        values = [part.value for part in parts]
+        value = None if None in values else sum(values) / len(values)
         n, undecided, dropped = (sum(getattr(part, key) for part in parts) for key in ("n", "undecided", "dropped"))
         found[mean][measure] = Metric(value, n, undecided, dropped)
     return dict(found)

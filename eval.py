@@ -1,12 +1,13 @@
 """Score a checkpoint on held-out rows: right answers, hallucinated captions.
 
-    python eval.py --model RUN_OR_CHECKPOINT --data DIR
+    accelerate launch eval.py --model RUN_OR_CHECKPOINT --data DIR --judge JUDGE
     accelerate launch eval.py --model RUN_OR_CHECKPOINT --benchmarks pope=DIR mmvu=DIR     # as published, or a hub id
     python eval.py --compare RUN_A/benchmarks RUN_B/benchmarks
 
 A run folder stands for its trained policy (or its cold start, when RL has not finished). DIR is a dataset in the
-schema of data.py; its test*.json are evaluated, or train.json when there are none. Benchmarks (benchmarks.py) are
-scored by their official rule and by the paper's; several processes share the rows, and a run that stops goes on.
+schema of data.py; its test*.json are evaluated, or train.json when there are none, as train.py evaluates them.
+Benchmarks (benchmarks.py) are scored by their official rule and by the paper's, and a run of them that stops goes on.
+Several processes share the rows.
 
 Measures on own rows, each with what it needs of the rows:
     accuracy        by `category`, with Wilson 95 % intervals
@@ -15,7 +16,7 @@ Measures on own rows, each with what it needs of the rows:
     captions        CHAIR's: share of captioned objects that are not in `objects`, share of captions with such an
                     object; and the share of `relevant` objects that the caption covers
     format          responses with all their stages
-    answerable      captions from which the judge answers rightly (with a judge)
+    answerable      captions from which the judge answers rightly (with a judge, whatever was rewarded in training)
 """
 
 import argparse
@@ -34,7 +35,6 @@ import torch
 import yaml
 from PIL import Image
 from safetensors import SafetensorError
-from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import answers
@@ -42,6 +42,7 @@ import benchmarks
 import data
 import reasoning
 import vlm
+from benchmark_files import reason
 from caption_reward import CaptionReward, EndpointJudge
 from run import ConfigError, Journal, Run, read_jsonl, rewrite, stop, to_jsonl
 
@@ -54,6 +55,33 @@ def respond(policy: vlm.VLM, samples: list[data.Sample], four_stage=True, max_ne
     return [row[0] for row in policy.generate(inputs, 1, max_new_tokens, sample=False).text]
 
 
+def evaluate(
+    policy: vlm.VLM, sets: dict[str, list[data.Sample]], judge: CaptionReward | None, cfg, run: Run, title: str
+):
+    """{set: {"metrics": ..., "rows": ...}}: what `policy` says to each row, greedily, and the verdicts on it.
+
+    Each row is answered, and its caption judged, by one process; every process gets all. cfg: four_stage, eval_batch,
+    max_new_tokens, fps, max_frames.
+    """
+    names, result, size = vocabulary(sets), {}, cfg.eval_batch * run.processes
+    bar = run.bar(sum(map(len, sets.values())), title, "row")
+
+    def answer(some: list[data.Sample]) -> list[tuple[data.Sample, str]]:
+        said = respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
+        return list(zip(some, said, strict=True))
+
+    for split, samples in sets.items():
+        answered = []
+        for chunk in (samples[i : i + size] for i in range(0, len(samples), size)):
+            answered += [pair for part in run.pieces(run.mine(chunk), 0, answer) for pair in part]
+            bar.update(len(chunk))
+        mine, texts = [list(x) for x in zip(*answered)] or ([], [])
+        rows = {row["id"]: row for row in run.gather(verdicts(mine, texts, names, cfg.four_stage, judge))}
+        result[split] = summary(samples, [rows[s.id] for s in samples])
+    bar.close()
+    return result
+
+
 def vocabulary(sets: dict[str, list[data.Sample]]) -> list[str]:
     """Every object that the rows of any set list: the names that a caption can hallucinate.
 
@@ -62,12 +90,8 @@ def vocabulary(sets: dict[str, list[data.Sample]]) -> list[str]:
     return sorted({name for samples in sets.values() for s in samples for name in s.objects or ()})
 
 
-def score(samples: list[data.Sample], texts: list[str], names: list[str], four_stage=True, judge=None) -> dict:
-    """{"metrics": ..., "rows": ...} of one set; `names` from `vocabulary`."""
-    return summary(samples, verdicts(samples, texts, names, four_stage, judge))
-
-
 def summary(samples: list[data.Sample], rows: list[dict]) -> dict:
+    """One set's measures, and its rows as `verdicts` gives them."""
     return {"metrics": metrics(samples, rows), "rows": rows}
 
 
@@ -78,7 +102,7 @@ def verdicts(
     four_stage: bool = True,
     judge: CaptionReward | None = None,
 ) -> list[dict]:
-    """What was said to each sample, and whether it is right."""
+    """What was said to each sample, and whether it is right. names: from `vocabulary`."""
     rows = []
     for sample, text in zip(samples, texts, strict=True):
         stages = reasoning.parse(text)
@@ -265,7 +289,6 @@ def on_benchmarks(args: argparse.Namespace) -> None:
         lines = run.each(file, samples, cfg.eval_batch, answer, name)
         if any(texts.get(line["id"], line["prompt"]) != line["prompt"] for line in lines):
             raise data.DataError(f"{name}: {file} holds answers to other questions; delete it, or give --output_dir")
-        lines = [line for line in lines if line["id"] in texts]
         if run.is_main:
             found = scored(name, rows, lines, cfg.asked != "direct", judge)
             rewrite(run.folder / f"{name}.jsonl", to_jsonl(verdict_lines(found, rows, lines)))
@@ -273,9 +296,9 @@ def on_benchmarks(args: argparse.Namespace) -> None:
             results[name] |= {"asked": cfg.asked, "judge": judged_by}
             counts[name] = {protocol: counts_as_json(score) for protocol, score in found.items()}
             print(table(name, results[name]), flush=True)
-            for line in dict.fromkeys(line for score in found.values() for line in score.notes()):
+            for line in notes(found):
                 print(f"  {line}")
-            if unread := [line["id"] for line in lines if line["output"] is None]:
+            if unread := [line["id"] for line in first_of(lines).values() if line["output"] is None]:
                 print(f"  clip or picture cannot be decoded: {len(unread)} ({', '.join(unread[:5])})")
         run.write(run.folder / "counts.json", counts)
         run.write(run.folder / "scores.json", results)
@@ -320,25 +343,35 @@ def settings_of(args: argparse.Namespace) -> SimpleNamespace:
 def rows_of(cfg: SimpleNamespace, args: argparse.Namespace) -> dict[str, list[benchmarks.Row]]:
     """Every benchmark's rows, each looked at before the model is loaded: its picture or clip, its length."""
     media, sets = pairs(args.media), {}
-    say = print if int(os.environ.get("RANK", 0)) == 0 else lambda _: None
     for name, path in pairs(args.benchmarks).items():
         path = path or benchmarks.TABLE[name].hub[0]
-        rows = benchmarks.read(name, path, media.get(name), args.on_bad_row, say)
+        rows = benchmarks.read(name, path, media.get(name), args.on_bad_row, say_once)
         whole, some = Counter(row.group for row in rows), rows[: cfg.limit or None]
         begun = Counter(row.group for row in some)  # a pair or a question with its rotations is not cut in two
         sets[name] = [row for row in some if not row.group or begun[row.group] == whole[row.group]]
         if not sets[name]:
             raise data.DataError(f"--limit: {cfg.limit} rows of {name} hold no whole pair or question")
+    samples = {name: [benchmarks.sample(name, row) for row in rows] for name, rows in sets.items()}
+    kept = {name: {sample.id for sample in fit} for name, fit in fitting(samples, cfg, args.on_bad_row).items()}
+    return {name: [row for row in rows if row.id in kept[name]] for name, rows in sets.items()}
+
+
+def fitting(sets: dict[str, list[data.Sample]], cfg: SimpleNamespace, on_bad_row: str) -> dict[str, list[data.Sample]]:
+    """The rows that the model can be asked; the others are bad rows."""
     try:
         context, tokenizer = vlm.context(cfg.model)
     except (OSError, ValueError) as error:
-        raise data.DataError(f"--model: cannot load {cfg.model} ({str(error).splitlines()[0]})") from error
-    samples = {name: [benchmarks.sample(name, row) for row in rows] for name, rows in sets.items()}
-    limits = (True, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
-    fit, problems = data.fitting(samples, tokenizer, context - cfg.max_new_tokens, *limits)
-    data.refuse(problems, args.on_bad_row, say)
-    kept = {name: {sample.id for sample in fit[name]} for name in sets}
-    return {name: [row for row in rows if row.id in kept[name]] for name, rows in sets.items()}
+        raise data.DataError(f"--model: cannot load {cfg.model} ({reason(error)})") from error
+    limits = (cfg.asked != "two_stage", cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
+    fit, problems = data.fitting(sets, tokenizer, context - cfg.max_new_tokens, *limits)
+    data.refuse(problems, on_bad_row if all(fit.values()) else "error", say_once)
+    return fit
+
+
+def say_once(text: str) -> None:
+    """Before the processes have met."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(text)
 
 
 def read_json(file: Path) -> dict:
@@ -365,7 +398,7 @@ def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
     try:
         return vlm.load(model, trainable=False, **{k: options[k] for k in names if k in options}).to(device)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise data.DataError(f"--model: cannot load {model} ({str(error).splitlines()[0]})") from error
+        raise data.DataError(f"--model: cannot load {model} ({reason(error)})") from error
 
 
 def open_judge(where: str, model: str, device: torch.device, tokens: int | None = None, **endpoint):
@@ -397,19 +430,37 @@ def remembering(judge, name: str, folder: Path):
 
 def scored(name: str, rows: list, lines: list[dict], lettered: bool, judge) -> dict[str, benchmarks.Score]:
     """The score by each protocol. lettered: yes/no questions were asked as A and B."""
-    outputs, tools = {line["id"]: line["output"] for line in lines}, {}
+    outputs, tools = [(line["id"], line["output"]) for line in lines], {}
     if any(row.kind == "description" for row in rows):
         try:
             tools = dict(zip(("nouns", "similar"), benchmarks.amber_tools()))
-        except (ImportError, LookupError, OSError, data.DataError) as error:
-            print(f"amber: descriptions stay undecided ({str(error).strip().splitlines()[0]})")
+        except data.DataError as error:
+            print(f"amber: descriptions stay undecided ({error})")
     options = dict(lettered=lettered, judge=judge, **tools)
     return {p: benchmarks.score(name, rows, outputs, p, **options) for p in benchmarks.PROTOCOLS}
 
 
+def notes(found: dict[str, benchmarks.Score]) -> list[str]:
+    """What went wrong, a line each: once where the protocols agree on it, else with whose rule it is."""
+    by_protocol = {protocol: score.notes() for protocol, score in found.items()}
+    lines = dict.fromkeys(line for of in by_protocol.values() for line in of)
+    whose = {line: [protocol for protocol, of in by_protocol.items() if line in of] for line in lines}
+    shared = {line for line in lines if len(whose[line]) == len(found) or whose[line][0] in line}
+    return [line if line in shared else f"{whose[line][0]}: {line}" for line in lines]
+
+
+def first_of(lines: list[dict]) -> dict[str, dict]:
+    """The line of each row that counts, where it has two: the first with an output, as in `benchmarks.score`."""
+    found = {}
+    for line in lines:
+        if found.get(line["id"], {}).get("output") is None:
+            found[line["id"]] = line
+    return found
+
+
 def verdict_lines(found: dict[str, benchmarks.Score], rows: list, lines: list[dict]) -> Iterator[dict]:
     """One line a row: prompt, raw output, and by protocol what was read and the verdict."""
-    said = {line["id"]: line for line in lines}
+    said = first_of(lines)
     verdicts = {protocol: {v.id: v for v in score.verdicts} for protocol, score in found.items()}
     for row in rows:
         line = {
@@ -450,6 +501,7 @@ def table(name: str, by_protocol: dict[str, dict]) -> str:
     """The numbers of one benchmark, a line for each protocol and subset; finer subsets ("subject: ...") are in
     scores.json."""
     known = benchmarks.TABLE[name]
+    mean, members = benchmarks.MEANS.get(name, ("", ()))
     lines = []
     for protocol in benchmarks.PROTOCOLS:
         found = by_protocol[protocol]
@@ -460,6 +512,9 @@ def table(name: str, by_protocol: dict[str, dict]) -> str:
                 value = "-" if one["value"] is None else f"{100 * one['value']:.1f}"
                 both = f"[{100 * one['low']:.1f}, {100 * one['high']:.1f}]" if "low" in one else ""
                 dropped = f", {one['dropped']} not counted" if one["dropped"] else ""
+                there = sum(member in found["metrics"] for member in members)
+                if where == mean and there < len(members):
+                    where = f"{mean} ({there} of {len(members)})"
                 lines.append((protocol, where, measure, value, both, one["n"], f"{one['undecided']}{dropped}"))
     lines.insert(0, ("protocol", "subset", "measure", "%", "95 % interval", "n", "undecided"))
     widths = [max(len(str(line[k])) for line in lines) for k in range(len(lines[0]))]
@@ -548,32 +603,34 @@ def _again(name: str, protocol: str, result: dict) -> benchmarks.Score:
 # --- command line ----------------------------------------------------------------------------------------------------
 
 
+class Sharing(Run):
+    """Processes that share rows, and keep nothing but --out."""
+
+    def _claim_folder(self) -> None:
+        self.folder = "none"
+
+
 def on_own_rows(args: argparse.Namespace) -> None:
     """The test*.json of a dataset in the schema of data.py."""
     if args.out and not args.out.parent.is_dir():
         raise data.DataError(f"--out: the folder {args.out.parent} does not exist")
-    sets = data.load(args.data, args.on_bad_row)
-    model, settings = checkpoint_of(Path(args.model))
+    sets = data.load(args.data, args.on_bad_row, say_once)
+    cfg = settings_of(args)
+    cfg.four_stage = cfg.asked == "four_stage"
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy = load(str(model), settings, device)
-    four_stage = settings.get("four_stage", True) and not args.two_stage
-    length = args.max_new_tokens or settings.get("max_new_tokens", 768)
-    video = {"fps": settings.get("fps", 2.0), "max_frames": settings.get("max_frames", 16)}
-    judge = CaptionReward(open_judge(args.judge, args.judge_model, device, 256)) if args.judge else None
-    names, result = vocabulary(sets), {}
-    for split, samples in sets.items():
-        texts = []
-        for i in tqdm(range(0, len(samples), args.batch), desc=split, unit="batch"):
-            texts += respond(policy, samples[i : i + args.batch], four_stage, length, **video)
-        result[split] = score(samples, texts, names, four_stage, judge)
-        print(f"{split}: {one_line(result[split])}")
-        for name, value in result[split]["metrics"]["by category"].items():
-            print(f"  {name:<16} {value['value']:6.1%}  [{value['low']:.1%}, {value['high']:.1%}]  n {value['n']}")
-        if existence := result[split]["metrics"].get("existence"):
-            print("  existence        " + "  ".join(f"{k} {v:.3f}" for k, v in existence.items() if k != "n"))
+    sets = fitting(sets, cfg, args.on_bad_row)
+    run = Sharing(cfg)
+    judge = CaptionReward(open_judge(args.judge, args.judge_model, run.device, 256)) if args.judge else None
+    result = evaluate(load(cfg.model, vars(cfg), run.device), sets, judge, cfg, run, "evaluate")
+    for split, scored in result.items():
+        run.say(f"{split}: {one_line(scored)}")
+        for name, value in scored["metrics"]["by category"].items():
+            run.say(f"  {name:<16} {value['value']:6.1%}  [{value['low']:.1%}, {value['high']:.1%}]  n {value['n']}")
+        if existence := scored["metrics"].get("existence"):
+            run.say("  existence        " + "  ".join(f"{k} {v:.3f}" for k, v in existence.items() if k != "n"))
     if args.out:
-        args.out.write_text(json.dumps(result, indent=1))
+        run.write(args.out, result)
+    run.accelerator.end_training()
 
 
 def main() -> None:
@@ -632,7 +689,8 @@ def main() -> None:
     except (data.DataError, ConfigError, OSError) as error:
         stop(f"error: {error}")
     except KeyboardInterrupt:
-        stop("\ninterrupted. The same command goes on from the rows that are answered", everyone=True)
+        goes_on = ". The same command goes on from the rows that are answered" if args.benchmarks else ""
+        stop(f"\ninterrupted{goes_on}", everyone=True)
 
 
 if __name__ == "__main__":

@@ -691,20 +691,8 @@ def evaluate(name: str, model: str, sets: dict, judge: CaptionReward | None, cfg
         if not held_out:
             run.say("evaluation: skipped (the data have no test*.json)")
         return
-    policy, names, result = load(model, False, cfg, run.device), evaluation.vocabulary(held_out), {}
-    bar = run.bar(sum(map(len, held_out.values())), f"evaluate {name}", "row")
-    for split, samples in held_out.items():
-        scored = []
-        for i in range(0, len(samples), cfg.eval_batch * run.processes):
-            mine = run.mine(samples[i : i + cfg.eval_batch * run.processes])
-            answered = run.pieces(mine, 0, greedily, policy, cfg)
-            scored += [line for some, texts in answered for line in zip(some, texts, strict=True)]
-            bar.update(len(mine) * run.processes)
-        mine, texts = [list(x) for x in zip(*scored)] or ([], [])
-        scored = run.gather(evaluation.verdicts(mine, texts, names, cfg.four_stage, judge))
-        rows = {row["id"]: row for row in scored}
-        result[split] = evaluation.summary(samples, [rows[s.id] for s in samples])
-    bar.close()
+    policy = load(model, False, cfg, run.device)
+    result = evaluation.evaluate(policy, held_out, judge, cfg, run, f"evaluate {name}")
     if run.is_main:
         evaluation.save_gallery(run.folder / "eval" / "gallery", held_out, cfg.fps, cfg.max_frames)
     run.write(file, result)

@@ -22,8 +22,10 @@ import benchmarks
 import data
 import eval as evaluation
 import shapes
+import train
 import vlm
 from caption_reward import CaptionReward
+from run import Run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -48,7 +50,8 @@ def response(answer: str, caption: str = "a picture") -> str:
 
 
 def scored(samples, texts, **options):
-    return evaluation.score(samples, texts, evaluation.vocabulary({"test": samples}), **options)
+    names = evaluation.vocabulary({"test": samples})
+    return evaluation.summary(samples, evaluation.verdicts(samples, texts, names, **options))
 
 
 def value(result: dict, name: str) -> tuple[float, int]:
@@ -214,7 +217,7 @@ def test_objects_of_every_set_can_be_hallucinated_in_each():
     sets = {"test": [sample(0, objects=("cat",))], "test_b": [sample(1, objects=("dog", "cat")), sample(2)]}
     names = evaluation.vocabulary(sets)
     assert sorted(names) == ["cat", "dog"]
-    (row,) = evaluation.score(sets["test"], [response("A", "a dog and a cat")], names)["rows"]
+    (row,) = evaluation.verdicts(sets["test"], [response("A", "a dog and a cat")], names)
     assert row["hallucinated"] == ["dog"]
 
 
@@ -361,6 +364,88 @@ def test_the_command_evaluates_a_checkpoint_and_writes_every_row(world, policy, 
     assert texts == evaluation.respond(policy, sets["test"], max_new_tokens=8)  # the same in this process
     categories = {s.category for s in sets["test"]}
     assert all(any(line.split()[:1] == [name] for line in done.stdout.splitlines()) for name in categories)
+
+
+COUNTED = """
+import json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import eval as evaluation
+import torch
+
+torch.set_num_threads(1)
+asked, respond, replace = [], evaluation.respond, os.replace
+
+def counted(policy, samples, *options):
+    asked.extend(f"{s.category}/{s.id}" for s in samples)
+    return respond(policy, samples, *options)
+
+def renamed(source, target):
+    asked.append(f"writes {os.path.basename(target)}")
+    return replace(source, target)
+
+evaluation.respond, os.replace = counted, renamed
+folder = sys.argv.pop(1)
+evaluation.main()
+with open(f"{folder}/{os.environ.get('RANK', 0)}.json", "w") as file:
+    json.dump(asked, file)
+"""  # eval.py, with a record of what each process is asked and writes
+
+
+def test_two_processes_share_own_rows_and_one_writes(world, tmp_path):
+    """Neither answers a row of the other; the file is that of one process."""
+    (tmp_path / "counted.py").write_text(COUNTED)
+    options = ["--model", world / "policy", "--data", world / "data", "--max_new_tokens", 6, "--batch", 2]
+    options += ["--judge", world / "judge"]
+    printed = evaluate(*options, "--out", tmp_path / "one.json")
+    done = accelerate("cpu2", 2, tmp_path / "counted.py", ROOT, tmp_path, *options, "--out", tmp_path / "two.json")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    result = json.loads((tmp_path / "two.json").read_text())
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
+    assert first.pop() == "writes two.json" and not any("writes" in line for line in first + second)
+    rows = [f"{row['category']}/{row['id']}" for of in result.values() for row in of["rows"]]
+    assert sorted(first + second) == sorted(rows) and abs(len(first) - len(second)) <= len(result)
+    assert "test: accuracy" in printed and printed.partition("test: ")[2] == done.stdout.partition("test: ")[2]
+
+
+@pytest.mark.parametrize("four_stage", [True, False])
+def test_captions_are_judged_where_none_was_rewarded(world, tmp_path, monkeypatch, four_stage):
+    """So that arms can be compared; where there is no caption stage no judge is asked."""
+    asked = []
+
+    def judge(prompts):
+        asked.extend(prompts)
+        return ["A"] * len(prompts)
+
+    options = ["--method", "sft", "--world", world, "--output_dir", tmp_path / "run", "--quiet", "true"]
+    cfg = train.parse_config([*map(str, options), "--four_stage", str(four_stage).lower()])
+    assert not cfg.caption_reward
+    monkeypatch.setattr(
+        evaluation, "respond", lambda policy, samples, *_: [response("A", f"see {s.id}") for s in samples]
+    )
+    sets = data.load(world / "data")
+    train.evaluate("before", str(world / "policy"), sets, CaptionReward(judge), cfg, Run(cfg))
+    result = json.loads((tmp_path / "run/eval/before.json").read_text())
+    assert set(result) == {"test", "test_pairs"}
+    for split, of in result.items():
+        right = [s.answer == "A" for s in sets[split]]
+        assert of["metrics"].get("answerable captions") == (evaluation.rate(right) if four_stage else None)
+        assert [row.get("answerable") for row in of["rows"]] == (right if four_stage else [None] * len(right))
+    assert bool(asked) is four_stage
+
+
+def test_rows_that_the_model_cannot_be_asked_are_refused_first(world, tmp_path, monkeypatch):
+    rows = json.loads((world / "data" / "train.json").read_text())[:2]
+    rows = [row | {"path": str(world / "data" / row["path"])} for row in rows]
+    rows[1]["problem"] += "<|im_end|>"
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    options = ["--model", world / "policy", "--data", tmp_path / "train.json", "--max_new_tokens", 3]
+    out = tmp_path / "out.json"
+    evaluate(*options, "--out", out, "--on_bad_row", "skip")
+    assert [row["id"] for row in json.loads(out.read_text())["train"]["rows"]] == [rows[0]["problem_id"]]
+    monkeypatch.setattr(vlm, "load", None)
+    with pytest.raises(SystemExit, match=f"error: .*{rows[1]['problem_id']}.*holds <.im_end.>"):
+        evaluate(*options)
 
 
 def test_a_missing_data_folder_is_one_line_without_a_traceback(world, tmp_path):
@@ -542,6 +627,42 @@ def test_known_answers_get_the_scores_that_a_hand_gives_them(known):
     assert mmvu["low"] == pytest.approx(evaluation.rate_of(1, 1)["low"])
     assert scores["mmvu"]["official"]["metrics"]["overall"]["accuracy"]["undecided"] == 1
     assert "empty output" in printed and "official, overall: accuracy 50.0, precision 50.0, recall 100.0" in printed
+
+
+def test_doubled_and_foreign_lines_are_named(known, benchmarked, tmp_path):
+    """Two runs into one folder, or shards put together: the first line that has an output counts."""
+    shutil.copytree(known[0], tmp_path / "run")
+    file = tmp_path / "run/outputs/pope.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    again = [line | {"output": response("B")} for line in lines[:2]]
+    again += [lines[0] | {"id": "random/99"}]
+    unread = lines[2] | {"output": None, "error": "cut off"}  # by the first run, and not by the second
+    lines = [*lines[:2], unread, *lines[2:]]
+    file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *again]))
+    printed = evaluate(*benchmarked[2], "--output_dir", tmp_path / "run")
+    assert f"prediction given twice, the first counted: 3 ({lines[0]['id']}, " in printed
+    assert "prediction for no row: 1 (random/99)" in printed and "cannot be decoded" not in printed
+    assert (tmp_path / "run/pope.jsonl").read_bytes() == (known[0] / "pope.jsonl").read_bytes()
+    found = json.loads((tmp_path / "run/scores.json").read_text())["pope"]["official"]
+    assert found["metrics"] == known[2]["pope"]["official"]["metrics"]
+
+
+def test_a_note_of_one_protocol_says_whose_it_is(known):
+    kinds = ("yes/no", "open")  # the paper leaves open questions out
+    rows = [benchmarks.Row(kind, "?", "no", kind, options={"A": "yes", "B": "no"}) for kind in kinds]
+    found = {protocol: benchmarks.score("mmvu", rows, {"7": "x"}, protocol) for protocol in benchmarks.PROTOCOLS}
+    assert evaluation.notes(found) == [
+        "prediction for no row: 1 (7)",
+        "official: missing prediction, counted as wrong: 2 (yes/no, open)",
+        "paper: missing prediction, counted as wrong: 1 (yes/no)",
+    ]
+    assert "empty output, wrong by the official rule: 1 (2)" in known[1]
+    assert "official: empty" not in known[1] and "paper: empty" not in known[1]
+
+
+def test_the_table_says_of_how_many_members_a_mean_is(known):
+    """Two of the five subsets of VideoHallucer are there, and all three of POPE."""
+    assert "mean of subsets (2 of 5)" in known[1] and "mean of subsets (3 of 3)" not in known[1]
 
 
 def test_each_row_keeps_its_prompt_answer_and_both_verdicts(known):
