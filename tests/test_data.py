@@ -901,11 +901,18 @@ def test_rows_of_trl_are_read_and_what_is_decided_is_said(media, tmp_path, capsy
     capsys.readouterr()
     assert data.check(str(tmp_path / "train.parquet"))
     said = capsys.readouterr().out
-    for words in ("image is read as path (11 rows)", "prompt is read as problem (11 rows)", "answer is read as solution",
-                  "the row's number is read as problem_id (11 rows)", "numerical by a number as solution (2 rows)",
-                  "multiple choice by lettered options in the question (4 rows)", "      5 image, multiple choice",
-                  "multiple choice by a letter as solution (1 rows)", "fields left alone: source (11 rows)",
-                  "free-form without options, letter or number (4 rows)"):  # fmt: skip
+    for words in (
+        "image is read as path (11 rows)",
+        "prompt is read as problem (11 rows)",
+        "answer is read as solution",
+        "the row's number is read as problem_id (11 rows)",
+        "numerical by a number as solution (2 rows)",
+        "multiple choice by lettered options in the question (4 rows)",
+        "      5 image, multiple choice",
+        "multiple choice by a letter as solution (1 rows)",
+        "fields left alone: source (11 rows)",
+        "free-form without options, letter or number (4 rows)",
+    ):
         assert words in said, words
 
 
