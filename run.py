@@ -112,8 +112,10 @@ class Run:
     def _claim_folder(self) -> None:
         """Start or go on in the run folder; refuse one that was made with another configuration."""
         file, now = self.folder / "config.yaml", dict(vars(self.cfg))
-        begun = self.folder.exists() and any(path != file and path.name[0] != "." for path in self.folder.iterdir())
-        if file.exists() and begun:  # a run that was stopped before its first result binds no one
+        claims = (".", "config.yaml", "data.json")  # a run that was stopped before its first result binds no one
+        here = self.folder.iterdir() if self.folder.exists() else ()
+        self.begun = begun = any(not path.name.startswith(claims) for path in here)
+        if file.exists() and begun:
             then = yaml.safe_load(file.read_text())
             free = set(FREE_TO_CHANGE)
             if all(str(cfg.get("judge")).startswith("http") for cfg in (then, now)):
@@ -141,6 +143,17 @@ class Run:
                 f"output_dir: {socket.gethostname()} does not see {self.folder}, which the first machine has written. "
                 "Give a folder on a disk that all machines share"
             )
+
+    def claim_data(self, rows: str) -> None:
+        """Refuse to go on with other rows than the run began with: its results would be of neither."""
+        file = self.folder / "data.json"
+        then = self.first(lambda: json.loads(file.read_text())["rows"] if self.begun and file.exists() else rows)
+        if then != rows:
+            raise ConfigError(
+                f"data: the rows or their media have changed since the run in {self.folder} began ({then} there, "
+                f"{rows} now). Give another --output_dir, or the data as they were"
+            )
+        self.write(file, {"rows": rows})
 
     # models
     def widen(self, trained: list[nn.Parameter]) -> None:

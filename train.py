@@ -1103,6 +1103,7 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     sets = _fitting(given or data.load(Path(cfg.world) / "data"), cfg, run)
     if "train" not in sets:
         raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
+    run.claim_data(run.first(lambda: data.fingerprint(sets)))
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
     return sets
 

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -816,6 +817,32 @@ def test_each_data_set_and_model_has_a_run_folder_of_its_own():
     assert train.Config().output_dir == "runs/ours-seed0"
     mine = train.Config(data="a/cats", model="Qwen/Qwen2.5-VL-3B-Instruct", judge="j", method="grpo", seed=3)
     assert mine.output_dir == "runs/grpo-cats-Qwen2.5-VL-3B-Instruct-seed3"
+
+
+def test_rows_or_pictures_that_changed_are_refused_when_a_run_goes_on(world, tmp_path):
+    """An answer, a row less, another picture under the same name; before the first result they bind no one."""
+    shutil.copytree(world / "data", tmp_path / "data")
+    file, cfg = tmp_path / "data/train.json", train.Config(output_dir=str(tmp_path / "run"), quiet=True)
+    rows = json.loads(file.read_text())
+
+    def claim():
+        train.Run(cfg).claim_data(data.fingerprint(data.load(tmp_path / "data")))
+
+    claim()
+    file.write_text(json.dumps(rows[1:]))
+    claim()
+    (tmp_path / "run/sft").mkdir()
+    claim()
+    file.write_text(json.dumps([*rows[1:-1], rows[-1] | {"problem": "Is there a circle in it?"}]))
+    with pytest.raises(train.ConfigError, match="data: the rows or their media have changed since.*train: 11 rows"):
+        claim()
+    file.write_text(json.dumps(rows[1:]))
+    claim()
+    picture = tmp_path / "data" / rows[1]["path"]
+    shutil.copy(tmp_path / "data" / rows[6]["path"], picture)
+    os.utime(picture, (1, 1))
+    with pytest.raises(train.ConfigError, match="or the data as they were"):
+        claim()
 
 
 def test_a_start_that_failed_before_any_result_does_not_bind_the_folder(world, tmp_path):
