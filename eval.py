@@ -33,6 +33,7 @@ from types import SimpleNamespace
 
 import torch
 import yaml
+from huggingface_hub.errors import HFValidationError
 from PIL import Image
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
@@ -43,7 +44,7 @@ import data
 import reasoning
 import vlm
 from benchmark_files import reason
-from caption_reward import CaptionReward, EndpointJudge
+from caption_reward import MAX_TOKENS, CaptionReward, EndpointJudge
 from run import ConfigError, Journal, Run, read_jsonl, rewrite, stop, to_jsonl
 
 
@@ -401,15 +402,21 @@ def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
         raise data.DataError(f"--model: cannot load {model} ({reason(error)})") from error
 
 
-def open_judge(where: str, model: str, device: torch.device, tokens: int | None = None, **endpoint):
-    """What answers prompts: a causal LM, or the `model` behind a URL. tokens: the most of a reply.
-    Raises DataError where there is no such model, no client library, or no key."""
+def open_judge(where: str, model: str, device: torch.device, tokens: int = MAX_TOKENS, **endpoint):
+    """What answers prompts: a causal LM, or the `model` behind a URL (with EndpointJudge's options). tokens: the most
+    that a reply may have, its thought among them. Raises DataError, in one line, where nothing there can be asked."""
+    served, folder = where.startswith(("http://", "https://")), Path(where).is_dir()
+    if folder and not any((Path(where) / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise data.DataError(f"judge: {where} holds no model (config.json)")
     try:
-        if where.startswith("http"):
-            return EndpointJudge(where, model, **endpoint, **({"max_tokens": tokens} if tokens else {}))
-        return vlm.LocalJudge(where, device, **({"max_new_tokens": tokens} if tokens else {}))
+        if served:
+            return EndpointJudge(where, model, max_tokens=tokens, **endpoint)
+        return vlm.LocalJudge(where, device, max_new_tokens=tokens)
     except Exception as error:
-        raise data.DataError(f"judge: {str(error).splitlines()[0]}") from error
+        why = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
+        if isinstance(error, (OSError, HFValidationError)) and not (served or folder):
+            why = f"it is no folder, and the hub gave no model of that name ({why}). A server's URL begins with http://"
+        raise data.DataError(f"judge: {why}" if served else f"judge: cannot load {where}: {why}") from error
 
 
 def remembering(judge, name: str, folder: Path):

@@ -47,7 +47,7 @@ import report
 import shapes
 import variance_select
 import vlm
-from caption_reward import CaptionReward, only_states_the_answer
+from caption_reward import MAX_TOKENS, CaptionReward, only_states_the_answer
 from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl, stop
 
 
@@ -136,6 +136,7 @@ class Config:
     judge_model: str = option("", "model at the judge's URL; its key comes from OPENAI_API_KEY [choice]")
     judge_concurrency: int = option(16, "calls at a time to the judge's URL, in each process [choice]")
     judge_deadline: float = option(600.0, "seconds for a step's calls; the rest is unknown, D-15 [choice]")
+    judge_max_tokens: int = option(MAX_TOKENS, "most tokens of a reply, thought included; longer: unknown [choice]")
     world: str = option("shapes-world", "where the embedded world is built, once [choice]")
     output_dir: str = option("", "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
     seed: int = option(0, "of data order, sampling and LoRA initialisation [choice]")
@@ -226,8 +227,8 @@ class Config:
             if getattr(self, name) is None:
                 setattr(self, name, value)
         positive = (
-            "judge_concurrency prompts_per_step sft_batch select_batch eval_batch max_new_tokens iterations save_every "
-            "keep_last max_skipped"
+            "judge_concurrency judge_max_tokens prompts_per_step sft_batch select_batch eval_batch max_new_tokens "
+            "iterations save_every keep_last max_skipped"
         )
         for name in positive.split():
             if getattr(self, name) < 1:
@@ -1127,14 +1128,16 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
         return None
     name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
     bounds = {"concurrency": cfg.judge_concurrency, "deadline": cfg.judge_deadline}
-    judge = evaluation.open_judge(cfg.judge or name, name, run.device, **bounds)
+    judge = evaluation.open_judge(cfg.judge or name, name, run.device, cfg.judge_max_tokens, **bounds)
     journal = Journal(run.folder / "judge" / f"{run.rank}.jsonl", name)
     run.accelerator.wait_for_everyone()  # all have read what there was before one writes
     asked, few = CaptionReward(judge, journal), sets["train"][: 4 * FEW : 4]
     floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
     if floor is None:
-        raise ConfigError(f"judge: {name} answered none of {len(few)} questions. Is it up, and does it know the key?")
+        raise ConfigError(f"judge: {judge} answered none of {len(few)} questions. Its last error: {judge.last_error}")
     run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without any caption")
+    if refused := getattr(judge, "refused", None):
+        run.say(f"warning: the judge's server refuses {' and '.join(refused)}: replies may differ from call to call")
     return asked
 
 

@@ -11,6 +11,7 @@ Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T co
 import copy
 import inspect
 import random
+import re
 import warnings
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 import reasoning
+from caption_reward import MAX_TOKENS, said
 
 SEGMENT = 16  # tokens between two looks at which completions have ended
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"  # the language model's linears, never the vision's
@@ -695,32 +697,68 @@ def _quietly():
 
 
 class LocalJudge:
-    """A text-only causal LM that answers prompts greedily: the judge of the Caption Reward (`caption_reward.Judge`)."""
+    """A text-only causal LM that answers prompts greedily: the judge of the Caption Reward (`caption_reward.Judge`).
 
-    def __init__(self, path: str, device: str | torch.device = "cpu", batch: int = 64, max_new_tokens: int = 16):
+    What its tokenizer calls special is taken out of prompts and replies: no caption can write a turn. A reply that
+    max_new_tokens cuts off, or that ends inside its thought, is None.
+    Raises ValueError, or what transformers raises, for a checkpoint that cannot be asked.
+    """
+
+    def __init__(
+        self, path: str, device: str | torch.device = "cpu", batch: int = 64, max_new_tokens: int = MAX_TOKENS
+    ):
+        self.path, self.batch, self.max_new_tokens, self.last_error = path, batch, max_new_tokens, ""
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").to(device).eval()
-        self.batch, self.max_new_tokens = batch, max_new_tokens
+        if not self.tokenizer.chat_template:
+            raise ValueError("it has no chat template; give a model that is tuned to follow instructions")
+        turns = [[{"role": "user", "content": word}] for word in ("red", "blue")]
+        if len(set(self.tokenizer.apply_chat_template(turns, tokenize=False))) < 2:
+            raise ValueError("its chat template leaves out what is asked")
+        named = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        named |= {*self.tokenizer.all_special_tokens} - {""}
+        self.special = re.compile("|".join(map(re.escape, sorted(named, key=len, reverse=True))) or "(?!)")
+        try:
+            self.model, loaded = AutoModelForCausalLM.from_pretrained(path, dtype="auto", output_loading_info=True)
+        except ValueError as error:
+            if "Unrecognized configuration class" not in str(error):
+                raise
+            raise ValueError("it is no text-only causal LM") from error
+        if missing := sorted(loaded["missing_keys"]):
+            raise ValueError(f"its files lack {len(missing)} weights ({missing[0]})")
+        self.model.to(device).eval()
+        ends = {*_end_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id}
+        self.model.generation_config = GenerationConfig(  # in place of what the checkpoint ships
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=sorted(ends - {None}),
+            pad_token_id=self.tokenizer.pad_token_id,
+        )
+
+    def __str__(self) -> str:
+        return self.path
+
+    def _encode(self, prompts: list[str]) -> BatchFeature:
+        turns = [[{"role": "user", "content": self.special.sub(" ", text)}] for text in prompts]
+        return self.tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
+        )
 
     @torch.no_grad()
     def __call__(self, prompts: list[str]) -> list[str | None]:
         replies = []
         for i in range(0, len(prompts), self.batch):
-            turns = [[{"role": "user", "content": text}] for text in prompts[i : i + self.batch]]
-            inputs = self.tokenizer.apply_chat_template(
-                turns, add_generation_prompt=True, padding=True, return_dict=True, return_tensors="pt"
-            ).to(self.model.device)
-            out = self.model.generate(
-                **inputs,
-                generation_config=GenerationConfig(
-                    do_sample=False,
-                    max_new_tokens=self.max_new_tokens,
-                    repetition_penalty=1.0,
-                    eos_token_id=self.tokenizer.eos_token_id,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                ),
-            )
-            new = out[:, inputs["input_ids"].shape[1] :]
-            replies += self.tokenizer.batch_decode(new, skip_special_tokens=True)
+            inputs = self._encode(prompts[i : i + self.batch]).to(self.model.device)
+            out = self.model.generate(**inputs, generation_config=self.model.generation_config)
+            replies += map(self._read, out[:, inputs["input_ids"].shape[1] :].tolist())
         return replies
+
+    def _read(self, ids: list[int]) -> str | None:
+        """The reply up to its end; the marks of its thought may be special tokens as well, so these go last."""
+        end = next((k for k, i in enumerate(ids) if i in self.model.generation_config.eos_token_id), None)
+        text = None if end is None else said(self.tokenizer.decode(ids[:end]))
+        if text is None:
+            what = f"was cut off at {self.max_new_tokens} tokens" if end is None else "ends inside its thought"
+            self.last_error = f"its reply {what}: raise --judge_max_tokens"
+            return None
+        return self.special.sub(" ", text).strip()

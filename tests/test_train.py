@@ -655,7 +655,8 @@ def test_a_judge_that_answers_nothing_stops_the_run_before_training(world, tmp_p
     monkeypatch.setenv("OPENAI_API_KEY", "none")
     options = ["--judge", "http://127.0.0.1:9/v1", "--judge_model", "m", "--judge_deadline", "3", "--world", world]
     done = launch("--output_dir", tmp_path / "run", *options, *SMALL, check=False)
-    assert done.returncode != 0 and "judge: m answered none of 3 questions. Is it up" in done.stderr
+    words = "judge: m at http://127.0.0.1:9/v1 answered none of 3 questions. Its last error: "
+    assert done.returncode != 0 and words in done.stderr
     assert not (tmp_path / "run/sft").exists()
 
 
