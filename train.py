@@ -1123,8 +1123,10 @@ def _fitting(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict[
 
 def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> CaptionReward | None:
     """The judge, tried on a few questions without a caption: that it answers at all, and the floor of the reward.
-    What it has replied is kept in the run folder, so that a resumed run does not ask again."""
-    if not cfg.caption_reward or run.first((run.folder / "eval" / "after.json").exists):
+    What it has replied is kept in the run folder, so that a resumed run does not ask again. Wherever there are a judge
+    and captions these are judged at evaluation, also where they earn no reward: so runs can be compared."""
+    there = cfg.four_stage and (cfg.judge or not cfg.model)
+    if not there or run.first((run.folder / "eval" / "after.json").exists):
         return None
     name = cfg.judge_model if cfg.judge.startswith("http") else cfg.judge or str(Path(cfg.world) / "judge")
     bounds = {"concurrency": cfg.judge_concurrency, "deadline": cfg.judge_deadline}

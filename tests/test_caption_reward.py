@@ -535,7 +535,15 @@ def test_no_more_calls_at_a_time_than_asked_for(server):
     assert most == 3
 
 
-def test_ctrl_c_stops_the_calls_at_once(server):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C acts, although the parent of the tests may ignore it, as that of a background job does."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_stops_the_calls_at_once(server, interruptible):
     server.answer = lambda prompt: time.sleep(8) or (200, "application/json", completion("A"))
     threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()  # to the process, as a terminal does
     start = time.monotonic()

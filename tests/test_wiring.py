@@ -80,6 +80,7 @@ RUNS = {
         "judge_model": "somebody",
         "judge_concurrency": 3,
         "judge_deadline": 77.0,
+        "judge_max_tokens": 33,
         "on_bad_row": "skip",
         "train_vision": True,
         "sft_epochs": 0.2,
@@ -217,8 +218,9 @@ def test_rows_and_prompts_are_as_asked(ran):
 def test_the_judge_is_the_one_that_was_asked_for(ran):
     [(args, named)] = ran["grpo"]["endpoint"]
     assert args[:2] == ("http://127.0.0.1:9/v1", "somebody")
-    assert named["concurrency"] == 3 and named["deadline"] == 77.0
-    assert ran["ours"]["LocalJudge"][0][0][0] == str(Path(ran["ours"].cfg.world) / "judge")
+    assert named["concurrency"] == 3 and named["deadline"] == 77.0 and named["max_tokens"] == 33
+    [(args, named)] = ran["ours"]["LocalJudge"]
+    assert args[0] == str(Path(ran["ours"].cfg.world) / "judge") and named["max_new_tokens"] == 1024
 
 
 def test_stages_take_as_many_updates_of_as_many_rows(ran):
