@@ -136,7 +136,9 @@ def test_the_baselines_and_lora_run(finished, world, tmp_path):
     line = json.loads(metrics_of(tmp_path / "grpo").splitlines()[0])
     assert "reward/caption" not in line and "nce" not in line and line["kl"] > 1e-3 and line["clipped"] > 0
     launch("--world", world, "--output_dir", tmp_path / "sft", "--method", "sft", *small)
-    assert not (tmp_path / "sft/rl").exists() and (tmp_path / "sft/eval/before.json").exists()
+    assert not (tmp_path / "sft/rl").exists()
+    judged = json.loads((tmp_path / "sft/eval/before.json").read_text())["test"]["metrics"]["answerable captions"]
+    assert judged["n"] == 10, "captions are judged also where they earn no reward"
 
 
 def plain_logp(policy, sample, cfg, ids):
