@@ -5,6 +5,7 @@ system FFmpeg. What a clip costs to read does not grow with its length: `read_vi
 """
 
 import base64
+import errno
 import hashlib
 import io
 import os
@@ -222,7 +223,7 @@ def _open_image(medium: Media) -> Image.Image:
     try:
         return Image.open(_stream(medium), formats=[name for name in PICTURES if name in Image.OPEN])
     except UnidentifiedImageError as error:
-        raise ValueError(f"its format is none of {', '.join(PICTURES)}") from error
+        raise ValueError(f"its format is none of {', '.join(PICTURES)}: convert it") from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -377,18 +378,22 @@ def _rate(span: Span, n: int) -> float:
 
 def _open_video(medium: Media) -> av.container.InputContainer:
     """FFmpeg looks at the name of the format before it lets the format open anything else."""
-    stream, options = _stream(medium), {"format_whitelist": ",".join(CLIPS), "protocol_whitelist": "file"}
-    try:  # "file:", since 12:30.mp4 would otherwise be of the protocol 12
-        name = f"file:{stream}" if isinstance(stream, Path) else stream
-        return av.open(name, options=options, metadata_errors="replace")
-    except av.ArgumentError as error:
-        raise ValueError(f"its format is none of {', '.join(CLIPS.values())}") from error
+    stream = _stream(medium)
+    name = f"file:{stream}" if isinstance(stream, Path) else stream  # else 12:30.mp4 would be of the protocol 12
+    options = {"format_whitelist": ",".join(CLIPS), "protocol_whitelist": "file"}
+    try:  # not options=, which are also for each stream: older PyAV crashes where a stream is found later
+        return av.open(name, container_options=options, metadata_errors="replace")
+    except av.FFmpegError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        raise ValueError(f"its format is none of {', '.join(CLIPS.values())}: convert it") from error
 
 
-def _video(container) -> av.VideoStream:
+def _video(container: av.container.InputContainer) -> av.video.stream.VideoStream:
     """The one that a player shows: a file may begin with its cover."""
-    if (stream := container.streams.best("video")) is None:
-        raise ValueError("no video stream")
+    stream = container.streams.best("video")
+    if stream is None or stream.codec_context is None:
+        raise ValueError("no video stream that can be decoded")
     return stream
 
 
@@ -419,7 +424,7 @@ def _tail(container, first: int) -> list[int | None]:
     """Timestamps of the last frames, two or more."""
     stream = _video(container)
     length = Fraction(container.duration, av.time_base) if container.duration else 10**6
-    at, step = first + int(length / stream.time_base), int(1 / stream.time_base)
+    at, step = first + int(length / stream.time_base), max(1, int(1 / stream.time_base))
     while True:
         container.seek(at, stream=stream)
         stamps = [packet.pts for packet in container.demux(stream) if _is_shown(packet)]
@@ -431,7 +436,7 @@ def _tail(container, first: int) -> list[int | None]:
 def _find(container, moment: Fraction, first: int) -> tuple[int, Key]:
     """The time of the frame nearest to `moment`, and the key frame that leads to it."""
     stream = _video(container)
-    at, step = int(moment), int(1 / stream.time_base)
+    at, step = int(moment), max(1, int(1 / stream.time_base))
     start = first - 2 * step  # the first frame is decoded before it is shown
     while True:
         container.seek(at, stream=stream)
@@ -480,6 +485,8 @@ def _decode(container, key: Key, wanted: set[int]) -> dict[int, Image.Image]:
 
 def _nearest(times: Sequence[int], moment: Fraction, first: int) -> int:
     """Of sorted times the nearest; of two as near, at a constant rate, that of an even number after the first."""
+    if not times:
+        raise NoSeeking
     i = bisect_left(times, moment)
     if i in (0, len(times)):
         return times[min(i, len(times) - 1)]
