@@ -34,7 +34,6 @@ checked, and every picture and clip opened, before a model is loaded; the same c
 import argparse
 import glob
 import hashlib
-import io
 import json
 import math
 import re
@@ -47,19 +46,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
 from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
 
 import answers
 import reasoning
+from media import DataError, Embedded, Media, Size, _check_media, frames_taken, medium_of, read_image, read_video
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FIELDS = (
     "data_type problem_type problem options path solution problem_id process process_and_answer data_source category "
     "pair objects relevant"
 ).split()
-
 
 COLUMNS = {  # ours, and what it may be called elsewhere
     "path": ("image", "images", "video", "videos"),
@@ -71,41 +69,6 @@ MARK, NUMBERED = re.compile(r"<(?:image|video)>"), re.compile(r"<(image|video)[ 
 LABEL = r"[(\[（]?\s*([A-Za-zＡ-Ｚａ-ｚ])\s*(?:\.\)|\.(?![A-Za-z]\.)|[:)\]．：）、])"
 OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
 LISTED = re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE), re.compile(rf"(?<!\S){LABEL}\s*")  # on lines; in a row
-
-
-class DataError(ValueError):
-    """Something in the data, in one line: which file, which row, which field, what to do."""
-
-
-@dataclass(frozen=True)
-class Embedded:
-    """A picture or clip inside a table: read when it is asked for, so that the media of a dataset are never in memory
-    together."""
-
-    table: Any  # a datasets.Dataset
-    row: int
-    place: int | None  # in a list of them
-    column: str = "path"
-
-    def read(self) -> bytes:
-        cell = self.table[self.row][self.column]
-        return (cell if self.place is None else cell[self.place])["bytes"]
-
-    def __str__(self) -> str:
-        return f"the picture or clip in row {self.row}"
-
-
-Media = Path | bytes | Image.Image | Embedded
-
-
-@dataclass(frozen=True)
-class Size:
-    """Of a picture (frames 1, rate 1) or clip: frames, height, width, frames a second."""
-
-    frames: int
-    height: int
-    width: int
-    rate: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -361,7 +324,7 @@ def _sample(row: dict, root: Path | None, table=None, number: int = 0, called=No
         raise DataError(f"problem: it, or another text of the row, holds half a character ({error})") from error
     places = range(len(cells)) if isinstance(row["path"], list) else [None]
     column = called.get("path", "path")
-    media = tuple(_medium(cell, root, Embedded(table, number, i, column)) for i, cell in zip(places, cells))
+    media = tuple(medium_of(cell, root, Embedded(table, number, i, column)) for i, cell in zip(places, cells))
     sizes = tuple(_check_media(medium, row["data_type"]) for medium in media)
     as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
     return Sample(
@@ -559,85 +522,6 @@ def _placed(media: list[dict], text: str) -> list[dict]:
     return content
 
 
-def _medium(cell, root: Path | None, embedded: Embedded) -> Media:
-    """What a cell of `path` stands for."""
-    if isinstance(cell, dict) and cell.get("bytes"):
-        return embedded
-    if isinstance(cell, dict):
-        cell = cell.get("path")
-    if isinstance(cell, bytes | Image.Image):
-        return cell
-    if not isinstance(cell, str) or not cell:
-        raise DataError("path: must be a path, or bytes or a PIL image, or a list of them")
-    if root is None:
-        raise DataError(f"path: {cell} is a path, but the dataset is not on this disk. Give pictures with their bytes")
-    if ".." in Path(cell).parts:
-        raise DataError(f"path: {cell} leaves the folder of the data. Move the file there, or give an absolute path")
-    return root / cell
-
-
-def _stream(medium: Media) -> Path | io.BytesIO:
-    """What PIL and PyAV open."""
-    if isinstance(medium, Embedded):
-        return io.BytesIO(medium.read())
-    return io.BytesIO(medium) if isinstance(medium, bytes) else medium
-
-
-def _check_media(medium: Media, data_type: str) -> Size:
-    """Opens it: all of a picture, the key frames of a clip."""
-    name = _name(medium)
-    if isinstance(medium, Path) and not medium.is_file():
-        raise DataError(f"path: {medium} does not exist")
-    try:
-        size, frames = _size_of_image(medium) if data_type == "image" else _size_of_video(medium)
-    except Exception as error:  # PIL and PyAV raise many kinds; all of them mean an unreadable file
-        raise DataError(f"path: cannot read {name} as {data_type} ({error})") from error
-    short, long = sorted((size.height, size.width))
-    if data_type == "image" and frames > 1:
-        raise DataError(f"path: {name} is animated ({frames} frames). Give it as video, or one frame of it")
-    if data_type == "video" and frames < 2:
-        raise DataError(f"path: {name} has {frames} frame. Give a picture as image")
-    if short < 4:
-        raise DataError(f"path: {name} has {size.width} x {size.height} pixels, too few to show anything. Replace it")
-    if long >= 200 * short:
-        raise DataError(
-            f"path: {name} has {size.width} x {size.height} pixels; Qwen2.5-VL takes no side 200 times the "
-            "other. Cut it"
-        )
-    return size
-
-
-def _name(medium: Media) -> Path | Embedded | str:
-    return medium if isinstance(medium, Path | Embedded) else "what is given in its place"
-
-
-def _size_of_image(medium: Media) -> tuple[Size, int]:
-    image = medium if isinstance(medium, Image.Image) else Image.open(_stream(medium))
-    image.load()  # verify() would pass a truncated JPEG
-    return Size(1, image.height, image.width), getattr(image, "n_frames", 1)
-
-
-def _size_of_video(medium: Media) -> tuple[Size, int]:
-    with _open_video(medium) as container:
-        if not container.streams.video:
-            raise ValueError("no video stream")
-        stream, frames, whole = container.streams.video[0], 0, 0
-        stream.codec_context.skip_frame = "NONKEY"  # to decode every frame of every clip would take hours
-        for packet in container.demux(stream):
-            if packet.is_corrupt:
-                raise ValueError("it is cut off")
-            frames += packet.size > 0
-            whole += len(packet.decode())
-        if not whole:
-            raise ValueError("no frame of it can be decoded")
-        return Size(frames, stream.height, stream.width, float(stream.average_rate or 1.0)), frames
-
-
-def _open_video(medium: Media):
-    stream = _stream(medium)
-    return av.open(str(stream) if isinstance(stream, Path) else stream)
-
-
 def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) -> list[dict]:
     """The user turn: the pictures or the clip at their marks in `text`, or before it, as chat content that
     `vlm.VLM.encode` takes."""
@@ -647,42 +531,6 @@ def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) 
     else:
         media = [{"type": "image", "image": read_image(path)} for path in sample.media]
     return [{"role": "user", "content": _placed(media, text)}]
-
-
-def read_image(medium: Media) -> Image.Image:
-    """The picture in RGB; transparency becomes white, as in qwen-vl-utils, not black."""
-    image = medium if isinstance(medium, Image.Image) else Image.open(_stream(medium))
-    if image.mode == "RGBA" or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
-
-
-def frames_taken(total: int, rate: float, fps: float, max_frames: int) -> int:
-    return min(total, max_frames, max(2, round(total / rate * fps)))
-
-
-def read_video(medium: Media, fps: float = 2.0, max_frames: int = 16) -> tuple[list[Image.Image], float]:
-    """Frames of a clip, evenly spaced at about `fps` and at most `max_frames`, and the rate they really have.
-
-    PyAV, because qwen-vl-utils' torchvision reader is gone from torchvision and its torchcodec reader needs a system
-    FFmpeg.
-    """
-    try:
-        with _open_video(medium) as container:
-            stream = container.streams.video[0]
-            rate = float(stream.average_rate or 1.0)
-            total = sum(1 for _ in container.decode(stream))
-        count = frames_taken(total, rate, fps, max_frames)
-        wanted = {round(i * (total - 1) / max(count - 1, 1)) for i in range(count)}
-        with _open_video(medium) as container:  # a second time, so that a long clip is never in memory as a whole
-            frames = enumerate(container.decode(video=0))
-            picked = [frame.to_image() for i, frame in frames if i in wanted]
-    except (av.FFmpegError, OSError) as error:
-        raise DataError(f"path: cannot decode {_name(medium)} ({error}). Replace it, or leave its row out") from error
-    if not picked:
-        raise DataError(f"path: {_name(medium)} holds no frame")
-    return picked, rate * count / total
 
 
 def prompts(samples: Sequence[Sample], four_stage: bool, fps: float, max_frames: int) -> list[list[dict]]:

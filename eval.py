@@ -45,6 +45,7 @@ import reasoning
 import vlm
 from benchmark_files import reason
 from caption_reward import MAX_TOKENS, CaptionReward, EndpointJudge
+from media import gallery_file
 from run import ConfigError, Journal, Run, read_jsonl, rewrite, stop, to_jsonl
 
 
@@ -232,7 +233,7 @@ def save_gallery(folder: Path, sets: dict[str, list[data.Sample]], fps: float, m
             for k, image in enumerate(images):
                 image = image.resize((side, side), Image.Resampling.BICUBIC)
                 strip.paste(image, (side * k, 0))
-            strip.save(folder / split / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', sample.id)}.png")
+            strip.save(folder / split / gallery_file(sample.id))
 
 
 def checkpoint_of(path: Path) -> tuple[Path, dict]:

@@ -31,6 +31,8 @@ import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from media import gallery_file
+
 STAGES = {"prethink": "Planning", "caption": "Caption", "think": "Thinking", "answer": "Answer"}
 SIDES = {"before": "Before RL", "after": "After RL"}
 PICTURES = 4  # gallery rows per held-out set
@@ -484,7 +486,7 @@ def gallery(run: Run) -> str:
 
 
 def picture(run: Run, split: str, row: dict) -> Path:
-    return run.folder / "eval" / "gallery" / split / f"{re.sub(r'[^A-Za-z0-9_.-]', '_', row['id'])}.png"
+    return run.folder / "eval" / "gallery" / split / gallery_file(row["id"])
 
 
 def example(run: Run, split: str, sides: dict[str, dict]) -> str:

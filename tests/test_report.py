@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 import report
+from media import gallery_file
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
 CONFIG = {"method": "ours", "four_stage": True, "caption_reward": True, "selection": True, "nce_weight": 0.01}
@@ -113,7 +114,7 @@ def run(tmp_path: Path) -> Path:
     (folder / "eval/before.json").write_text(json.dumps({"test": scored(before, nothing, {}, 0.6)}))
     (folder / "eval/after.json").write_text(json.dumps({"test": scored(after, phrases, bad, 0.9)}))
     for i in range(6):
-        (folder / f"eval/gallery/test/test_{i}.png").write_bytes(png())
+        (folder / "eval/gallery/test" / gallery_file(f"test:{i}")).write_bytes(png())
     return folder
 
 
