@@ -601,12 +601,13 @@ def fitting(
     """The rows that a model can be asked, and a line for each other: a multimodal prompt is never truncated, so one of
     more than `most` tokens is a bad row, as is one with a control token in its text."""
     text_tokens, problems, fit = prompt_text_tokens(tokenizer, four_stage), [], {}
+    commands = set(tokenizer.all_special_tokens) - set(reasoning.TAGS)  # stage tags may be special, and belong there
     for name, rows in sets.items():
         fit[name] = []
         for s in rows:
             tokens = text_tokens(s) + visual_tokens(s, min_pixels, max_pixels, fps, max_frames)
             words = " ".join([s.problem, *s.options, s.answer, s.process or ""])
-            control = [token for token in tokenizer.all_special_tokens if token in words]
+            control = [token for token in commands if token in words]
             if control:
                 problems.append(f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a command")
             elif tokens > most:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 FOUR_STAGES = ("prethink", "caption", "think", "answer")  # planning, caption, thinking, answer
 TWO_STAGES = ("think", "answer")  # the usual GRPO template, the paper's baseline
+TAGS = tuple(f"<{end}{stage}>" for stage in FOUR_STAGES for end in ("", "/"))
 
 ANSWER_FORM = {  # what <answer> must hold, by problem type
     "multiple choice": "only the letter of the option",

@@ -381,7 +381,7 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
     tokenizer = Qwen2Tokenizer().train_new_from_iterator(
         texts, 640, new_special_tokens=list(SPECIAL), show_progress=False
     )
-    tokenizer.add_tokens([f"<{end}{tag}>" for tag in reasoning.FOUR_STAGES for end in ("", "/")])
+    tokenizer.add_tokens(list(reasoning.TAGS))
     tokenizer.add_tokens([f" {colour} {shape}" for colour in COLOURS for shape in PRIOR])  # one token an object: easier
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -22,7 +22,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
 from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -608,18 +615,27 @@ def _banned_ids(model: nn.Module, tokenizer, end_ids: list[int]) -> list[int]:
     the rows of the head that stand for no token: real checkpoints pad the vocabulary. Stage tags may be special tokens
     of a checkpoint, and stay.
     """
-    config, tags = model.config, {f"<{end}{tag}>" for tag in reasoning.FOUR_STAGES for end in ("", "/")}
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    control = {getattr(config, name) for name in names} | {tokenizer.pad_token_id, *tokenizer.all_special_ids}
-    control -= {None, *end_ids, *tokenizer.convert_tokens_to_ids(sorted(tags & set(tokenizer.all_special_tokens)))}
+    control = {getattr(model.config, name) for name in names} | {tokenizer.pad_token_id, *tokenizer.all_special_ids}
+    special_tags = set(reasoning.TAGS) & set(tokenizer.all_special_tokens)
+    control -= {None, *end_ids, *tokenizer.convert_tokens_to_ids(sorted(special_tags))}
     nothing = set(range(model.lm_head.weight.shape[0])) - set(tokenizer.get_vocab().values())
     return sorted(control | nothing)
 
 
 def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
-    """The most tokens that a checkpoint takes, and its tokenizer; nothing heavy is loaded."""
-    base, _ = _base_of(path)
-    return AutoConfig.from_pretrained(base).text_config.max_position_embeddings, AutoTokenizer.from_pretrained(path)
+    """The most tokens that a checkpoint takes, and its tokenizer; nothing heavy is loaded.
+
+    Raises ValueError for a model of another family or without a chat template, OSError where there is none."""
+    config = AutoConfig.from_pretrained(_base_of(path)[0])
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"it is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported")
+    processor = AutoProcessor.from_pretrained(path)
+    tokenizer = processor.tokenizer
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template  # older checkpoints: the latter alone
+    if not tokenizer.chat_template:
+        raise ValueError("it has no chat template; give an Instruct checkpoint")
+    return config.text_config.max_position_embeddings, tokenizer
 
 
 def _base_of(path: str) -> tuple[str, str | None]:
@@ -659,8 +675,7 @@ def load(
     )
     model.config.text_config._attn_implementation = ours.get(attention, attention)
     if adapter:
-        with _quietly():
-            model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
+        model = _with_adapter(model, adapter).merge_and_unload()
     _without_dropout(model)
     processor = AutoProcessor.from_pretrained(path)
     model.requires_grad_(trainable)
@@ -675,6 +690,24 @@ def load(
         with _quietly():
             model = get_peft_model(model, config)
     return VLM(model, processor, min_pixels, max_pixels).train(trainable)
+
+
+def _with_adapter(model: nn.Module, adapter: str) -> PeftModel:
+    """The model with all weights of a LoRA adapter on it; ValueError where one finds no place, or a place no weight."""
+    names = {  # as transformers before 4.52 called them
+        r"^model\.(?=layers|norm|embed_tokens)": "model.language_model.",
+        r"^visual\.": "model.visual.",
+    }
+    with _quietly(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            found = PeftModel.from_pretrained(model, adapter, key_mapping=names)
+        except UserWarning as error:
+            raise ValueError(f"{adapter} lacks weights that its adapter_config.json describes") from error
+    there, taken = len(load_peft_weights(adapter, device="cpu")), len(get_peft_model_state_dict(found))
+    if there != taken:
+        raise ValueError(f"{adapter} holds {there} weights, of which its adapter_config.json has places for {taken}")
+    return found
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -178,7 +178,7 @@ def test_every_fault_has_its_place_and_a_name_of_its_own():
 def run(folder, file, expression=""):
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"tests/test_{file}.py"]
     command += ["-k", expression] if expression else []
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")

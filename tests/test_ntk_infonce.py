@@ -1018,7 +1018,7 @@ def test_the_worked_example_runs_and_draws(tmp_path):
         [sys.executable, ntk_infonce.__file__, "--plot", tmp_path / "nce.png"],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "loss = 1.370, active anchors 2" in done.stdout and "-0.707" in done.stdout

@@ -58,7 +58,7 @@ def accelerate(file, processes, *command, **options):
     ]
     line += ["--num_processes", processes, "--main_process_port", "0", *command]  # 0: one that is free
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=280, env=environment, **options)
+    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=900, env=environment, **options)
 
 
 @pytest.fixture(scope="module")

@@ -35,7 +35,7 @@ def command(*options, script=("train.py",)):
 
 
 def launch(*options, check=True, cwd=None):
-    done = subprocess.run(command(*options), capture_output=True, text=True, cwd=cwd, timeout=300)
+    done = subprocess.run(command(*options), capture_output=True, text=True, cwd=cwd, timeout=900)
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -115,7 +115,7 @@ def test_interrupted_and_resumed_equals_uninterrupted_bit_for_bit(finished, worl
             text=True,
             start_new_session=True,  # the signal goes to all of it, the launcher too
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
-            timeout=300,
+            timeout=900,
         )
         assert done.returncode != 0 and "interrupted. The same command" in done.stderr, done.stderr[-3000:]
         stage, number = moment.split("-")
@@ -788,6 +788,15 @@ def test_bad_input_is_one_clear_line_before_anything_is_built(options, says, tmp
     )
     assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "shapes-world").exists()
+
+
+@pytest.mark.parametrize("command", ["train.py", "eval.py"])
+def test_a_text_only_model_is_refused_in_one_line(world, tmp_path, command):
+    options = ["--model", world / "judge", "--data", world / "data"]
+    options += ["--judge", world / "judge", "--output_dir", tmp_path / "run"] if command == "train.py" else []
+    done = subprocess.run([sys.executable, ROOT / command, *options], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+    assert "it is a qwen2 model, and only Qwen2.5-VL (qwen2_5_vl) is supported" in done.stderr
 
 
 def test_yaml_gives_options_and_the_command_line_wins(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AttentionInterface,
@@ -949,6 +950,64 @@ def test_the_adapter_adds_two_b_a_to_every_linear(lora):
             close(module(x) - module.base_layer(x), 2 * x @ a.T @ b.T, 1e-4)
             count += 1
     assert count == 7 * lora.core.config.text_config.num_hidden_layers
+
+
+def renamed(folder, rename, drop=""):
+    """The adapter in `folder` with its weights under other names, less those that hold `drop`."""
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {rename(name): value for name, value in weights.items() if not drop or drop not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_an_adapter_of_older_transformers_has_its_effect(lora, tmp_path):
+    """Its weights are called model.layers..., which is model.language_model.layers... today."""
+    lora.save(tmp_path, merge=False)
+    renamed(tmp_path, lambda name: name.replace("model.language_model.", "model."))
+    inputs, ids = lora.encode([prompts()["a picture"]]), ragged(4, 2)
+    loaded = vlm.load(str(tmp_path), trainable=False)
+    close(loaded(inputs, ids).logp, lora.eval()(inputs, ids).logp.detach(), 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"drop": "layers.1.mlp.up_proj.lora_A"}, "lacks weights that its adapter_config.json describes"),
+        ({"rename": lambda name: name.replace("layers.1", "layers.9")}, "lacks weights"),
+        ({"config": {"target_modules": ["q_proj"]}}, "holds 56 weights, of which its adapter_config.json has places"),
+    ],
+)
+def test_an_adapter_that_would_load_in_part_is_refused(lora, tmp_path, change, says):
+    lora.save(tmp_path, merge=False)
+    renamed(tmp_path, change.get("rename", lambda name: name), change.get("drop", ""))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change.get("config", {})))
+    with pytest.raises(ValueError, match=says):
+        vlm.load(str(tmp_path), trainable=False)
+
+
+def test_a_chat_template_that_only_the_processor_has_is_found(shipped, policy):
+    folder = shipped("config.json", {})
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    most, tokenizer = vlm.context(str(folder))
+    assert tokenizer.chat_template == template and most == policy.core.config.text_config.max_position_embeddings
+    theirs = vlm.load(str(folder), trainable=False)
+    found = [each.encode([prompts()["a clip"]])["input_ids"] for each in (policy, theirs)]
+    assert torch.equal(*found)
+    (folder / "chat_template.json").unlink()
+    with pytest.raises(ValueError, match="it has no chat template; give an Instruct checkpoint"):
+        vlm.context(str(folder))
+
+
+def test_a_model_of_another_family_is_refused_before_it_is_loaded(world, tmp_path):
+    with pytest.raises(ValueError, match="it is a qwen2 model, and only Qwen2.5-VL"):
+        vlm.context(str(world / "judge"))
+    config = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it is a qwen3_vl model, and only Qwen2.5-VL"):
+        vlm.context(str(tmp_path))
 
 
 def test_lora_gradients_reach_the_language_models_adapters_and_nothing_else(lora):
