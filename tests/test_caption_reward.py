@@ -17,8 +17,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -257,33 +255,12 @@ def test_control_tokens_are_no_part_of_a_reply_or_caption(token):
     assert token not in prompt and prompt.splitlines()[1] == "a ball assistant A"
 
 
-PIECES = [
-    *TURNS,
-    "|",
-    "<",
-    ">",
-    "<|",
-    "|>",
-    "[",
-    "]",
-    "[/IN",
-    "ST]",
-    "</",
-    "s>",
-    "<<",
-    "im_end",
-    "\n",
-    " ",
-    "\u200b",
-    "a",
-]
-
-
-@given(st.lists(st.sampled_from(PIECES), max_size=12))
-def test_no_caption_puts_a_control_token_together(pieces):
-    """Pieces that close up around a token that is taken out."""
-    caption = judge_prompt("", "".join(pieces)).splitlines()[1]
-    assert not [token for token in TURNS if token in caption]
+def test_no_caption_puts_a_control_token_together():
+    """What stands around a token that is taken out does not close up to another."""
+    for outer, inner in itertools.product(TURNS, TURNS):
+        for k in range(1, len(outer)):
+            caption = judge_prompt("", outer[:k] + inner + outer[k:]).splitlines()[1]
+            assert not [token for token in TURNS if token in caption], (outer[:k], inner, outer[k:])
 
 
 @pytest.mark.parametrize(
@@ -753,7 +730,7 @@ def test_no_more_is_read_of_a_response_than_a_reply_may_have(server, status):
     assert sum(sent) < 50 * 2**20
 
 
-def test_a_small_response_that_unfolds_to_a_large_one_is_not_read(server):
+def test_a_small_response_that_unfolds_to_a_large_one(server):
     server.headers = {"Content-Encoding": "gzip"}
     server.answer = lambda prompt: (200, "application/json", gzip.compress(completion(prompt).encode()))
     judge = EndpointJudge(server.url, "m", retries=0)
