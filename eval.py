@@ -44,7 +44,7 @@ import data
 import reasoning
 import vlm
 from benchmark_files import reason
-from caption_reward import MAX_TOKENS, CaptionReward, EndpointJudge
+from caption_reward import MAX_TOKENS, CaptionReward, EndpointJudge, without_control_tokens
 from media import gallery_file
 from run import ConfigError, Journal, Run, read_jsonl, rewrite, stop, to_jsonl
 
@@ -258,7 +258,7 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     run = Run(cfg)
     policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.device))
     judged_by = args.judge_model or args.judge or ""
-    judge = open_judge(args.judge, args.judge_model, run.device, 256) if args.judge and run.is_main else None
+    judge = asked_judge(args, run.device) if args.judge and run.is_main else None
     judge = remembering(judge, judged_by, run.folder) if judge else None
     kept = run.first(lambda: [read_json(run.folder / f"{file}.json") for file in ("scores", "counts")])
     results, counts = kept
@@ -420,12 +420,20 @@ def open_judge(where: str, model: str, device: torch.device, tokens: int = MAX_T
         raise data.DataError(f"judge: {why}" if served else f"judge: cannot load {where}: {why}") from error
 
 
+def asked_judge(args: argparse.Namespace, device: torch.device):
+    """The judge of the command line, once it has answered a question: before anything heavy is loaded."""
+    judge = open_judge(args.judge, args.judge_model, device, args.judge_max_tokens)
+    if judge(["Which letter comes first in the alphabet?"]) == [None]:
+        raise data.DataError(f"judge: {judge} does not answer. Its last error: {judge.last_error}")
+    return judge
+
+
 def remembering(judge, name: str, folder: Path):
     """The judge, asked 256 prompts at a time, which is what its deadline is for; its replies are kept."""
     journal = Journal(folder / "judge" / "0.jsonl", name)
 
     def ask(prompts: list[str]) -> list[str | None]:
-        prompts = [re.sub(r"<\|.*?\|>", " ", prompt) for prompt in prompts]  # an output may hold control tokens
+        prompts = [without_control_tokens(prompt) for prompt in prompts]  # an output may hold some
         new = list(dict.fromkeys(prompt for prompt in prompts if (prompt, "") not in journal))
         for i in range(0, len(new), 256):
             for prompt, reply in zip(new[i : i + 256], judge(new[i : i + 256]), strict=True):
@@ -628,7 +636,7 @@ def on_own_rows(args: argparse.Namespace) -> None:
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
     sets = fitting(sets, cfg, args.on_bad_row)
     run = Sharing(cfg)
-    judge = CaptionReward(open_judge(args.judge, args.judge_model, run.device, 256)) if args.judge else None
+    judge = CaptionReward(asked_judge(args, run.device)) if args.judge else None
     result = evaluate(load(cfg.model, vars(cfg), run.device), sets, judge, cfg, run, "evaluate")
     for split, scored in result.items():
         run.say(f"{split}: {one_line(scored)}")
@@ -667,6 +675,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of --sample")
     parser.add_argument("--judge", help="causal LM, or URL: captions (--data), or what no rule decides (--benchmarks)")
     parser.add_argument("--judge_model", default="", help="model at the judge's URL; its key comes from OPENAI_API_KEY")
+    parser.add_argument(
+        "--judge_max_tokens", type=int, default=MAX_TOKENS, help="most tokens of its reply, with thought"
+    )
     parser.add_argument("--max_new_tokens", type=int, help="longest response (default: the run's, or 768)")
     parser.add_argument("--max_pixels", type=int, help="of a picture or frame (default: the run's, or 401408)")
     parser.add_argument("--max_frames", type=int, help="of a clip (default: the run's, or 16)")

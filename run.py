@@ -47,6 +47,7 @@ FREE_TO_CHANGE = (
     "output_dir",
     "judge_concurrency",
     "judge_deadline",
+    "judge_max_tokens",
     "quiet",
     "tracker",
     "show_every",

@@ -589,7 +589,7 @@ def test_judge(folder: Path, cases: int = 500, seed: int = 1) -> dict[str, float
     right: dict[str, float] = {"different": len(set(unseen))}
     for name, asked, keep in (("true", unseen, True), ("empty", anyhow, False)):
         replies = judge([caption_reward.judge_prompt(q, c if keep else "") for q, c, _, _ in asked])
-        verdicts = [answers.is_correct(r, a, k) for r, (_, _, a, k) in zip(replies, asked, strict=True)]
+        verdicts = [answers.is_correct(r or "", a, k) for r, (_, _, a, k) in zip(replies, asked, strict=True)]
         right[name] = sum(verdicts) / cases
     constant: dict[str, Counter[str]] = defaultdict(Counter)
     for question, _, answer, _ in others:

@@ -49,7 +49,7 @@ def main() -> None:
     ).to(device)
     judge = None
     if cfg.caption_reward and cfg.judge.startswith("http"):
-        judge = CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model))
+        judge = CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model, max_tokens=cfg.judge_max_tokens))
     elif cfg.caption_reward:
         judge = CaptionReward(vlm.LocalJudge(cfg.judge or str(world / "judge"), device))
     cfg.nce_weight = 1.0  # whatever the run's own: every feature is to be there
