@@ -36,7 +36,7 @@ from media import gallery_file
 STAGES = {"prethink": "Planning", "caption": "Caption", "think": "Thinking", "answer": "Answer"}
 SIDES = {"before": "Before RL", "after": "After RL"}
 PICTURES = 4  # gallery rows per held-out set
-NEARLY_NONE = 0.2  # a category that keeps less than this part of its share is warned about
+NEARLY_NONE = 1 / 3  # a category that keeps less than this part of its share is warned about
 POINTS = 3000  # most dots in the scatter; more only make the page heavy
 
 MEASURES = {  # of eval/*.json: which way is better (0: neither), and what it is
