@@ -323,7 +323,7 @@ def read_video(medium: Media, fps: float = 2.0, max_frames: int = 16) -> tuple[l
             frames, rate = _read_by_seeking(medium, fps, max_frames)
         except (NoSeeking, av.FFmpegError):
             frames, rate = _read_through(medium, fps, max_frames)
-    except (av.FFmpegError, OSError, ValueError) as error:
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:  # the last: PyAV's, of a stream found later
         raise DataError(f"path: cannot decode {_name(medium)} ({error}). Replace it, or leave its row out") from error
     # the recording of a window changes its size with it
     return [frame if frame.size == frames[0].size else frame.resize(frames[0].size) for frame in frames], rate
@@ -390,8 +390,7 @@ def _open_video(medium: Media) -> av.container.InputContainer:
 
 
 def _video(container: av.container.InputContainer) -> av.video.stream.VideoStream:
-    """The one that a player shows: a file may begin with its cover."""
-    stream = container.streams.best("video")
+    stream = next(iter(container.streams.video), None)
     if stream is None or stream.codec_context is None:
         raise ValueError("no video stream that can be decoded")
     return stream

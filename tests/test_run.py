@@ -31,7 +31,10 @@ def test_a_folder_with_something_else_in_it_is_refused(tmp_path):
 def test_a_begun_run_goes_on_with_its_own_options_only(tmp_path):
     run_of(tmp_path, beta=0.1)
     (tmp_path / "sft").mkdir()
-    with pytest.raises(run.ConfigError, match="another configuration .group_size: 8 there, 4 now; beta: 0.1 there, 0.2 now.*same options"):
+    with pytest.raises(
+        run.ConfigError,
+        match="another configuration .group_size: 8 there, 4 now; beta: 0.1 there, 0.2 now.*same options",
+    ):
         run_of(tmp_path, beta=0.2, group_size=4)
     free = {"judge_concurrency": 3, "judge_deadline": 5.0, "judge_max_tokens": 7, "eval_batch": 2, "select_batch": 2}
     free |= {"show_every": 1, "save_every": 2, "keep_last": 2, "max_skipped": 2, "prompts_per_pass": 2}
