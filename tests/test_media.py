@@ -1,10 +1,13 @@
 """media.py: only known formats are opened, pictures and clips are seen as people see them, clips go by timestamps."""
 
+import base64
 import io
+import itertools
 import json
 import struct
 from fractions import Fraction
 from pathlib import Path
+from urllib.parse import quote
 
 import av
 import numpy as np
