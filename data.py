@@ -601,7 +601,9 @@ def fitting(
     """The rows that a model can be asked, and a line for each other: a multimodal prompt is never truncated, so one of
     more than `most` tokens is a bad row, as is one with a control token in its text."""
     text_tokens, problems, fit = prompt_text_tokens(tokenizer, four_stage), [], {}
-    commands = set(tokenizer.all_special_tokens) - set(reasoning.TAGS)  # stage tags may be special, and belong there
+    commands = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    commands |= set(tokenizer.all_special_tokens)
+    commands -= set(reasoning.TAGS)  # stage tags may be special, and belong there
     for name, rows in sets.items():
         fit[name] = []
         for s in rows:

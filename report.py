@@ -337,19 +337,21 @@ def selection(run: Run) -> Drawing | None:
 
 
 def selected_by_category(selected: dict) -> list[str]:
-    """What select/selected.json says of each category: how many prompts were kept, and a warning where nearly none."""
-    share = len(selected["kept"]) / max(1, selected["of"])
-    lines = [f"{name}: {kept} of {of}" for name, (kept, of) in selected.get("categories", {}).items()]
-    lines = [", ".join(lines)] if len(lines) > 1 else []
-    lost = [name for name, (kept, of) in selected.get("categories", {}).items() if kept < NEARLY_NONE * share * of]
-    if lost:
-        lines.append(
-            f"warning: nearly no prompt of {', '.join(lost)} was kept, so RL hardly trains it. "
-            "--select_within category keeps the same share of each"
-        )
+    """How many prompts of each category were kept ("" where there is one only), then what to be warned of."""
+    judged = selected["of"] - selected.get("unjudged", 0)
+    share, categories = len(selected["kept"]) / max(1, judged), selected.get("categories", {})
+    counts = [f"{name}: {kept} of {of}" for name, (kept, of, _) in categories.items()]
+    lines = [", ".join(counts) if len(counts) > 1 else ""]
+    few = {k: v for k, v in categories.items() if share * v[1] >= 2 and v[0] < NEARLY_NONE * share * v[1]}
+    if equal := [name for name, (_, of, tied) in few.items() if tied == of]:
+        lines.append(f"warning: all responses to every prompt of {', '.join(equal)} earn the same: RL cannot train it")
+    few = [name for name in few if name not in equal]
+    if few:
+        remedy = "" if selected.get("within") else ". --select_within category keeps up to the same share of each"
+        lines.append(f"warning: few prompts of {', '.join(few)} were kept, so RL hardly trains it{remedy}")
     if selected.get("unjudged"):
         count = f"warning: {selected['unjudged']} of {selected['of']} prompts were not ranked"
-        lines.append(f"{count}: the judge gave fewer than two verdicts on their captions")
+        lines.append(f"{count}: the judge gave no verdict on most of their captions")
     return lines
 
 
@@ -393,13 +395,16 @@ def summary(run: Run, lines: list[Line]) -> str:
         "nce_weight": "the regulariser of Eq. 4",
     }
     with_what = ", ".join(text for name, text in switches.items() if cfg.get(name)) or "none of the paper's mechanisms"
-    did = [f"a cold start of {len(run.sft)} updates" if run.sft else "no cold start"]
+    did, warnings = [f"a cold start of {len(run.sft)} updates" if run.sft else "no cold start"], []
     if run.selected:
-        of_each = "".join(f" ({line})" for line in selected_by_category(run.selected))
-        did.append(f"{len(run.selected['kept'])} of {run.selected['of']} prompts selected{of_each}")
+        of_each, *warnings = selected_by_category(run.selected)
+        did.append(
+            f"{len(run.selected['kept'])} of {run.selected['of']} prompts selected" + f" ({of_each})" * bool(of_each)
+        )
     if cfg.get("method") != "sft":
-        did.append(f"{len(run.rl)} of {cfg.get('rl_steps', '?')} updates of reinforcement learning")
-    text = [f"A run with {with_what}: {', '.join(did)}."]
+        asked = "" if cfg.get("rl_epochs") else f" of {cfg.get('rl_steps', '?')}"
+        did.append(f"{len(run.rl)}{asked} updates of reinforcement learning")
+    text = [f"A run with {with_what}: {', '.join(did)}.", *(f"{line[0].upper()}{line[1:]}." for line in warnings)]
     if "after" not in run.evals:
         why = "the method is the cold start alone" if cfg.get("method") == "sft" else "the run has not come so far"
         accuracy = [f"{line.split} {percent(line.before)} %" for line in lines if line.label == "accuracy"]

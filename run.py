@@ -42,7 +42,7 @@ from transformers.utils import logging as transformers_logging
 
 import data
 
-PATIENCE = timedelta(hours=2)  # after which processes that wait for another give up; above any deadline of the judge
+PATIENCE = timedelta(hours=2)  # after which processes that wait for another give up; twice any deadline of the judge
 FREE_TO_CHANGE = (
     "output_dir",
     "judge_concurrency",

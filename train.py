@@ -162,7 +162,7 @@ class Config:
 
     responses: int = option(64, "responses per prompt scored for selection [paper]")
     keep: float = option(0.5, "share of the prompts kept [paper]")
-    select_within: str = option("", "category: that share of each category is kept; empty: of all prompts [paper]")
+    select_within: str = option("", "category: at most that share of each category; empty: of all prompts [paper]")
     select_batch: int = option(16, "prompts scored at a time in each process, by memory [choice]")
 
     rl_steps: int = option(60, "updates of reinforcement learning [choice; official code: 1 epoch]")
@@ -261,8 +261,10 @@ class Config:
             raise ConfigError("judge: your own model needs a judge of its own; give --judge, or --caption_reward false")
         if self.judge.startswith("http") and not self.judge_model:
             raise ConfigError("judge_model: name the model that the judge's URL serves")
-        if not 0 < self.judge_deadline < PATIENCE.total_seconds():
-            raise ConfigError(f"judge_deadline: must lie in (0, {PATIENCE.seconds}) seconds, got {self.judge_deadline}")
+        if not 0 < self.judge_deadline < PATIENCE.seconds / 2:  # a judge may be asked twice while others wait
+            raise ConfigError(
+                f"judge_deadline: must lie in (0, {PATIENCE.seconds // 2}) seconds, got {self.judge_deadline}"
+            )
         at_least_0 = "max_prompt_tokens leak_penalty sft_steps rl_steps show_every prompts_per_pass lora_rank "
         at_least_0 += "nce_sketch held_out_rows nce_weight beta eps_low eps_high sft_epochs rl_epochs"
         for name in at_least_0.split():
@@ -373,8 +375,8 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
     """Score every prompt by its responses' rewards and keep the top share by variance (D-40).
 
     select/scores.jsonl gets one line a prompt as it is scored, so an interrupted stage goes on where it was. A prompt
-    on which a verdict is missing is asked about again, once and whenever the stage is resumed; without two verdicts it
-    has no variance to be ranked by.
+    on which a verdict is missing is asked about again, once and whenever the stage is resumed; where most stay missing
+    it is not ranked.
     """
     if not cfg.selection:
         return samples
@@ -388,13 +390,13 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
             return [line for part, (rewards, _) in scored for line in score_lines(part.samples, rewards, cfg)]
 
         for _ in range(2):
-            run.keep_lines(file, lambda line: None not in line.get("caption", ()))
+            run.keep_lines(file, lambda line: line["known"] == cfg.responses)
             scores = run.each(file, samples, cfg.select_batch, score, "select")
-        known = [line for line in scores if sum(x is not None for x in line.get("caption", (0, 0))) > 1]
+        known = [line for line in scores if 2 * line["known"] >= cfg.responses]
         if len(known) < len(scores) / 2:
             raise ConfigError(
-                f"selection: the judge gave no verdict on the captions of {len(scores) - len(known)} of {len(scores)} "
-                "prompts, although they were asked about twice. Is it up? The same command asks again"
+                f"selection: the judge gave no verdict on most captions of {len(scores) - len(known)} of {len(scores)} "
+                "prompts, although it was asked twice. Is it up? The same command asks again"
             )
         kind = {sample.id: sample.category for sample in samples}
         ids, variance = [line["id"] for line in known], torch.tensor([line["variance"] for line in known])
@@ -405,26 +407,32 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
                 f"selection: all {cfg.responses} responses of every prompt earn the same reward, so RL has nothing to "
                 "learn from. Train the cold start longer, or give harder or easier prompts"
             )
-        kept_of, of = Counter(kind[i] for i in kept), Counter(kind.values())
-        found = {"kept": kept, "of": len(scores), "tied": sum(line["variance"] == 0 for line in known)}
-        found |= {"unjudged": len(scores) - len(known), "categories": {k: [kept_of[k], of[k]] for k in sorted(of)}}
+        tied = [line["id"] for line in known if line["variance"] == 0]
+        counts = [Counter(kind[i] for i in some) for some in (kept, kind, tied)]
+        found = {"kept": kept, "of": len(scores), "tied": len(tied), "unjudged": len(scores) - len(known)}
+        found |= {"within": cfg.select_within}
+        found["categories"] = {name: [count[name] for count in counts] for name in sorted(counts[1])}  # kept, of, tied
         run.write(chosen, found)
     found = run.first(lambda: json.loads(chosen.read_text()))
     kept = set(found["kept"])
     run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
-    for line in report.selected_by_category(found):
+    for line in filter(None, report.selected_by_category(found)):
         run.say(f"  {line}")
     return [s for s in samples if s.id in kept]
 
 
 def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
     """One line of select/scores.jsonl per prompt: statistics of the total reward, its class, every reward."""
-    stats = variance_select.reward_statistics(grpo.total_reward(rewards, cfg.reward_weights))
+    total = grpo.total_reward(rewards, cfg.reward_weights)
+    if cfg.reward_weights.get("caption"):  # no mean in an unknown one's place: it would make the variance smaller
+        total = total.masked_fill(rewards["caption"].isnan(), math.nan)
+    stats = variance_select.reward_statistics(total)
     best = sum(cfg.reward_weights.values()) - cfg.reward_weights.get("leak", 0.0)
     return [
         {
             "id": sample.id,
-            "mean": round(stats.mean[i].item(), 6),
+            "known": int(stats.count[i]),
+            "mean": round(stats.mean[i].nan_to_num(0.0).item(), 6),
             "variance": round(stats.variance[i].item(), 6),
             "class": variance_select.classify(stats.mean[i].item(), stats.variance[i].item(), best),
             **as_json(rewards, i),

@@ -2,8 +2,9 @@
 
 GRPO learns from differences inside a group: a prompt whose responses all earn the same teaches nothing (advantage
 exactly 0). The paper scores each prompt by the variance of its rewards over 64 responses and keeps the top 50 %.
-Unstated there, settled here [choice]: the population is every RL prompt, prompts without any variance are dropped
-first, ties go to the smaller id, and the three classes are cut at the two constants below.
+Unstated there, settled here [choice]: the population is every RL prompt whose responses could be judged, prompts
+without any variance are dropped first, ties go to the smaller id, and the three classes are cut at the two constants
+below.
 
 Shapes: P prompts, R responses. Rewards are [P, R], NaN = unknown (a judge that failed), never 0.
 """

@@ -354,14 +354,18 @@ class VLM(nn.Module):
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write weights and processor, so that plain `from_pretrained` loads them. LoRA's are merged in, or written
         alone, as an adapter of the model that it was put on (whose path it remembers)."""
-        if isinstance(self.model, PeftModel) and merge:
-            # a copy, because training may go on, and on the CPU, because a second model may not fit on the device
-            device = self.device
-            merged = copy.deepcopy(self.model.cpu()).merge_and_unload()
-            self.model.to(device)
-            merged.save_pretrained(folder)
-        else:
-            self.model.save_pretrained(folder)
+        own = self.core.generation_config
+        with plain_generation(self.core):  # transformers refuses to write some that it has read
+            if isinstance(self.model, PeftModel) and merge:
+                # a copy, because training may go on, and on the CPU, because a second model may not fit on the device
+                device = self.device
+                merged = copy.deepcopy(self.model.cpu()).merge_and_unload()
+                self.model.to(device)
+                merged.save_pretrained(folder)
+            else:
+                self.model.save_pretrained(folder)
+        if (Path(folder) / "generation_config.json").exists():
+            own.to_json_file(Path(folder) / "generation_config.json")
         self.processor.save_pretrained(folder)
 
 
@@ -616,9 +620,11 @@ def _banned_ids(model: nn.Module, tokenizer, end_ids: list[int]) -> list[int]:
     of a checkpoint, and stay.
     """
     names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-    control = {getattr(model.config, name) for name in names} | {tokenizer.pad_token_id, *tokenizer.all_special_ids}
-    special_tags = set(reasoning.TAGS) & set(tokenizer.all_special_tokens)
-    control -= {None, *end_ids, *tokenizer.convert_tokens_to_ids(sorted(special_tags))}
+    special = {str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    control = {i for token, i in special.items() if token not in reasoning.TAGS}
+    control |= {getattr(model.config, name) for name in names} | {tokenizer.pad_token_id}
+    control -= {None, *end_ids}
     nothing = set(range(model.lm_head.weight.shape[0])) - set(tokenizer.get_vocab().values())
     return sorted(control | nothing)
 

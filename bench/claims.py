@@ -51,7 +51,9 @@ def main() -> None:
     if cfg.caption_reward and cfg.judge.startswith("http"):
         judge = CaptionReward(EndpointJudge(cfg.judge, cfg.judge_model, max_tokens=cfg.judge_max_tokens))
     elif cfg.caption_reward:
-        judge = CaptionReward(vlm.LocalJudge(cfg.judge or str(world / "judge"), device))
+        judge = CaptionReward(
+            vlm.LocalJudge(cfg.judge or str(world / "judge"), device, max_new_tokens=cfg.judge_max_tokens)
+        )
     cfg.nce_weight = 1.0  # whatever the run's own: every feature is to be there
     samples = data.load(cfg.data or world / "data")["train"]
 

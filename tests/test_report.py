@@ -362,3 +362,26 @@ def test_command(run):
     failed = subprocess.run([*command, run / "eval"], capture_output=True, text=True)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1 and "run folder" in failed.stderr
+
+
+def test_a_category_that_selection_nearly_loses_is_warned_about():
+    """With the option that helps, where it can help; not for a handful, and not where all is tied."""
+    kept = [str(i) for i in range(50)]
+
+    def said(within="", **categories):
+        return report.selected_by_category({"kept": kept, "of": 100, "within": within, "categories": categories})
+
+    counts, *warned = said(colour=[2, 40, 10], row=[48, 60, 0])
+    assert counts == "colour: 2 of 40, row: 48 of 60"
+    assert warned == [
+        "warning: few prompts of colour were kept, so RL hardly trains it. "
+        "--select_within category keeps up to the same share of each"
+    ]
+    assert said("category", colour=[2, 40, 38], row=[48, 60, 0])[1:] == [
+        "warning: few prompts of colour were kept, so RL hardly trains it"
+    ]
+    assert said(colour=[0, 40, 40], row=[50, 60, 0])[1:] == [
+        "warning: all responses to every prompt of colour earn the same: RL cannot train it"
+    ]
+    assert said(rare=[0, 3, 0], row=[50, 97, 0])[1:] == [] and said(one=[50, 100, 0]) == [""]
+    assert report.selected_by_category({"kept": kept, "of": 100, "tied": 3}) == [""], "a run of an earlier version"
