@@ -42,7 +42,6 @@ from benchmark_tasks import (
 )
 from benchmark_tasks import amber_tools as amber_tools  # for those who score
 from data import DataError
-from media import _stream
 
 Judge = Callable[[list[str]], list[str | None]]  # as in caption_reward.py
 PROTOCOLS = ("official", "paper")
@@ -253,8 +252,8 @@ def _one_cluster_a_picture(rows: list[Row]) -> list[Row]:
         return cluster
 
     for row in rows:
-        stream = _stream(row.media)
-        content = stream.read_bytes() if isinstance(stream, Path) else stream.getvalue()
+        content = row.media.read_bytes() if isinstance(row.media, Path) else row.media
+        content = content if isinstance(content, bytes) else content.read()
         a, b = root(row.cluster), root(first.setdefault(hashlib.sha1(content).digest(), row.cluster))
         if a != b:
             same[a] = b

@@ -430,6 +430,16 @@ def test_a_clip_becomes_one_video_part_with_frames_and_rate(media, tmp_path):
     assert all(isinstance(frame, Image.Image) and frame.mode == "RGB" for frame in video["video"])
 
 
+def test_a_clip_whose_end_is_missing_is_refused(tmp_path):
+    """Its index stands in front and its key frames can be decoded: only the last packet tells."""
+    write_clip(tmp_path / "clip.mp4", 30, 10, movflags="faststart")
+    whole = (tmp_path / "clip.mp4").read_bytes()
+    (tmp_path / "clip.mp4").write_bytes(whole[:-20])
+    row = {"data_type": "video", "problem_type": "free-form", "problem": "?", "solution": "a", "problem_id": "0"}
+    with pytest.raises(DataError, match=r"cannot read .*clip.mp4 as video \(it is cut off\)"):
+        data.load(write(tmp_path / "a.json", [row | {"path": "clip.mp4"}]))
+
+
 def test_frames_of_a_panned_photograph_are_those_that_were_written(tmp_path):
     photo = skimage.data.astronaut()
     written = [np.ascontiguousarray(photo[100:228, x : x + 128]) for x in range(0, 160, 20)]

@@ -163,6 +163,7 @@ FAULTS = [
     Fault("control tokens are sampled", "vlm", "{tokenizer.pad_token_id, *tokenizer.all_special_ids}", "{tokenizer.pad_token_id}", "banned"),
     Fault("stage tags that are special vanish", "vlm", "decode(row[keep])", "decode(row[keep], skip_special_tokens=True)", "special"),
     Fault("padding sees nothing", "vlm", 'if attention == "eager" else valid', "if False else valid", "padded_prompt"),
+    Fault("a packet that is cut off passes", "media", "if packet.is_corrupt:", "if False:", "end_is_missing", "data"),
     # run.py
     Fault("nothing binds a folder", "run", "differ = [k for k in now if k not in free and then.get(k) != now[k]]", "differ = []"),
     Fault("a folder of something else is taken", "run", "        elif begun:\n", "        elif False:\n"),
