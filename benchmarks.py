@@ -252,8 +252,8 @@ def _one_cluster_a_picture(rows: list[Row]) -> list[Row]:
         return cluster
 
     for row in rows:
-        stream = data._stream(row.media)
-        content = stream.read_bytes() if isinstance(stream, Path) else stream.getvalue()
+        content = row.media.read_bytes() if isinstance(row.media, Path) else row.media
+        content = content if isinstance(content, bytes) else content.read()
         a, b = root(row.cluster), root(first.setdefault(hashlib.sha1(content).digest(), row.cluster))
         if a != b:
             same[a] = b
