@@ -436,7 +436,7 @@ def test_a_clip_whose_end_is_missing_is_refused(tmp_path):
     whole = (tmp_path / "clip.mp4").read_bytes()
     (tmp_path / "clip.mp4").write_bytes(whole[:-20])
     row = {"data_type": "video", "problem_type": "free-form", "problem": "?", "solution": "a", "problem_id": "0"}
-    with pytest.raises(DataError, match=r"cannot read .*clip.mp4 as video \(it is cut off\)"):
+    with pytest.raises(data.DataError, match=r"cannot read .*clip.mp4 as video \(it is cut off\)"):
         data.load(write(tmp_path / "a.json", [row | {"path": "clip.mp4"}]))
 
 
