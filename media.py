@@ -142,7 +142,7 @@ def _from_text(text: str) -> bytes:
         if not head.lower().endswith(";base64"):
             return unquote_to_bytes(text)
         text = unquote(text)
-    return base64.b64decode("".join(text.split()), validate=True)
+    return base64.b64decode("".join(text.splitlines()), validate=True)
 
 
 def _stream(medium: Path | bytes | Embedded) -> Path | io.BytesIO:

@@ -203,12 +203,15 @@ def test_other_files_of_several_pictures_are_refused(form, words):
 # --- known formats only -----------------------------------------------------------------------------------------------
 
 
+PAN = skimage.data.astronaut()[200:264]
+
+
 def pattern(i: int, size=(96, 64)) -> np.ndarray:
-    """A frame that tells its number: 12 bits as black and white squares above a striped ground that moves."""
-    x = np.tile((np.arange(size[0]) * 4 + 16 * i) % 256, (size[1], 1)).astype(np.uint8)
+    """A frame of a pan over a photograph that tells its number, in 12 bits, as black and white squares."""
+    x = PAN[: size[1], i % 380 : i % 380 + size[0]].copy()
     for k in range(12):
         x[:8, 8 * k : 8 * k + 8] = 255 * (i >> k & 1)
-    return np.repeat(x[..., None], 3, -1)
+    return x
 
 
 def write(path: Path, frames=300, codec="libx264", rate=25, pix="yuv420p", times=None, form=None, mux=None, **options):
@@ -422,7 +425,7 @@ def all_called_key(path: Path) -> Path:
         packet.is_keyframe = True
         return bytes(packet)
 
-    return copied(write(path.with_suffix(".mp4"), g="50"), path, change)
+    return copied(write(path.with_suffix(".mov"), codec="mpeg4", g="50"), path, change)
 
 
 CLIPS = {  # kind: (file name, how it is made)
@@ -450,7 +453,7 @@ CLIPS = {  # kind: (file name, how it is made)
     "a screen": ("a.mkv", dict(times=SCREEN, frames=len(SCREEN), g="50")),
     "begins late": ("a.mkv", dict(times=[7000 + 40 * i for i in range(300)], g="50")),
     "an edit list": ("a.mp4", trimmed),
-    "every frame called key": ("a.mkv", all_called_key),
+    "every frame called key": ("a.mp4", all_called_key),
 }
 
 
@@ -464,6 +467,14 @@ def any_clip(request, tmp_path_factory) -> Path:
 def tick(path: Path) -> Fraction:
     with av.open(str(path)) as container:
         return container.streams.video[0].time_base
+
+
+def test_the_clips_refer_backwards_and_begin_anew(clip):
+    """So that what follows says something: frames are stored in another order, and key frames are few."""
+    with av.open(str(clip)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    times = [packet.pts for packet in packets]
+    assert times != sorted(times) and sum(packet.is_keyframe for packet in packets) in range(6, 10)
 
 
 def test_frames_are_those_nearest_in_time_of_all(any_clip):
@@ -529,7 +540,7 @@ def test_a_webm_without_a_frame_rate_lasts_as_long_as_it_does(tmp_path):
     content[at : at + 4 + length] = bytes([0xEC, 0x82 + length]) + bytes(2 + length)
     path.write_bytes(content)
     with av.open(str(path)) as container:
-        assert container.streams.video[0].average_rate == 1
+        assert not container.streams.video[0].average_rate
     size, (frames, rate) = media._check_media(path, "video"), media.read_video(path)
     assert size.frames / size.rate == pytest.approx(9.9, abs=0.05)
     assert len(frames) == 16 and 1 / rate == pytest.approx(9.9 / 15, abs=0.005)
@@ -548,7 +559,7 @@ def test_a_frame_that_stands_for_long_is_there_as_often(tmp_path):
     path = write(tmp_path / "a.mkv", 5, times=[0, 100, 200, 9000, 10_000])
     every = [frame for _, frame in every_frame(path)]
     frames, rate = media.read_video(path, 2.0, 5)
-    assert [next(i for i, f in enumerate(every) if np.array_equal(f, frame)) for frame in frames] == [0, 2, 2, 3, 4]
+    assert [next(i for i, f in enumerate(every) if np.array_equal(f, frame)) for frame in frames] == [0, 2, 3, 3, 4]
     assert rate == pytest.approx(4 / 10)
 
 
@@ -591,8 +602,8 @@ def repeated(source: Path, path: Path, times: int) -> Path:
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_ten_minutes_are_read_as_quickly_as_one(tmp_path, fed, name):
     """With x264's own distance of key frames, 10 s, it is 16 times half of that; all is 15,000."""
-    minute = write(tmp_path / f"minute-{name}", 1500, preset="ultrafast", bf="3", sc_threshold="0")
-    media.read_video(minute)
+    minute = write(tmp_path / "minute.mp4", 1500, preset="ultrafast", bf="3", sc_threshold="0")
+    media.read_video(repeated(minute, tmp_path / f"minute-{name}", 1))
     short, fed[0] = fed[0], 0
     media.read_video(repeated(minute, tmp_path / name, 10))
     assert fed[1] == 0 and short <= 1500 and fed[0] <= 2 * short
@@ -662,7 +673,7 @@ def test_a_clip_in_base64_is_read(clip, tmp_path):
         ("data:image/png;base64", "cannot read the picture or clip in row 0 as image"),
         (base64.b64encode(b"no picture, but a text of some length that was encoded").decode(), "its format is none of"),
         ("x" * 5001, r"xxx\.\.\. does not exist"),
-        ("a/" * 3000, r"a/\.\.\. does not exist"),
+        ("a b/" * 1500, r"a b/[ab /]*\.\.\. does not exist"),
         ("null\0.png", "does not exist"),
     ],
 )
