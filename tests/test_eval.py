@@ -9,18 +9,20 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import test_benchmarks as forms
 import torch
 import yaml
-from PIL import Image
+from PIL import Image, ImageColor
 from test_processes import accelerate
 
 import benchmarks
 import data
 import eval as evaluation
+import report
 import shapes
 import train
 import vlm
@@ -313,6 +315,17 @@ def test_rows_of_two_sets_with_one_id_keep_their_own_pictures(tmp_path):
     evaluation.save_gallery(tmp_path / "gallery", sets, fps=2.0, max_frames=16)
     kept = {tuple(np.asarray(Image.open(f))[80, 80].tolist()) for f in (tmp_path / "gallery").rglob("*.png")}
     assert kept == {(255, 0, 0), (0, 0, 255)}
+
+
+def test_ids_that_a_file_name_cannot_tell_apart_keep_their_own(tmp_path):
+    """And one that is too long for a name does not end the run."""
+    colours = {"\u7ea2": "red", "\u84dd": "blue", "a/1": "lime", "a:1": "black", "A/1": "white", "x" * 300: "yellow"}
+    samples = [sample(1, id=id, media=(photo(tmp_path / f"{c}.png", c),)) for id, c in colours.items()]
+    evaluation.save_gallery(tmp_path / "eval" / "gallery", {"test": samples}, fps=2.0, max_frames=16)
+    run = SimpleNamespace(folder=tmp_path)
+    for id, colour in colours.items():
+        shown = Image.open(report.picture(run, "test", {"id": id}))
+        assert shown.getpixel((80, 80)) == ImageColor.getrgb(colour)
 
 
 # --- models and runs --------------------------------------------------------------------------------------------------
