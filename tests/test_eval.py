@@ -716,6 +716,9 @@ def test_a_judge_decides_what_no_rule_does_and_is_remembered(known, benchmarked,
     scores = json.loads((folder / "scores.json").read_text())
     assert scores["mmvu"]["official"]["metrics"]["overall"]["accuracy"]["undecided"] == 0
     assert scores["mmvu"]["judge"] == str(world / "judge")
+    trials = [prompt for prompt in asked if prompt.startswith("Which letter comes first")]
+    asked = [prompt for prompt in asked if prompt not in trials]
+    assert len(trials) == 2, "each run tries it first"
     assert len(asked) == len(set(asked)) > 0, "asked once"
     with pytest.raises(SystemExit, match="was scored here with .*judge; give it again"):
         evaluate(*benchmarked[2], "--output_dir", folder)
