@@ -213,12 +213,19 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
     """
     if name not in TABLE:
         raise DataError(f"{name!r} is not one of {', '.join(TABLE)}")
+    if not check:
+        return _scan(name, path, media, None)
+    with data.Checked(f"{name} {path} {media}") as checked:
+        rows, problems = _scan(name, path, media, checked)
+    return _one_cluster_a_picture(rows) if name in ("mmbench", "mathvista") else rows, problems
+
+
+def _scan(name: str, path, media, checked: Callable[[data.Media, str], data.Size] | None) -> tuple[list, list[str]]:
     rows, problems, seen, known = [], [], set(), TABLE[name]
-    open_it = functools.partial(data._check_media, data_type=known.media)
-    open_once = functools.cache(open_it)
+    checked_once = functools.cache(checked) if checked else None
 
     def size_of(medium: data.Media) -> data.Size:
-        return (open_once if isinstance(medium, Path | files.InZip) else open_it)(medium)
+        return (checked_once if isinstance(medium, Path | files.InZip) else checked)(medium, known.media)
 
     for source in files.sources(name, path, media, FILES[name], known.source, known.hub, known.splits):
         fields = _form(name, source)
@@ -232,14 +239,14 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
                 for row in made:
                     if row.id in seen:
                         raise DataError(f"id: {row.id!r} is already taken")
-                if check:
+                if checked:
                     made = [replace(row, sizes=(size_of(row.media),)) for row in made]
                 rows += made
                 seen |= {row.id for row in made}
             except (DataError, KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
                 said = error if isinstance(error, DataError) else f"cannot be read ({type(error).__name__}: {error})"
                 problems.append(f"{source.label} row {number}, {said}")
-    return _one_cluster_a_picture(rows) if check and name in ("mmbench", "mathvista") else rows, problems
+    return rows, problems
 
 
 def _one_cluster_a_picture(rows: list[Row]) -> list[Row]:

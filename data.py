@@ -46,12 +46,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from qwen_vl_utils.vision_process import smart_resize
 
 import answers
 import reasoning
-from media import DataError, Embedded, Media, Size, _check_media, frames_taken, medium_of, read_image, read_video
+from media import (
+    Checked,
+    DataError,
+    Embedded,
+    Media,
+    Size,
+    _check_media,
+    frames_taken,
+    medium_of,
+    read_image,
+    read_video,
+    trace,
+)
 
 SUFFIXES = (".json", ".jsonl", ".parquet")
 FIELDS = (
@@ -147,27 +158,35 @@ def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
         names = ", ".join(tables) or "no split"
         raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
     samples, problems = {}, []
-    for name, (label, rows) in tables.items():
-        samples[name], seen, unknown, decided = [], Counter(), Counter(), Counter()
-        for number, row in enumerate(rows):
-            called, choices = _columns(row), []
-            try:
-                sample = _sample(row, root, rows, number, called, choices)
-                seen[sample.id] += 1
-                unknown.update(set(row) - set(FIELDS) - set(called.values()))
-                if seen[sample.id] > 1:
-                    raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
-                samples[name].append(sample)
-                decided.update(choices)
-            except DataError as error:
-                named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
-                field, _, what = str(error).partition(":")
-                problems.append(f"{label} row {number}{named}, {called.get(field, field)}:{what}")
-        if unknown:
-            counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
-            say(f"data: {label}: fields left alone: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}")
-        if decided:
-            say(f"data: {label}: decided: " + "; ".join(f"{what} ({n} rows)" for what, n in sorted(decided.items())))
+    with Checked(str(source)) as checked:
+        for name, (label, rows) in tables.items():
+            samples[name], bad = _split(label, rows, root, checked, say)
+            problems += bad
+    return samples, problems
+
+
+def _split(label: str, rows, root: Path | None, checked: Checked, say) -> tuple[list[Sample], list[str]]:
+    """`_read` of one split."""
+    samples, problems, seen, unknown, decided = [], [], Counter(), Counter(), Counter()
+    for number, row in enumerate(rows):
+        called, choices = _columns(row), []
+        try:
+            sample = _sample(row, root, rows, number, called, choices, checked)
+            seen[sample.id] += 1
+            unknown.update(set(row) - set(FIELDS) - set(called.values()))
+            if seen[sample.id] > 1:
+                raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
+            samples.append(sample)
+            decided.update(choices)
+        except DataError as error:
+            named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
+            field, _, what = str(error).partition(":")
+            problems.append(f"{label} row {number}{named}, {called.get(field, field)}:{what}")
+    if unknown:
+        counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
+        say(f"data: {label}: fields left alone: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}")
+    if decided:
+        say(f"data: {label}: decided: " + "; ".join(f"{what} ({n} rows)" for what, n in sorted(decided.items())))
     return samples, problems
 
 
@@ -266,7 +285,7 @@ def _missing(value) -> bool:
     return value is None or (isinstance(value, list) and not value)
 
 
-def _sample(row: dict, root: Path | None, table=None, number: int = 0, called=None, decided=None) -> Sample:
+def _sample(row: dict, root: Path | None, table=None, number=0, called=None, decided=None, check=_check_media):
     """One row, checked; DataError("field: what is wrong. What to do"). called: its `_columns`. decided: gets a few
     words for each thing that the row leaves open."""
     if not isinstance(row, dict):
@@ -325,7 +344,7 @@ def _sample(row: dict, root: Path | None, table=None, number: int = 0, called=No
     places = range(len(cells)) if isinstance(row["path"], list) else [None]
     column = called.get("path", "path")
     media = tuple(medium_of(cell, root, Embedded(table, number, i, column)) for i, cell in zip(places, cells))
-    sizes = tuple(_check_media(medium, row["data_type"]) for medium in media)
+    sizes = tuple(check(medium, row["data_type"]) for medium in media)
     as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
     return Sample(
         id=_name_of(row, "problem_id"),
@@ -495,18 +514,9 @@ def fingerprint(sets: dict[str, list[Sample]]) -> str:
         for s in rows:
             fields = [value for field, value in vars(s).items() if field not in ("media", "sizes")]
             accepted = getattr(s.answer, "accepted", ())
-            digest.update(repr((fields, accepted, [_trace(medium) for medium in s.media])).encode())
+            digest.update(repr((fields, accepted, [trace(medium) for medium in s.media])).encode())
         lines.append(f"{name}: {len(rows)} rows, {digest.hexdigest()[:12]}")
     return "; ".join(lines)
-
-
-def _trace(medium: Media) -> tuple:
-    if isinstance(medium, Path):
-        stat = medium.stat()
-        return str(medium), stat.st_size, stat.st_mtime_ns
-    content = medium.read() if isinstance(medium, Embedded) else medium
-    look = (content.mode, content.size) if isinstance(content, Image.Image) else ()
-    return *look, hashlib.sha256(content.tobytes() if look else content).hexdigest()
 
 
 def _placed(media: list[dict], text: str) -> list[dict]:

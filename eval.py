@@ -254,8 +254,9 @@ def checkpoint_of(path: Path) -> tuple[Path, dict]:
 def on_benchmarks(args: argparse.Namespace) -> None:
     """Ask every row of every benchmark, score by both protocols, print the table. Goes on from what is there."""
     cfg = settings_of(args)
-    sets = rows_of(cfg, args)
     run = Run(cfg)
+    with run.one_first():
+        sets = rows_of(cfg, args)
     policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.device))
     judged_by = args.judge_model or args.judge or ""
     judge = asked_judge(args, run.device) if args.judge and run.is_main else None
@@ -630,12 +631,13 @@ def on_own_rows(args: argparse.Namespace) -> None:
     """The test*.json of a dataset in the schema of data.py."""
     if args.out and not args.out.parent.is_dir():
         raise data.DataError(f"--out: the folder {args.out.parent} does not exist")
-    sets = data.load(args.data, args.on_bad_row, say_once)
     cfg = settings_of(args)
     cfg.four_stage = cfg.asked == "four_stage"
+    run = Sharing(cfg)
+    with run.one_first():
+        sets = data.load(args.data, args.on_bad_row, say_once)
     sets = {k: v for k, v in sets.items() if k.startswith("test")} or {"train": sets["train"]}
     sets = fitting(sets, cfg, args.on_bad_row)
-    run = Sharing(cfg)
     judge = CaptionReward(asked_judge(args, run.device)) if args.judge else None
     result = evaluate(load(cfg.model, vars(cfg), run.device), sets, judge, cfg, run, "evaluate")
     for split, scored in result.items():

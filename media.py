@@ -8,12 +8,13 @@ import base64
 import errno
 import hashlib
 import io
+import json
 import os
 import re
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from fractions import Fraction
 from itertools import dropwhile, islice
 from pathlib import Path
@@ -22,6 +23,8 @@ from urllib.parse import unquote, unquote_to_bytes
 
 import av
 import numpy as np
+import PIL
+from huggingface_hub import cached_assets_path
 from PIL import Image, UnidentifiedImageError
 
 # Formats that hold what they show. A playlist (HLS, DASH, concat), a pattern of names or PostScript opens other things.
@@ -158,6 +161,59 @@ def _name(medium: Media) -> str:
 
 def _short(name: str) -> str:
     return name if len(name) <= 200 else f"{name[:200]}..."
+
+
+def trace(medium: Media) -> tuple:
+    """What changes when it does: of a file path, size and time of change, of anything else a hash of its content."""
+    if isinstance(medium, Path):
+        stat = medium.stat()
+        return str(medium), stat.st_size, stat.st_mtime_ns
+    content = medium.read() if isinstance(medium, Embedded) else medium
+    look = (content.mode, content.size) if isinstance(content, Image.Image) else ()
+    return *look, hashlib.sha256(content.tobytes() if look else content).hexdigest()
+
+
+class Checked:
+    """`_check_media`, which opens only what is new or has changed since the same `source` was last checked on this
+    machine. What was good is kept in the assets folder of the Hugging Face cache (HF_HOME), a file for each source.
+
+        with Checked("data/train.json") as checked:
+            size = checked(medium, "image")
+    """
+
+    def __init__(self, source: str):
+        # paths may be relative, and this code and its libraries decide what is good
+        by = (source, Path.cwd(), Path(__file__).read_bytes(), av.__version__, PIL.__version__)
+        self.file, self.before, self.now = None, {}, {}
+        try:
+            folder = cached_assets_path("ground-what-you-see", "media")
+            self.file = folder / f"{hashlib.sha256(repr(by).encode()).hexdigest()[:32]}.json"
+            self.before = {key: Size(*values) for key, values in json.loads(self.file.read_bytes()).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass  # none yet, or none that can be read: then all is opened
+
+    def __call__(self, medium: Media, data_type: str) -> Size:
+        try:
+            key = repr((data_type, *trace(medium)))
+        except Exception:  # as in _check_media, which says what is wrong
+            return _check_media(medium, data_type)
+        if key not in self.now:
+            self.now[key] = self.before.get(key) or _check_media(medium, data_type)
+        return self.now[key]
+
+    def __enter__(self) -> "Checked":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        keep = self.now if kind is None else self.before | self.now  # of a source that was half read, all
+        if self.file is None or keep == self.before:
+            return
+        try:  # whole or not at all, whoever else writes it
+            beside = self.file.with_name(f".{self.file.name}.{os.getpid()}")
+            beside.write_text(json.dumps({key: astuple(size) for key, size in keep.items()}))
+            os.replace(beside, self.file)
+        except OSError:
+            pass  # a folder that cannot be written, or a full disk: all is opened next time
 
 
 def _check_media(medium: Media, data_type: str) -> Size:

@@ -277,6 +277,18 @@ class Run:
         """What the main process finds: on a shared disk another may still see what was there before."""
         return self.gather([value() if self.is_main else None])[0]
 
+    @contextmanager
+    def one_first(self) -> Iterator[None]:
+        """One process of each machine is in here before its others, which find what it has kept (`media.Checked`)."""
+        first = self.accelerator.is_local_main_process
+        try:
+            if not first:
+                self.accelerator.wait_for_everyone()
+            yield
+        finally:
+            if first:  # also where it fails: the others then meet the same error, instead of waiting for it
+                self.accelerator.wait_for_everyone()
+
     def total(self, value: Tensor) -> Tensor:
         return self.accelerator.reduce(value.double(), "sum")
 

@@ -394,9 +394,10 @@ def select_prompts(start: str, samples: list[data.Sample], judge: CaptionReward 
             scores = run.each(file, samples, cfg.select_batch, score, "select")
         known = [line for line in scores if 2 * line["known"] >= cfg.responses]
         if len(known) < len(scores) / 2:
+            why = next(filter(None, run.gather([getattr(judge.judge, "last_error", "")])), "unknown")
             raise ConfigError(
                 f"selection: the judge gave no verdict on most captions of {len(scores) - len(known)} of {len(scores)} "
-                "prompts, although it was asked twice. Is it up? The same command asks again"
+                f"prompts, although it was asked twice. Its last error: {why}. The same command asks again"
             )
         kind = {sample.id: sample.category for sample in samples}
         ids, variance = [line["id"] for line in known], torch.tensor([line["variance"] for line in known])
@@ -1104,12 +1105,14 @@ def readable(metrics: dict[str, float]) -> str:
 
 def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     """Check every row and every file before any model is loaded; then build the embedded world where needed."""
-    given = data.load(cfg.data, cfg.on_bad_row, run.say) if cfg.data else None
+    with run.one_first():
+        given = data.load(cfg.data, cfg.on_bad_row, run.say) if cfg.data else None
     if not (cfg.data and cfg.model and (cfg.judge or not cfg.caption_reward)):
         if run.is_main:
             shapes.build(Path(cfg.world), cfg.quiet)
         run.accelerator.wait_for_everyone()
-    sets = _fitting(given or data.load(Path(cfg.world) / "data"), cfg, run)
+    with run.one_first():
+        sets = _fitting(given or data.load(Path(cfg.world) / "data"), cfg, run)
     if "train" not in sets:
         raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
     run.claim_data(run.first(lambda: data.fingerprint(sets)))

@@ -2,8 +2,10 @@
 
 import os
 import random
+import tempfile
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared is compared on CPUs, also where there is a GPU
+os.environ["HF_ASSETS_CACHE"] = (kept := tempfile.TemporaryDirectory()).name  # media.Checked's: not the user's own
 
 import pytest
 import torch

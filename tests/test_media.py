@@ -1,9 +1,11 @@
 """media.py: only known formats are opened, pictures and clips are seen as people see them, clips go by timestamps."""
 
 import base64
+import functools
 import io
 import itertools
 import json
+import os
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -704,3 +706,91 @@ def test_a_file_uri_is_the_path_in_it(tmp_path):
     (tmp_path / "a.png").write_bytes(packed(photo(), "PNG"))
     samples = loaded(tmp_path, row(f"file://{tmp_path}/a.png"), row("file://a.png", problem_id="1"))
     assert [s.media for s in samples] == [(tmp_path / "a.png",)] * 2
+
+
+# --- what was good is kept --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch) -> list:
+    """The media that are opened from now on; what is kept is in a folder of its own."""
+    found, _check_media = [], media._check_media
+
+    def watched(medium, data_type):
+        found.append(medium)
+        return _check_media(medium, data_type)
+
+    monkeypatch.setattr(media, "_check_media", watched)
+    place = functools.partial(media.cached_assets_path, assets_dir=tmp_path / "kept")
+    monkeypatch.setattr(media, "cached_assets_path", place)
+    return found
+
+
+@pytest.fixture
+def folder(tmp_path, clip) -> Path:
+    """Two pictures, one of them asked about twice and once more as text, and a clip."""
+    (tmp_path / "a.png").write_bytes(packed(photo(), "PNG"))
+    (tmp_path / "b.jpg").write_bytes(packed(photo("L"), "JPEG"))
+    text = "data:image/png;base64," + base64.b64encode(packed(photo(), "PNG")).decode()
+    paths = ["a.png", ["a.png", "b.jpg"], text]
+    rows = [row(path, problem_id=str(i)) for i, path in enumerate(paths)]
+    rows.append(row(str(clip), problem_id="clip", data_type="video"))
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    return tmp_path
+
+
+def test_what_was_good_is_not_opened_again_until_it_changes(folder, opened):
+    first = data.load(folder)["train"]
+    assert len(opened) == 4 and opened.count(folder / "a.png") == 1
+    assert [s.sizes for s in data.load(folder)["train"]] == [s.sizes for s in first] and len(opened) == 4
+    then = (folder / "a.png").stat()
+    (folder / "a.png").touch()
+    assert (folder / "a.png").stat().st_mtime_ns != then.st_mtime_ns
+    assert data.load(folder)["train"][0] == first[0] and opened[4:] == [folder / "a.png"]
+    (folder / "b.jpg").write_bytes(packed(photo("L").resize((40, 30)), "JPEG"))
+    os.utime(folder / "b.jpg", ns=(then.st_atime_ns, then.st_mtime_ns))  # of another size, as old as before
+    assert data.load(folder)["train"][1].sizes[1] == media.Size(1, 30, 40) and opened[5:] == [folder / "b.jpg"]
+
+
+def test_what_is_bad_is_opened_and_told_every_time(folder, opened):
+    (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:300])
+    for _ in range(2):
+        with pytest.raises(data.DataError, match=r"train.json row 1 \(1\), path: cannot read .*b.jpg"):
+            data.load(folder)
+    assert opened.count(folder / "b.jpg") == 2 and len(opened) == 5
+    (folder / "a.png").unlink()
+    with pytest.raises(data.DataError, match="a.png does not exist"):
+        data.load(folder)
+
+
+def test_a_picture_is_no_clip_because_it_was_a_good_picture(folder, opened):
+    data.load(folder)
+    (folder / "train.json").write_text(json.dumps([row("a.png", data_type="video")]))
+    with pytest.raises(data.DataError, match="has 1 frame. Give a picture as image"):
+        data.load(folder)
+
+
+def test_a_check_that_is_interrupted_keeps_what_it_has_seen(folder, opened, monkeypatch):
+    with monkeypatch.context() as interrupted:
+        check = media._check_media
+        interrupted.setattr(media, "_check_media", lambda m, kind: check(m, kind) if kind == "image" else 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            data.load(folder)
+    assert len(data.load(folder)["train"]) == 4 and len(opened) == 4
+    (folder / "train.json").write_text(json.dumps([row("a.png")]))
+    data.load(folder)
+    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1  # what is gone is not kept
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', '{"x": [1]}', "\0"])
+def test_what_is_kept_and_cannot_be_read_is_not_believed(folder, opened, content):
+    data.load(folder)
+    (file,) = (folder / "kept").rglob("*.json")
+    file.write_text(content)
+    assert len(data.load(folder)["train"]) == 4 and len(opened) == 8
+    assert len(data.load(folder)["train"]) == 4 and len(opened) == 8
+
+
+def test_where_nothing_can_be_kept_all_is_opened(folder, opened):
+    (folder / "kept").write_text("a file where a folder is needed")
+    assert len(data.load(folder)["train"]) == len(data.load(folder)["train"]) == 4 and len(opened) == 8

@@ -47,7 +47,7 @@ CASES = [(launch, variant) for launch, variants in WHICH.items() for variant in 
 LAUNCHES = {"one": (1, "gpu1"), "two": (2, "cpu2"), "four": (4, "cpu2"), "sharded": (2, "fsdp2")}
 
 
-def accelerate(file, processes, *command, **options):
+def accelerate(file, processes, *command, kept=os.environ["HF_ASSETS_CACHE"], **options):
     line = [
         sys.executable,
         "-m",
@@ -57,7 +57,7 @@ def accelerate(file, processes, *command, **options):
         LAUNCH / f"{file}.yaml",
     ]
     line += ["--num_processes", processes, "--main_process_port", "0", *command]  # 0: one that is free
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_ASSETS_CACHE": str(kept)}
     return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=900, env=environment, **options)
 
 
@@ -89,7 +89,8 @@ def launched(world, mixed, tmp_path_factory):
             where = ["--world", str(world), "--output_dir", str(folder / variant)]
             variants[variant] = [*TINY, *where, *data, *options]
         (folder / "variants.json").write_text(json.dumps(variants))
-        done = accelerate(file, processes, ROOT / "tests/worker.py", folder / "out.json", folder / "variants.json")
+        command = [ROOT / "tests/worker.py", folder / "out.json", folder / "variants.json"]
+        done = accelerate(file, processes, *command, kept=folder / "kept")
         assert done.returncode == 0, done.stderr[-5000:]
         tensors = {variant: load_file(f"{folder}/out.json.{variant}.safetensors") for variant in variants}
         seen[name] = json.loads((folder / "out.json").read_text()), tensors, folder
@@ -149,6 +150,13 @@ def test_what_is_compared_is_not_constant(launched):
 def test_every_process_takes_part_in_as_many_collectives(launched, launch, variant):
     seen = launched[launch][0][variant]
     assert len(set(seen["collectives"])) == 1 and seen["collectives"][0] > 20
+
+
+def test_one_process_opens_the_media_once_for_all_of_them_and_for_later_runs(launched):
+    for name, (processes, _) in LAUNCHES.items():
+        first, *later = (launched[name][0][variant]["opened"] for variant in WHICH[name] if variant != "unlike")
+        assert first[0] > 20 and first[1:] == [0] * (processes - 1)
+        assert all(opened == [0] * processes for opened in later)
 
 
 def test_a_judge_that_dies_in_one_process_leaves_its_rewards_unknown(launched):

@@ -541,7 +541,7 @@ class Judge:
     """Says A; silent whenever `silent(prompt, how often it was asked this)` is true."""
 
     def __init__(self, silent=lambda prompt, times: False):
-        self.silent, self.times = silent, Counter()
+        self.silent, self.times, self.last_error = silent, Counter(), "503 away"
 
     def __call__(self, prompts):
         self.times.update(prompts)
@@ -604,9 +604,8 @@ def test_a_verdict_that_is_missing_is_asked_for_again_before_selection(scoring, 
 
 def test_a_judge_that_is_away_stops_selection_and_is_asked_again_by_the_same_command(scoring, tmp_path):
     samples, select = scoring
-    with pytest.raises(
-        train.ConfigError, match=f"no verdict on most captions of {len(samples)} of {len(samples)} prom"
-    ):
+    told = f"no verdict on most captions of {len(samples)} of {len(samples)} prompts.*Its last error: 503 away"
+    with pytest.raises(train.ConfigError, match=told):
         select(tmp_path / "away", Judge(lambda *_: True))
     assert not (tmp_path / "away/select/selected.json").exists()
     assert select(tmp_path / "away", Judge()) == select(tmp_path / "up", Judge())

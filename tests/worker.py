@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import stops
 
+import media
 import train
 import vlm
 
@@ -29,6 +30,7 @@ ORIGINAL = {
     "roll_out": train.roll_out,
     "reward": train.reward,
     "order": train.Run.order,
+    "_check_media": media._check_media,
 }
 
 
@@ -38,7 +40,7 @@ class Variant:
     def __init__(self, options: list[str]):
         self.faults = dict(word.split("=") for word in options if word[0].isupper())
         self.cfg = train.parse_config([word for word in options if not word[0].isupper()])
-        self.updates, self.tensors, self.run = [], {}, None
+        self.updates, self.tensors, self.run, self.opened = [], {}, None, 0
         self.start = collectives()
 
     def play(self) -> dict:
@@ -46,9 +48,15 @@ class Variant:
         train.reward = self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
         train.roll_out = self.roll_out
         train.Run.order = lambda run, *where: self.order(run, *where)
+        media._check_media = self._check_media
         train.main(self.cfg)
-        counts = self.run.gather([collectives() - self.start])
-        return {"processes": len(counts), "collectives": counts, "sharded": self.run.sharded, "updates": self.updates}
+        counts, opened = (self.run.gather([count]) for count in (collectives() - self.start, self.opened))
+        seen = {"processes": len(counts), "collectives": counts, "opened": opened, "updates": self.updates}
+        return seen | {"sharded": self.run.sharded}
+
+    def _check_media(self, *args):
+        self.opened += 1
+        return ORIGINAL["_check_media"](*args)
 
     def update(self, learner) -> None:
         """Keep what the optimiser is given and what it makes of it."""
