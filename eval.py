@@ -624,7 +624,7 @@ class Sharing(Run):
     """Processes that share rows, and keep nothing but --out."""
 
     def _claim_folder(self) -> None:
-        self.folder = "none"
+        self.folder = None
 
 
 def on_own_rows(args: argparse.Namespace) -> None:

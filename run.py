@@ -106,7 +106,8 @@ class Run:
         self.began = time.time()
         how = " (FSDP2)" if self.sharded else ""
         what, where = getattr(cfg, "method", "evaluation"), self.accelerator.device
-        self.say(f"{what} on {self.processes} process(es){how}, {where}; folder {self.folder}")
+        folder = f"; folder {self.folder}" if self.folder else ""
+        self.say(f"{what} on {self.processes} process(es){how}, {where}{folder}")
         if on_cpu and self.processes > 1 and torch.get_num_threads() * self.processes > (os.cpu_count() or 1):
             self.say(f"warning: {self.processes} processes share {os.cpu_count()} CPU cores")
 

@@ -5,6 +5,8 @@ import random
 import tempfile
 
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared is compared on CPUs, also where there is a GPU
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, as below
 os.environ["HF_ASSETS_CACHE"] = (kept := tempfile.TemporaryDirectory()).name  # media.Checked's: not the user's own
 
 import pytest

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import os
 import pickle
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from commands import launch
 from PIL import Image
 
 import answers
@@ -572,8 +571,8 @@ def test_a_hub_id_that_cannot_be_had_is_one_clear_error(monkeypatch):
 def test_check_prints_counts_sizes_lengths_and_a_line_for_each_bad_row(media, tmp_path, world):
     rows = [*picture_pictures_film(media), number(media), choice(media, problem_id="bad", path="gone.png")]
     write(tmp_path / "train.json", rows)
-    command = [sys.executable, "data.py", "check", str(tmp_path), "--model", str(world / "policy")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
+    command = ["check", tmp_path, "--model", world / "policy"]
+    done = launch(*command, script="data.py", check=False)
     assert done.returncode == 1, done.stderr
     for line in (
         "train: 4 rows, 3 with a reference response",
@@ -587,11 +586,8 @@ def test_check_prints_counts_sizes_lengths_and_a_line_for_each_bad_row(media, tm
     ):
         assert line in done.stdout, done.stdout
     write(tmp_path / "train.json", rows[:-1])
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(data.__file__).parent)
-    assert done.returncode == 0 and done.stdout.endswith("no bad row\n")
-    done = subprocess.run(
-        [*command[:3], "no-such-folder"], capture_output=True, text=True, cwd=Path(data.__file__).parent
-    )
+    assert launch(*command, script="data.py").stdout.endswith("no bad row\n")
+    done = launch("check", "no-such-folder", script="data.py", check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: data: no-such-folder does not exist")
 
 

@@ -3,14 +3,13 @@
 import contextlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import commands
 import numpy as np
 import pytest
 import test_benchmarks as forms
@@ -350,21 +349,13 @@ def test_a_run_folder_stands_for_its_last_finished_stage_and_a_checkpoint_for_it
         assert evaluation.checkpoint_of(tmp_path) == (tmp_path / stage / "policy", {"fps": 1.0, "four_stage": False})
 
 
-def command(*arguments):
-    """eval.py as a user runs it, on one thread and without a network."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "eval.py", *map(str, arguments)], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
-
-
 def test_the_command_evaluates_a_checkpoint_and_writes_every_row(world, policy, tmp_path):
     out, judge = tmp_path / "x.json", world / "judge"
-    done = command(
+    done = commands.launch(
         *("--model", world / "policy", "--data", world / "data", "--max_new_tokens", 8, "--out", out),
         *("--judge", judge, "--batch", 4),
+        script="eval.py",
     )
-    assert done.returncode == 0, done.stderr
     assert "test: accuracy" in done.stdout and "test_pairs: accuracy" in done.stdout
     result = json.loads(out.read_text())
     sets = {split: rows for split, rows in data.load(world / "data").items() if split.startswith("test")}
@@ -462,9 +453,10 @@ def test_rows_that_the_model_cannot_be_asked_are_refused_first(world, tmp_path, 
 
 
 def test_a_missing_data_folder_is_one_line_without_a_traceback(world, tmp_path):
-    done = command("--model", world / "policy", "--data", tmp_path / "nowhere")
+    options = ["--model", world / "policy", "--data", tmp_path / "nowhere"]
+    done = commands.launch(*options, script="eval.py", check=False)
     errors = [line for line in done.stderr.splitlines() if line.strip()]
-    assert done.returncode != 0 and done.stdout == ""
+    assert done.returncode != 0 and done.stdout == "evaluation on 1 process(es), cpu\n"
     assert len(errors) == 1 and errors[0].startswith("error: data: ") and "nowhere does not exist" in errors[0]
 
 
@@ -530,7 +522,9 @@ def published(tmp_path_factory):
 
 
 def launch(*options, processes=1):
-    done = accelerate("cpu2" if processes > 1 else "gpu1", processes, ROOT / "eval.py", *options)
+    if processes == 1:
+        return commands.launch(*options, script="eval.py").stdout
+    done = accelerate("cpu2", processes, ROOT / "eval.py", *options)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -790,11 +784,6 @@ def test_two_runs_are_compared_row_by_row(benchmarked, tmp_path, capsys):
 )
 def test_what_cannot_be_evaluated_is_one_line_before_the_model_is_loaded(published, tmp_path, options, says):
     options = [word.replace("HERE", str(published)) for word in options]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), "--model", "/no/model", *options],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-    )
+    done = commands.launch("--model", "/no/model", *options, script="eval.py", check=False, cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
     assert "Traceback" not in done.stderr

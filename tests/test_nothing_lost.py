@@ -5,7 +5,6 @@ pytest -m soak tests/test_nothing_lost.py      # a hundred kills, twenty in each
 
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -14,9 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+import commands
 import pytest
 import torch
-import worker
 from safetensors.torch import load_file
 from test_processes import accelerate
 
@@ -32,15 +31,11 @@ SMALL = (
 
 @pytest.fixture(scope="module")
 def fork(tmp_path_factory):
-    """Starts train.py with options in a process that has imported everything already, which prints to `fork.log`."""
+    """Starts train.py with options; what it prints is in `fork.log`."""
     log = tmp_path_factory.mktemp("log") / "log"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["worker"])
 
     def start(*options, moment=""):
-        process = context.Process(target=worker.launch, args=(list(map(str, options)), str(log), moment))
-        process.start()
-        return process
+        return commands.start("train.py", *options, out=log, err=log, moment=moment)
 
     start.log = log
     return start
@@ -212,14 +207,13 @@ def small_disk(tmp_path):
 
 def test_a_disk_that_fills_during_a_checkpoint_keeps_the_last_one(world, small_disk):
     options = ["--world", world, "--output_dir", small_disk / "run", *SMALL, "--method", "sft"]
-    command = [sys.executable, str(ROOT / "train.py"), *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    done = commands.launch(*options, check=False)
     assert done.returncode != 0 and "the disk is full" in done.stderr and "Traceback" not in done.stderr
     assert [path.name for path in (small_disk / "run/sft").glob("*checkpoint-*")] == ["checkpoint-2"]
     assert "the last checkpoint among it, is whole" in done.stderr and not (small_disk / "run/sft/policy").exists()
     subprocess.run(["mount", "-o", "remount,size=200m", str(small_disk)], check=True)
-    done = subprocess.run([*command, "--quiet", "false"], capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0 and "resumed after update 2" in done.stdout, done.stderr
+    done = commands.launch(*options, "--quiet", "false")
+    assert "resumed after update 2" in done.stdout
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------

@@ -7,8 +7,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import av
 import numpy as np
 import pytest
+from commands import launch
 from PIL import Image
-from test_train import SMALL, launch
+from test_train import SMALL
 
 import reasoning
 

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import launch
 from transformers import Trainer, get_cosine_schedule_with_warmup
 
 import data
@@ -35,18 +36,13 @@ def command(*options, script=("train.py",)):
     return [*line, *map(str, options)]
 
 
-def launch(*options, check=True, cwd=None):
-    done = subprocess.run(command(*options), capture_output=True, text=True, cwd=cwd, timeout=900)
-    if check:
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def finished(world, tmp_path_factory):
     """A whole run: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("runs") / "whole"
-    done = launch("--world", world, "--output_dir", folder, *SMALL)
+    line = command("--world", world, "--output_dir", folder, *SMALL)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return folder, done.stdout
 
 
@@ -92,10 +88,7 @@ def test_the_same_command_again_only_reports(finished, world):
 
 def test_the_papers_sentences_are_measured_on_a_finished_run(finished):
     """bench/claims.py, the numbers of the README, in miniature."""
-    command = [sys.executable, str(ROOT / "bench/claims.py"), "--run", str(finished[0]), "--prompts", "4"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, "--batches", "1"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
+    done = launch("--run", finished[0], "--prompts", "4", "--batches", "1", script="bench/claims.py")
     assert "| all |" in done.stdout and all(f"`{name}`" in done.stdout for name in ntk_infonce.FEATURES)
 
 
@@ -391,12 +384,7 @@ def test_a_lora_run_leaves_an_adapter_or_with_merge_whole_weights_that_plain_tra
     with torch.no_grad():
         start = vlm.load(str(tmp_path / "true/sft/policy"), trainable=False).core(**inputs).logits[0, -1]
     assert (scores[0] - start).abs().max() > 1e-4  # the adapter has learned something
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), "--model", str(tmp_path / "false"), "--data", str(world / "data")],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    launch("--model", tmp_path / "false", "--data", world / "data", script="eval.py")
     (tmp_path / "false/sft").rename(tmp_path / "false/moved")
     with pytest.raises(FileNotFoundError, match="is an adapter of .*sft/policy, which is not there"):
         vlm.load(str(tmp_path / "false/rl/policy"))
@@ -802,9 +790,7 @@ def test_the_lenient_rule_is_an_option(world):
     ],
 )
 def test_bad_input_is_one_clear_line_before_anything_is_built(options, says, tmp_path):
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *options], capture_output=True, text=True, cwd=tmp_path
-    )
+    done = launch(*options, check=False, cwd=tmp_path)
     assert done.returncode != 0 and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "shapes-world").exists()
 
@@ -813,7 +799,7 @@ def test_bad_input_is_one_clear_line_before_anything_is_built(options, says, tmp
 def test_a_text_only_model_is_refused_in_one_line(world, tmp_path, command):
     options = ["--model", world / "judge", "--data", world / "data"]
     options += ["--judge", world / "judge", "--output_dir", tmp_path / "run"] if command == "train.py" else []
-    done = subprocess.run([sys.executable, ROOT / command, *options], capture_output=True, text=True, cwd=tmp_path)
+    done = launch(*options, script=command, check=False, cwd=tmp_path)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "it is a qwen2 model, and only Qwen2.5-VL (qwen2_5_vl) is supported" in done.stderr
 
@@ -882,12 +868,11 @@ def test_a_start_that_failed_before_any_result_does_not_bind_the_folder(world, t
         row["path"] = str(world / "data" / row["path"])
     del rows[1]["solution"]
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    command = [sys.executable, str(ROOT / "train.py"), "--data", str(tmp_path / "train.json"), "--world", str(world)]
-    command += ["--sft_steps", "0", "--method", "sft", "--output_dir", str(tmp_path / "run")]
-    failed = subprocess.run(command, capture_output=True, text=True)
+    options = ["--data", tmp_path / "train.json", "--world", world, "--sft_steps", "0", "--method", "sft"]
+    options += ["--output_dir", tmp_path / "run"]
+    failed = launch(*options, check=False)
     assert failed.returncode == 1 and "--on_bad_row skip" in failed.stderr and (tmp_path / "run/config.yaml").exists()
-    done = subprocess.run([*command, "--on_bad_row", "skip"], capture_output=True, text=True)
-    assert done.returncode == 0 and "skipped: train.json row 1" in done.stdout, done.stderr
+    assert "skipped: train.json row 1" in launch(*options, "--on_bad_row", "skip").stdout
 
 
 def test_help_explains_every_field_with_its_source(capsys):

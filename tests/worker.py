@@ -7,7 +7,6 @@ go to OUT.json.NAME.safetensors.
 """
 
 import json
-import os
 import random
 import sys
 from pathlib import Path
@@ -17,8 +16,6 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import stops
-
 import media
 import train
 import vlm
@@ -129,18 +126,6 @@ def dying(judge: vlm.LocalJudge, prompts: list[str], original=vlm.LocalJudge.__c
     """A judge that is reached when it is tried, and afterwards in one process no more."""
     judge.asked = getattr(judge, "asked", 0) + 1
     return [None] * len(prompts) if judge.asked > 2 and rank() == 1 else original(judge, prompts)
-
-
-def launch(argv: list[str], log: str, moment: str = "") -> None:
-    """train.py's command line, in a process that a test forks and kills, or that kills itself at a moment of stops.py;
-    what it prints goes to a file."""
-    with open(log, "w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if moment:
-        stops.stop_at(moment, "KILL")
-    sys.argv = ["train.py", *argv]
-    train.cli()
 
 
 def main(out: Path, variants: dict[str, list[str]]) -> None:
