@@ -275,8 +275,11 @@ class Config:
                 raise ConfigError(f"{name}: must be above 0, got {getattr(self, name)}")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"warmup: is a share of a stage's updates and must lie in [0, 1), got {self.warmup}")
-        if self.method != "sft" and self.nce_weight and self.prompts_per_step < 2:
-            raise ConfigError("prompts_per_step: Eq. 4 compares prompts; give at least 2, or --nce_weight 0")
+        if self.method != "sft" and self.nce_weight and self.prompts_per_step < 3:
+            raise ConfigError(
+                "prompts_per_step: Eq. 4 needs a positive and a negative beside a prompt; give at least 3, or "
+                "--nce_weight 0"
+            )
         given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
         self.output_dir = self.output_dir or "runs/" + "-".join(filter(None, (self.method, *given)))
 

@@ -776,7 +776,7 @@ def test_the_lenient_rule_is_an_option(world):
         (["--attention", "flash"], "attention: 'flash' is not one of sdpa, eager, flex_attention, flash_attention_2"),
         (["--attention", "flash_attention_2"], "attention: flash_attention_2 needs a GPU, pip install flash-attn"),
         (["--judge", "https://me:secret@host//v1", "--judge_model", "m"], "judge: no key or password in its URL"),
-        (["--prompts_per_step", "1"], "prompts_per_step: Eq. 4 compares prompts; give at least 2"),
+        (["--prompts_per_step", "2"], "prompts_per_step: Eq. 4 needs a positive and a negative beside a prompt"),
         (["--min_pixels", "9999999"], "min_pixels: must lie in"),
         (["--rl_epochs", "-1"], "rl_epochs: must be 0 or more"),
         (["--model", "no/such-model", "--judge", "x", "--data", str(ROOT / "tests/no.json")], "no.json does not exist"),
