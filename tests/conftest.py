@@ -18,6 +18,12 @@ import vlm
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """`pytest -n auto` (pytest-xdist): the tests of a file share what they have started, and long files come early."""
+    if getattr(config.option, "dist", "no") == "load":
+        config.option.dist, config.option.loadscopereorder = "loadfile", False
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """shapes.build's folder with few rows, an untrained policy and a briefly trained judge."""
