@@ -4,7 +4,8 @@ Two rules. *Strict* is the official one (OMNEX-VL's `reward_fn`): the whole answ
 number equal to two decimals. *Lenient* takes the answer out of the words around it, as a person reads it: "The answer
 is (B).", "B. a cat", "$1,200", "50 %", "12 cm". Neither takes what hedges ("A or B", every letter listed, two numbers,
 "not 5"): such a rule could be hacked. Both compare in Unicode's composed form (NFC), so that an accent is an accent
-however it is stored; full-width letters and signs ("（Ｂ）") are plain ones for the lenient rule only.
+however it is stored, and without characters that nobody sees (zero-width space, byte order mark); full-width letters
+and signs ("（Ｂ）") are plain ones for the lenient rule only.
 
 Strings in, booleans out.
 """
@@ -33,6 +34,7 @@ HEDGE = re.compile(
 )
 WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 NARROW = {0x3000: " "} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}  # full-width -> plain
+UNSEEN = dict.fromkeys((0x200B, 0x2060, 0xFEFF, 0xAD))  # not the joiners of words in Persian or Hindi
 
 
 class Answers(str):
@@ -82,7 +84,7 @@ def is_correct(prediction: str, solution: str | Sequence[str], problem_type: str
     several = getattr(solution, "accepted", solution)
     if not isinstance(several, str):
         return any(is_correct(prediction, one, problem_type, lenient) for one in several)
-    prediction, solution = (unicodedata.normalize("NFC", text) for text in (prediction, solution))
+    prediction, solution = (unicodedata.normalize("NFC", text).translate(UNSEEN) for text in (prediction, solution))
     if lenient and not is_correct(prediction, solution, problem_type):
         got, want = (read(text, problem_type) for text in (prediction, solution))
         if got is None or want is None or isinstance(got, str):

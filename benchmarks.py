@@ -215,7 +215,7 @@ def scan(name: str, path: str | Path, media: str | Path | None = None, check=Tru
         raise DataError(f"{name!r} is not one of {', '.join(TABLE)}")
     if not check:
         return _scan(name, path, media, None)
-    with data.Checked(f"{name} {path} {media}") as checked:
+    with data.Checked(name, path, media or "") as checked:
         rows, problems = _scan(name, path, media, checked)
     return _one_cluster_a_picture(rows) if name in ("mmbench", "mathvista") else rows, problems
 
@@ -237,6 +237,8 @@ def _scan(name: str, path, media, checked: Callable[[data.Media, str], data.Size
                     )
                 made = list(READ[name](raw, number, source))
                 for row in made:
+                    if not isinstance(row.question, str) or not row.question.strip():
+                        raise DataError("question: missing or empty")
                     if row.id in seen:
                         raise DataError(f"id: {row.id!r} is already taken")
                 if checked:

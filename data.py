@@ -32,6 +32,7 @@ checked, and every picture and clip opened, before a model is loaded; the same c
 """
 
 import argparse
+import contextlib
 import glob
 import hashlib
 import json
@@ -40,7 +41,7 @@ import re
 import string
 import sys
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,8 +77,23 @@ COLUMNS = {  # ours, and what it may be called elsewhere
     "solution": ("answer",),
 }
 MARK, NUMBERED = re.compile(r"<(?:image|video)>"), re.compile(r"<(image|video)[ _]?(\d+)>")
-# a letter with its mark, such as "A.", "(A)", "a:", and no abbreviation ("a.m.")
-LABEL = r"[(\[（]?\s*([A-Za-zＡ-Ｚａ-ｚ])\s*(?:\.\)|\.(?![A-Za-z]\.)|[:)\]．：）、])"
+FOREIGN = [  # marks of other families: ours
+    (re.compile(pattern, re.IGNORECASE), ours)
+    for pattern, ours in (
+        (r"<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>", r"<\1>"),  # Qwen2-VL's template
+        (r"(?:Picture ?\d+: ?)?<img>[^<]*</img>", r"<image>"),  # Qwen-VL, the first
+        (r"\(<(image|video)>\./</\1>\)", r"<\1>"),  # MiniCPM-V
+        (r"<\|(image|video)_(\d+)\|>", r"<\1_\2>"),  # Phi-3.5-vision
+        (r"<(image|video)(?:here|_placeholder|_soft_token)>", r"<\1>"),  # InternLM-XComposer, DeepSeek-VL, Gemma
+        (r"<image>", r"<image>"),  # in capitals
+        (r"<video>", r"<video>"),
+    )
+]
+# a letter with its mark, such as "A.", "(A)", "a:", "A - ", "**A.**", and no abbreviation ("a.m.")
+LABEL = (
+    r"(?:\*\*)?[(\[（]?\s*([A-Za-zＡ-Ｚａ-ｚ])(?:\*\*)?\s*"
+    r"(?:\.\)|\.(?![A-Za-z]\.)|[:)\]．：）、]|(?<=\s)[-–—](?=\s)|(?<=\*\*)(?=\s))(?:\*\*)?"
+)
 OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
 LISTED = re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE), re.compile(rf"(?<!\S){LABEL}\s*")  # on lines; in a row
 
@@ -158,7 +174,7 @@ def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
         names = ", ".join(tables) or "no split"
         raise DataError(f"data: {source} holds {names}; expected train.json (and cold_start.json, test*.json)")
     samples, problems = {}, []
-    with Checked(str(source)) as checked:
+    with Checked(source) as checked:
         for name, (label, rows) in tables.items():
             samples[name], bad = _split(label, rows, root, checked, say)
             problems += bad
@@ -181,7 +197,8 @@ def _split(label: str, rows, root: Path | None, checked: Checked, say) -> tuple[
         except DataError as error:
             named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
             field, _, what = str(error).partition(":")
-            problems.append(f"{label} row {number}{named}, {called.get(field, field)}:{what}")
+            said = f"{label} row {number}{named}, {called.get(field, field)}:{what}"
+            problems.append(said.encode(errors="backslashreplace").decode())
     if unknown:
         counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
         say(f"data: {label}: fields left alone: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}")
@@ -216,11 +233,16 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
         found = found if isinstance(found, dict) else {"train": found}
         return {name: (f"{path.name} {name}", _undecoded(table)) for name, table in found.items()}, path
     if not path.is_dir():
+        if path.suffix not in SUFFIXES:
+            raise DataError(f"data: {path.name} is none of {', '.join(SUFFIXES)}. Convert it")
         return {"train": (path.name, _rows(path))}, path.parent
     files = sorted(f for f in path.iterdir() if f.suffix in SUFFIXES)
     if others := [f.name for f in files if not f.stem.startswith(("train", "cold_start", "validation", "test"))]:
         say(f"data: not a split, left alone: {', '.join(others)}")
     files = [f for f in files if f.name not in others]
+    splits = defaultdict(list)
+    for f in files:
+        splits[re.sub(r"-\d+-of-\d+$", "", f.stem)].append(f)  # a table of the hub may lie in several files
     if len({f.stem for f in files}) < len(files):
         raise DataError(f"data: {path} holds a split twice: {', '.join(f.name for f in files)}. Keep one of each name")
     if not files:
@@ -228,7 +250,7 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
             f"data: {path} holds {', '.join(others) or 'no data file'}; expected train.json (and cold_start.json, "
             "test*.json)"
         )
-    return {f.stem: (f.name, _rows(f)) for f in files}, path
+    return {name: (parts[0].name, _rows(*parts)) for name, parts in splits.items()}, path
 
 
 def _undecoded(table):
@@ -244,24 +266,23 @@ def _undecoded(table):
     return table
 
 
-def _rows(file: Path):
+def _rows(file: Path, *more: Path):
     if file.suffix == ".parquet":
         import datasets
 
         try:
-            table = datasets.load_dataset("parquet", data_files=glob.escape(str(file)), split="train")
+            files = [glob.escape(str(part)) for part in (file, *more)]
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
         except Exception as error:  # of many kinds
             raise DataError(f"data: cannot read {file}: {error}") from error
         return _undecoded(table)
+    if more:
+        return [row for part in (file, *more) for row in _rows(part)]
     try:
         text = file.read_bytes().decode("utf-8-sig")
         if "\0" in text:  # UTF-16 without a byte order mark
             raise ValueError("it is not in UTF-8. Save it as UTF-8")
-        rows = (
-            [json.loads(line) for line in text.split("\n") if line.strip()]
-            if file.suffix == ".jsonl"
-            else json.loads(text)
-        )
+        rows = _lines(text) if file.suffix == ".jsonl" else _json(text)
     except UnicodeDecodeError as error:
         raise DataError(f"data: cannot read {file}: it is not in UTF-8 ({error.reason}). Save it as UTF-8") from error
     except (OSError, ValueError) as error:
@@ -269,6 +290,21 @@ def _rows(file: Path):
     if not isinstance(rows, list):
         raise DataError(f"data: {file} must hold a list of rows, not a {type(rows).__name__}")
     return rows
+
+
+def _lines(text: str) -> list:
+    return [json.loads(line) for line in text.replace("\ufeff", "").split("\n") if line.strip()]
+
+
+def _json(text: str):
+    """JSON, or rows in JSON a line each, which are often called .json as well."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        with contextlib.suppress(ValueError):
+            if rows := _lines(text):
+                return rows
+        raise error
 
 
 def _columns(row) -> dict[str, str]:
@@ -337,6 +373,8 @@ def _sample(row: dict, root: Path | None, table=None, number=0, called=None, dec
     for gold in golds if problem_type in ("numerical", "regression") else ():
         if answers.to_number(gold) is None:
             raise DataError(f"solution: {gold!r} is not a number")
+        if not answers.NUMBER.fullmatch(gold.removesuffix(".")):
+            raise DataError(f"solution: {gold!r} may be several numbers. Write one, such as 1,200 or 1.5")
     try:
         "".join([problem, *options, *golds, process or ""]).encode()
     except UnicodeEncodeError as error:
@@ -390,6 +428,8 @@ def _question(value, decided: list) -> str:
 
 def _marked(texts: list[str], row: dict, count: int) -> list[str]:
     """Question and options; each picture or clip has its mark in them, or none has."""
+    for pattern, ours in FOREIGN:
+        texts = [pattern.sub(ours, text) for text in texts]
     numbers = [int(number) for text in texts for _, number in NUMBERED.findall(text)]
     if numbers != list(range(1, len(numbers) + 1)):
         raise DataError(f"problem: marks <image {numbers[0]}> ... are not 1, 2, ... in order, each once. Use <image>")
@@ -410,6 +450,8 @@ def _golds(solution) -> list[str]:
     for one in solution if isinstance(solution, list) else [solution]:
         if isinstance(one, str):
             golds.append(answers.solution_of(one))
+            if re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", golds[-1], re.DOTALL):
+                raise DataError(f"solution: {golds[-1]!r} is a list written as text. Give the list, or one answer")
         elif isinstance(one, float) and math.isfinite(one):
             golds += [str(int(one)), f"{int(one)}.0"] if one.is_integer() else [str(one)]
         elif isinstance(one, int) and not isinstance(one, bool):
@@ -430,8 +472,8 @@ def _type(given: str | None, problem: str, options: list[str], golds: list[str],
         return given, names
     if options or names:
         kind, why = "multiple choice", "by its options" if options else "by lettered options in the question"
-    elif all(re.fullmatch("[A-Z]", gold) for gold in golds):
-        kind, why, names = "multiple choice", "by a letter as solution", {gold: [] for gold in golds}
+    elif all(letters := [re.fullmatch(r"\(?([A-Z])\)?[.:]?", gold) for gold in golds]):
+        kind, why, names = "multiple choice", "by a letter as solution", {letter[1]: [] for letter in letters}
     elif all(answers.NUMBER.fullmatch(gold) for gold in golds):
         kind, why = "numerical", "by a number as solution"
     else:
@@ -446,6 +488,7 @@ def _lettered(options: list[str], decided: list) -> tuple[list[str], dict[str, l
     if len(options) > 26:
         raise DataError(f"options: {len(options)} of them, and only 26 letters")
     letters, options = string.ascii_uppercase[: len(options)], [option.strip() for option in options]
+    options = [option[2:-2] if re.fullmatch(r"\*\*[^*]+\*\*", option) else option for option in options]
     found = [OPTION.fullmatch(option) for option in options]
     told = [unicodedata.normalize("NFKC", match[1]).upper() if match else "" for match in found]
     own = [a == b for a, b in zip(told, letters)]
@@ -453,6 +496,9 @@ def _lettered(options: list[str], decided: list) -> tuple[list[str], dict[str, l
         begin = ", ".join(letter or "no letter" for letter in told)
         raise DataError(f"options: begin with {begin}. Give all of them letters, A, B, ... in order, or none")
     texts = [match[2].strip() for match in found] if all(own) else options
+    bare = [match[1].upper() for option in options if (match := re.match(r"\W*([A-Za-z])\W", option))]
+    if not any(own) and bare != list(letters) and sorted(bare) == list(letters) and len(bare) > 1:
+        raise DataError(f"options: seem to begin with {', '.join(bare)}. Give them letters in order, or none")
     if not all(texts):
         raise DataError(f"options: one is empty ({', '.join(map(repr, options))}). Leave it out, or fill it")
     if not all(own):

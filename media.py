@@ -5,12 +5,14 @@ system FFmpeg. What a clip costs to read does not grow with its length: `read_vi
 """
 
 import base64
+import contextlib
 import errno
 import hashlib
 import io
 import json
 import os
 import re
+import time
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Sequence
@@ -41,6 +43,7 @@ CLIPS = {  # as FFmpeg calls them: as people do
     "asf": "WMV",
     "ogg": "OGG",
 }
+NOTHING = (-9999, -32767, -32768)  # stand in depth and height maps where nothing was measured
 UPRIGHT = {  # EXIF orientation: what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -145,7 +148,8 @@ def _from_text(text: str) -> bytes:
         if not head.lower().endswith(";base64"):
             return unquote_to_bytes(text)
         text = unquote(text)
-    return base64.b64decode("".join(text.splitlines()), validate=True)
+    plain = "".join(text.splitlines()).replace("-", "+").replace("_", "/")  # of the alphabet for URLs, too
+    return base64.b64decode(plain, validate=True)
 
 
 def _stream(medium: Path | bytes | Embedded) -> Path | io.BytesIO:
@@ -174,38 +178,45 @@ def trace(medium: Media) -> tuple:
 
 
 class Checked:
-    """`_check_media`, which opens only what is new or has changed since the same `source` was last checked on this
-    machine. What was good is kept in the assets folder of the Hugging Face cache (HF_HOME), a file for each source.
+    """`_check_media`, which opens only what is new or has changed since the same data were last checked on this
+    machine. What was good is kept in the assets folder of the Hugging Face cache (HF_HOME), a file for each `source`.
 
         with Checked("data/train.json") as checked:
             size = checked(medium, "image")
     """
 
-    def __init__(self, source: str):
-        # paths may be relative, and this code and its libraries decide what is good
-        by = (source, Path.cwd(), Path(__file__).read_bytes(), av.__version__, PIL.__version__)
-        self.file, self.before, self.now = None, {}, {}
+    def __init__(self, *source: str | Path):
+        self.file, self.before, self.now, self.saved = None, {}, {}, time.monotonic()
         try:
+            # this code and its libraries decide what is good
+            by = (Path(__file__).read_bytes(), av.__version__, PIL.__version__, *map(os.path.realpath, source))
             folder = cached_assets_path("ground-what-you-see", "media")
             self.file = folder / f"{hashlib.sha256(repr(by).encode()).hexdigest()[:32]}.json"
-            self.before = {key: Size(*values) for key, values in json.loads(self.file.read_bytes()).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
+            kept = {key: Size(*values) for key, values in json.loads(self.file.read_bytes()).items()}
+            if all(isinstance(value, int | float) for size in kept.values() for value in astuple(size)):
+                self.before = kept
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
             pass  # none yet, or none that can be read: then all is opened
 
     def __call__(self, medium: Media, data_type: str) -> Size:
         try:
-            key = repr((data_type, *trace(medium)))
+            key = repr((data_type, *trace(Path(os.path.abspath(medium)) if isinstance(medium, Path) else medium)))
         except Exception:  # as in _check_media, which says what is wrong
             return _check_media(medium, data_type)
         if key not in self.now:
             self.now[key] = self.before.get(key) or _check_media(medium, data_type)
+            if time.monotonic() - self.saved > 60:
+                self._save(self.before | self.now)
         return self.now[key]
 
     def __enter__(self) -> "Checked":
         return self
 
     def __exit__(self, kind, *_) -> None:
-        keep = self.now if kind is None else self.before | self.now  # of a source that was half read, all
+        self._save(self.now if kind is None else self.before | self.now)  # what is gone goes, when all has been read
+
+    def _save(self, keep: dict[str, Size]) -> None:
+        self.saved = time.monotonic()
         if self.file is None or keep == self.before:
             return
         try:  # whole or not at all, whoever else writes it
@@ -225,9 +236,9 @@ def _check_media(medium: Media, data_type: str) -> Size:
         size = _size_of_image(medium) if data_type == "image" else _size_of_video(medium)
     except DataError:
         raise
-    except Exception as error:  # PIL and PyAV raise many kinds; all of them mean an unreadable file
-        if data_type == "image" or not _is_picture(medium):
-            raise DataError(f"path: cannot read {name} as {data_type} ({error})") from error
+    except Exception as error:  # PyAV raises many kinds; all of them mean an unreadable file
+        if not _is_picture(medium):
+            raise DataError(f"path: cannot read {name} as video ({error})") from error
         size = Size(1, 0, 0)
     if data_type == "video" and size.frames < 2:
         raise DataError(f"path: {name} has {size.frames} frame. Give a picture as image")
@@ -245,7 +256,7 @@ def _check_media(medium: Media, data_type: str) -> Size:
 def _is_picture(medium: Media) -> bool:
     try:
         return bool(read_image(medium))
-    except Exception:  # as above
+    except DataError:
         return False
 
 
@@ -259,7 +270,17 @@ def _size_of_image(medium: Media) -> Size:
 
 def read_image(medium: Media) -> Image.Image:
     """The picture upright, in RGB; transparency becomes white, as in qwen-vl-utils, not black. Of an MPO, a phone's
-    picture with previews or a second lens, the first. Greys of more than 8 bits: `_grey`."""
+    picture with previews or a second lens, the first. Greys of more than 8 bits: `_grey`. DataError where it cannot be
+    read."""
+    try:
+        return _read_image(medium)
+    except DataError:
+        raise
+    except Exception as error:  # PIL raises many kinds; all of them mean an unreadable file
+        raise DataError(f"path: cannot read {_name(medium)} as image ({error})") from error
+
+
+def _read_image(medium: Media) -> Image.Image:
     image = medium if isinstance(medium, Image.Image) else _open_image(medium)
     if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise DataError(
@@ -295,19 +316,23 @@ def _grey(image: Image.Image) -> Image.Image:
     Integers within 16 bits: black is 0 and white is 2^depth - 1, by the least usual depth (8, 10, 12, 14 or 16 bits)
     that holds them all. So 16 bits are divided by 257, and 12 bits in a file of 16 are not dark. Floats within [0, 1]:
     white is 1. Others have no white of their own: black is the least value, and white the greatest. What is no number
-    is black.
+    is black, and so is what marks that nothing was measured. Where a TIFF says that 0 is white, all is the other way.
     """
-    values = np.asarray(image)
-    if image.mode == "I" and image.format == "TIFF" and image.tag_v2.get(339, (1,)) == (1,):
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "I" and image.format == "TIFF" and tags.get(339, (1,)) == (1,):
         values = values.view(np.uint32)  # by its SampleFormat; PIL has signed integers only
-    known = values[np.isfinite(values)]
+    empty = np.isnan(values) | np.isin(values, NOTHING)
+    with contextlib.suppress(ValueError):
+        empty |= values == float(tags.get(42113, "nan").strip(" \0"))  # GDAL's own
+    known = values[~empty & (np.abs(values.astype(np.float64)) < 1e38)]  # and none of the type's ends
     black, white = (known.min().item(), known.max().item()) if known.size else (0, 0)
     if black >= 0 and values.dtype.kind in "ui" and white < 2**16:
         black, white = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if white < 2**bits)
     elif black >= 0 and white <= 1:
         black, white = 0, 1
-    share = (values.astype(np.float64) - black) / (white - black or 1)
-    grey = Image.fromarray((255 * np.nan_to_num(share.clip(0, 1))).round().astype(np.uint8))
+    share = ((values.astype(np.float64) - black) / (white - black or 1)).clip(0, 1)
+    share = 1 - share if tags.get(262) == 0 else share
+    grey = Image.fromarray((255 * np.where(empty, 0, share)).round().astype(np.uint8))
     if isinstance(clear := image.info.get("transparency"), int):
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     return grey
@@ -351,15 +376,25 @@ def frames_taken(total: int, rate: float, fps: float, max_frames: int) -> int:
 
 def _size_of_video(medium: Media) -> Size:
     with _open_video(medium) as container:
-        stream, stamps, shown = _video(container), [], None
+        stream, stamps, shown, end = _video(container), [], None, {}
         stream.codec_context.skip_frame = "NONKEY"  # to decode every frame of every clip would take hours
-        for packet in container.demux(stream):
+        for packet in container.demux(*_timed(container)):
+            if packet.dts is not None:
+                time, before = packet.dts * packet.time_base, end.get(packet.stream)
+                if before is not None and time < before - 1:
+                    raise ValueError(f"its time begins anew after {float(before):g} s, as in joined files: convert it")
+                end[packet.stream] = time
             if packet.is_corrupt:
-                raise ValueError("it is cut off")
+                raise ValueError("it is cut off or damaged")
+            if packet.stream is not stream:
+                continue
             if _is_shown(packet):
                 stamps.append(packet.pts)
             for frame in packet.decode():
                 shown = shown or frame
+        length = _told_length(container)
+        if length - max(end.values(), default=0) > 1 + length / 10:
+            raise ValueError(f"it is cut off: it should last {float(length):.1f} s")
         if shown is None:
             raise ValueError("no frame of it can be decoded")
         height, width = (shown.width, shown.height) if _orientation(shown) >= 5 else (shown.height, shown.width)
@@ -450,6 +485,19 @@ def _video(container: av.container.InputContainer) -> av.video.stream.VideoStrea
     if stream is None or stream.codec_context is None:
         raise ValueError("no video stream that can be decoded")
     return stream
+
+
+def _told_length(container: av.container.InputContainer) -> float | Fraction:
+    """The seconds that the head of the file tells, 0 where it tells none, or FFmpeg makes them from the file's size."""
+    stream, name = _video(container), container.format.name
+    if name == "avi" and stream.average_rate:
+        return stream.frames / stream.average_rate
+    return (container.duration or 0) / av.time_base if name.startswith(("matroska", "flv")) else 0
+
+
+def _timed(container: av.container.InputContainer) -> list[av.stream.Stream]:
+    """Those that say how far a file goes: sound may go on where nothing new is to be seen."""
+    return [_video(container), *(stream for stream in container.streams.audio if stream.codec_context)]
 
 
 def _is_shown(packet: av.Packet) -> bool:

@@ -435,7 +435,7 @@ def test_a_clip_whose_end_is_missing_is_refused(tmp_path):
     whole = (tmp_path / "clip.mp4").read_bytes()
     (tmp_path / "clip.mp4").write_bytes(whole[:-20])
     row = {"data_type": "video", "problem_type": "free-form", "problem": "?", "solution": "a", "problem_id": "0"}
-    with pytest.raises(data.DataError, match=r"cannot read .*clip.mp4 as video \(it is cut off\)"):
+    with pytest.raises(data.DataError, match=r"cannot read .*clip.mp4 as video \(it is cut off or damaged\)"):
         data.load(write(tmp_path / "a.json", [row | {"path": "clip.mp4"}]))
 
 
@@ -658,6 +658,8 @@ def test_lettered_options_are_shown_as_letter_and_stop(media, tmp_path, form, so
         (["1. red", "2. blue"], "2", "B"),
         (["(1) red", "(2) blue"], "(2) blue", "B"),
         (["A", "B", "C"], "C", "C"),
+        (["A flat", "B flat"], "B flat", "B"),
+        (["A cat", "A dog"], "A dog", "B"),
         ([unicodedata.normalize("NFD", "Z\u00fcrich"), "Bern"], "Z\u00fcrich", "A"),
     ],
 )
@@ -682,6 +684,8 @@ def test_options_without_letters_get_them_in_order(media, tmp_path, options, sol
         (["red", "blue"], "violet", "'violet' is not the letter of an option (A, B)"),
         (["red", "red"], "red", "'red' may be option A or B. Give the letter"),
         (["B", "A"], "A", "'A' may be option A or B"),
+        (["B - red", "A - blue"], "A", "options: begin with B, A."),
+        (["C red", "A blue", "B green"], "A", "options: seem to begin with C, A, B. Give them letters in order"),
         (["2", "3", "1"], 1, "1 is a number, a place or a text. Give the option's letter"),
         (["A. red", "B. blue"], ["A", "B"], "holds the letters A, B. Give one"),
         (["A. red", "B. blue"], "B. red", "'B. red' is not the letter"),
@@ -718,6 +722,52 @@ def test_any_of_several_accepted_answers_is_right(media, tmp_path):
     assert [answers.is_correct(n, counted.answer, "numerical") for n in "567"] == [True, True, False]
     assert one.answer == "5" and type(one.answer) is str
     assert "'many' is not a number" in refused(tmp_path, number(media, solution=["5", "many"]))
+
+
+@pytest.mark.parametrize("solution", ["1,2", "3,4,5", "1.204,5", "1_000", "12,34"])
+def test_a_number_that_could_be_another_is_refused(media, tmp_path, solution):
+    """The official rule drops commas: 12.0 would earn the gold 1,2."""
+    assert f"{solution!r} may be several numbers" in refused(tmp_path, number(media, solution=solution))
+    for fine in ("1,200", "-1,234.5", ".5", "5.", "1e5", "+3"):
+        assert loaded(tmp_path, number(media, solution=fine))[0].answer == fine
+
+
+def test_a_list_that_was_written_as_text_is_refused(media, tmp_path):
+    for text in ("['Paris', 'paris']", '["Paris"]'):
+        row = number(media, problem_type="free-form", solution=text)
+        assert "is a list written as text. Give the list, or one answer" in refused(tmp_path, row)
+    assert loaded(tmp_path, number(media, problem_type="OCR", solution="[1]"))[0].answer == "[1]"
+
+
+def test_what_nobody_sees_in_a_gold_can_be_left_out(media, tmp_path):
+    [sample] = loaded(tmp_path, number(media, problem_type="free-form", solution="Par\u200bis\ufeff"))
+    assert answers.is_correct("Paris", sample.answer, "free-form")
+    assert not answers.is_correct("می\u200cروم", "میروم", "free-form")  # this joiner parts a word from another
+
+
+def test_rows_in_lines_may_be_called_json_and_a_table_lie_in_several_files(media, tmp_path):
+    rows = [number(media, problem_id=str(i)) for i in range(4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "train.json").write_text(text)
+    assert [s.id for s in data.load(tmp_path)["train"]] == list("0123")
+    (tmp_path / "train.json").unlink()
+    (tmp_path / "joined.jsonl").write_text(
+        "\ufeff" + text[: text.index("\n") + 1] + "\ufeff" + text[text.index("\n") + 1 :]
+    )
+    assert len(data.load(tmp_path / "joined.jsonl")["train"]) == 4
+    (tmp_path / "joined.jsonl").unlink()
+    for i in (0, 1):
+        table = datasets.Dataset.from_list(rows[2 * i : 2 * i + 2])
+        table.to_parquet(tmp_path / f"train-0000{i}-of-00002.parquet")
+        (tmp_path / f"validation-0000{i}-of-00002.jsonl").write_text(json.dumps(rows[i]))
+    sets = data.load(tmp_path)
+    assert {name: [s.id for s in some] for name, some in sets.items()} == {
+        "train": list("0123"),
+        "validation": ["0", "1"],
+    }
+    (tmp_path / "rows.csv").write_text("a,b")
+    with pytest.raises(data.DataError, match="rows.csv is none of .json, .jsonl, .parquet. Convert it"):
+        data.load(tmp_path / "rows.csv")
 
 
 def test_a_number_is_right_as_it_may_have_been_written(media, tmp_path):
@@ -826,6 +876,28 @@ def test_pictures_stand_where_their_marks_are(media, tmp_path):
         "Who is this?",
     ]
     assert options.question == "What goes with picture 1?\nOptions:\nA. picture 2\nB. picture 3"
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        "<Image>",
+        "Picture 1: <img>coffee.png</img>",
+        "<img>coffee.png</img>",
+        "<|image_1|>",
+        "(<image>./</image>)",
+        "<|vision_start|><|image_pad|><|vision_end|>",
+        "<ImageHere>",
+        "<image_placeholder>",
+        "<image_soft_token>",
+    ],
+)
+def test_marks_of_other_families_are_marks(media, tmp_path, mark):
+    """Qwen-VL, Phi, MiniCPM-V, Qwen2-VL's template, InternLM-XComposer, DeepSeek-VL, Gemma."""
+    row = choice(media, options=[], problem_type="free-form", solution="no", process=...)
+    [sample] = loaded(tmp_path, row | {"path": str(media / "coffee.png"), "problem": f"Here: {mark} Is it tea?"})
+    assert layout(sample) == ["Here: ", "[600]", f" Is it tea?{reasoning.prompt('', (), 'free-form')}"]
+    assert sample.question == "Here: Is it tea?"
 
 
 def test_a_mark_before_all_words_changes_nothing(media, tmp_path):

@@ -94,9 +94,9 @@ def test_pictures_of_other_modes_are_turned_too(mode):
 # --- pictures: greys --------------------------------------------------------------------------------------------------
 
 
-def tiff(values: np.ndarray) -> bytes:
+def tiff(values: np.ndarray, **options) -> bytes:
     file = io.BytesIO()
-    tifffile.imwrite(file, values)
+    tifffile.imwrite(file, values, **options)
     return file.getvalue()
 
 
@@ -140,6 +140,31 @@ def test_what_is_no_number_is_black_and_the_rest_stays():
     values[0, :4] = np.nan, np.inf, -np.inf, 0.5
     shown = np.asarray(media.read_image(tiff(values)))[..., 0]
     assert shown[0, :4].tolist() == [0, 255, 0, 128] and np.array_equal(shown[1:], PHOTO[1:])
+
+
+@pytest.mark.parametrize("kind", ["16 bits", "floats", "8 bits"])
+def test_a_tiff_whose_0_is_white_is_no_negative(kind):
+    """As scanners and X-ray machines write them; those of 8 bits PIL turns itself."""
+    values = {"16 bits": deep(16), "floats": (PHOTO / 255).astype(np.float32), "8 bits": PHOTO}[kind]
+    shown = np.asarray(media.read_image(tiff(values, photometric="miniswhite")))[..., 0]
+    assert np.array_equal(shown, 255 - PHOTO)
+
+
+@pytest.mark.parametrize(
+    ("values", "nothing", "options"),
+    [
+        (PHOTO.astype(np.float32) / 255, -9999, {}),
+        (PHOTO.astype(np.float32) / 255, np.finfo(np.float32).min, {}),
+        (PHOTO.astype(np.float32) / 255, -1, {"extratags": [(42113, "s", 0, "-1", True)]}),
+        (deep(16).astype(np.int32), -32768, {}),
+    ],
+)
+def test_places_where_nothing_was_measured_are_black_and_leave_the_rest(values, nothing, options):
+    """As in depth maps and GeoTIFFs: one such pixel would make all others white."""
+    values = values.copy()
+    values[0, :3] = nothing
+    shown = np.asarray(media.read_image(tiff(values, **options)))[..., 0]
+    assert shown[0, :3].tolist() == [0, 0, 0] and np.array_equal(shown[1:], PHOTO[1:])
 
 
 @pytest.mark.parametrize("value", [0, 7, 65535])
@@ -303,6 +328,52 @@ def test_a_clip_given_as_picture_is_refused_in_a_line(clip):
     for medium in (clip, clip.read_bytes()):
         with pytest.raises(data.DataError, match=f"cannot read .* as image .{NAMED}"):
             media._check_media(medium, "image")
+
+
+@pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
+def test_files_that_were_joined_are_no_clip_of_half_the_length(tmp_path, name):
+    """Their times begin anew, so that the second half would be taken for the first."""
+    whole = write(tmp_path / name, 100, "mpeg2video")
+    assert media._check_media(whole, "video").frames == 100
+    content = whole.read_bytes()
+    for medium in both(tmp_path, content + content, f"two-{name}"):
+        with pytest.raises(
+            data.DataError, match=r"its time begins anew after 4\S* s, as in joined files|is cut off or da"
+        ):
+            media._check_media(medium, "video")
+
+
+@pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.flv", "a.avi", "a.mp4"])
+def test_a_clip_that_was_cut_off_is_no_short_clip(tmp_path, name):
+    codec = {"a.webm": "libvpx", "a.flv": "flv", "a.avi": "mpeg4"}.get(name, "libx264")
+    whole = write(tmp_path / name, 300, codec)
+    assert media._check_media(whole, "video").frames == 300
+    content = whole.read_bytes()
+    for medium in both(tmp_path, content[: len(content) // 2], f"half-{name}"):
+        with pytest.raises(data.DataError, match="path: cannot read .* as video"):
+            media._check_media(medium, "video")
+
+
+def test_sound_that_goes_on_after_the_last_frame_is_no_cut(tmp_path):
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=16_000)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
+        for i in range(50):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pattern(i), format="rgb24")))
+        for i in range(150):  # ten seconds in all
+            noise = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+            noise.sample_rate, noise.pts, noise.time_base = 16_000, 1024 * i, Fraction(1, 16_000)
+            container.mux(sound.encode(noise))
+        container.mux([*stream.encode(), *sound.encode()])
+    assert media._check_media(tmp_path / "a.mkv", "video") == media.Size(50, 64, 96, 25.0)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", packed(photo(), "PNG")[:500]])
+def test_a_picture_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    for path in (tmp_path / "a.png", tmp_path / "gone.png"):
+        with pytest.raises(data.DataError, match=f"path: cannot read .*{path.name} as image"):
+            data.read_image(path)
 
 
 def test_a_name_with_a_colon_is_a_file_and_no_protocol(clip, tmp_path, monkeypatch):
@@ -752,6 +823,32 @@ def test_what_was_good_is_not_opened_again_until_it_changes(folder, opened):
     assert data.load(folder)["train"][1].sizes[1] == media.Size(1, 30, 40) and opened[5:] == [folder / "b.jpg"]
 
 
+def test_what_is_kept_is_known_by_any_name_of_the_folder(folder, opened, monkeypatch, tmp_path_factory):
+    data.load(folder)
+    monkeypatch.chdir(folder)
+    for source in (".", Path.cwd(), f"../{folder.name}/", folder / "train.json"):
+        data.load(source)
+        assert len(opened) == (8 if source == folder / "train.json" else 4), source
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+    data.load(folder)
+    assert len(opened) == 8
+
+
+def test_a_folder_that_is_gone_under_a_process_does_no_harm(folder, opened, monkeypatch, tmp_path):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert len(data.load(folder)["train"]) == len(data.load(folder)["train"]) == 4
+
+
+def test_a_long_check_keeps_what_it_has_seen_even_if_it_is_killed(folder, opened, monkeypatch):
+    now = iter(range(0, 10**6, 61))
+    monkeypatch.setattr(media.time, "monotonic", lambda: next(now))
+    checked = media.Checked(folder)  # and never left
+    checked(folder / "a.png", "image")
+    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1
+
+
 def test_what_is_bad_is_opened_and_told_every_time(folder, opened):
     (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:300])
     for _ in range(2):
@@ -782,7 +879,7 @@ def test_a_check_that_is_interrupted_keeps_what_it_has_seen(folder, opened, monk
     assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1  # what is gone is not kept
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', '{"x": [1]}', "\0"])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', '{"x": [1]}', "\0", "[" * 10**5])
 def test_what_is_kept_and_cannot_be_read_is_not_believed(folder, opened, content):
     data.load(folder)
     (file,) = (folder / "kept").rglob("*.json")
