@@ -43,7 +43,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -183,28 +183,39 @@ def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
 
 def _split(label: str, rows, root: Path | None, checked: Checked, say) -> tuple[list[Sample], list[str]]:
     """`_read` of one split."""
-    samples, problems, seen, unknown, decided = [], [], Counter(), Counter(), Counter()
+    found, problems, seen, unknown, decided = [], {}, Counter(), Counter(), Counter()
+    calls = [_columns(row) for row in rows]
+
+    def is_bad(number: int, row, error: DataError) -> None:
+        named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
+        field, _, what = str(error).partition(":")
+        said = f"{label} row {number}{named}, {calls[number].get(field, field)}:{what}"
+        problems[number] = said.encode(errors="backslashreplace").decode()
+
     for number, row in enumerate(rows):
-        called, choices = _columns(row), []
+        choices = []
         try:
-            sample = _sample(row, root, rows, number, called, choices, checked)
-            seen[sample.id] += 1
-            unknown.update(set(row) - set(FIELDS) - set(called.values()))
-            if seen[sample.id] > 1:
-                raise DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique")
-            samples.append(sample)
+            sample = _sample(row, root, rows, number, calls[number], choices, check=None)
+            found.append((number, sample))
+            unknown.update(set(row) - set(FIELDS) - set(calls[number].values()))
             decided.update(choices)
         except DataError as error:
-            named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
-            field, _, what = str(error).partition(":")
-            said = f"{label} row {number}{named}, {called.get(field, field)}:{what}"
-            problems.append(said.encode(errors="backslashreplace").decode())
+            is_bad(number, row, error)
+    samples = []
+    for (number, sample), sizes in zip(found, checked.each([(s.media, s.data_type) for _, s in found]), strict=True):
+        seen[sample.id] += not isinstance(sizes, DataError)
+        if isinstance(sizes, DataError):
+            is_bad(number, rows[number], sizes)
+        elif seen[sample.id] > 1:
+            is_bad(number, rows[number], DataError(f"problem_id: {sample.id!r} is already taken. Make ids unique"))
+        else:
+            samples.append(replace(sample, sizes=sizes))
     if unknown:
         counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
         say(f"data: {label}: fields left alone: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}")
     if decided:
         say(f"data: {label}: decided: " + "; ".join(f"{what} ({n} rows)" for what, n in sorted(decided.items())))
-    return samples, problems
+    return samples, [problems[number] for number in sorted(problems)]
 
 
 def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path | None]:
@@ -382,7 +393,7 @@ def _sample(row: dict, root: Path | None, table=None, number=0, called=None, dec
     places = range(len(cells)) if isinstance(row["path"], list) else [None]
     column = called.get("path", "path")
     media = tuple(medium_of(cell, root, Embedded(table, number, i, column)) for i, cell in zip(places, cells))
-    sizes = tuple(check(medium, row["data_type"]) for medium in media)
+    sizes = tuple(check(medium, row["data_type"]) for medium in media) if check else ()
     as_tuple = {name: tuple(row[name]) if row.get(name) is not None else None for name in ("objects", "relevant")}
     return Sample(
         id=_name_of(row, "problem_id"),

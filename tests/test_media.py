@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import struct
+import threading
 from fractions import Fraction
 from pathlib import Path
 from urllib.parse import quote
@@ -818,6 +819,7 @@ def test_what_was_good_is_not_opened_again_until_it_changes(folder, opened):
     (folder / "a.png").touch()
     assert (folder / "a.png").stat().st_mtime_ns != then.st_mtime_ns
     assert data.load(folder)["train"][0] == first[0] and opened[4:] == [folder / "a.png"]
+    then = (folder / "b.jpg").stat()
     (folder / "b.jpg").write_bytes(packed(photo("L").resize((40, 30)), "JPEG"))
     os.utime(folder / "b.jpg", ns=(then.st_atime_ns, then.st_mtime_ns))  # of another size, as old as before
     assert data.load(folder)["train"][1].sizes[1] == media.Size(1, 30, 40) and opened[5:] == [folder / "b.jpg"]
@@ -844,9 +846,24 @@ def test_a_folder_that_is_gone_under_a_process_does_no_harm(folder, opened, monk
 def test_a_long_check_keeps_what_it_has_seen_even_if_it_is_killed(folder, opened, monkeypatch):
     now = iter(range(0, 10**6, 61))
     monkeypatch.setattr(media.time, "monotonic", lambda: next(now))
-    checked = media.Checked(folder)  # and never left
-    checked(folder / "a.png", "image")
-    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1
+    sizes = media.Checked(folder).each([([folder / "a.png"], "image")] * 300)
+    assert [next(sizes) for _ in range(257)] == [(media.Size(1, 96, 128),)] * 257  # and never comes to its end
+    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1 and len(opened) == 1
+
+
+def test_media_are_opened_side_by_side_each_once(tmp_path, monkeypatch):
+    """Four rows that are there only together; a picture that many ask for is opened by one."""
+    together, opened = threading.Barrier(2, timeout=60), []
+
+    def check(medium, data_type):
+        opened.append(medium)
+        together.wait()
+        return media.Size(1, 9, 9)
+
+    monkeypatch.setattr(media, "_check_media", check)
+    monkeypatch.setattr(media.os, "cpu_count", lambda: 4)
+    rows = [([name], "image") for name in (b"a", b"b", b"a", b"b")]
+    assert list(media.Checked(tmp_path).each(rows)) == [(media.Size(1, 9, 9),)] * 4 and sorted(opened) == [b"a", b"b"]
 
 
 def test_what_is_bad_is_opened_and_told_every_time(folder, opened):

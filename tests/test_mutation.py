@@ -169,6 +169,7 @@ FAULTS = [
     Fault("an interrupted check is lost", "media", "if kind is None else self.before | self.now", "if kind is None else self.before", "interrupted"),
     Fault("what is gone is kept", "media", "self.now if kind is None else", "", "interrupted"),
     Fault("a long check keeps nothing before its end", "media", "if time.monotonic() - self.saved > 60:", "if False:", "long_check"),
+    Fault("media are opened one by one", "media", "ThreadPoolExecutor(os.cpu_count())", "ThreadPoolExecutor(1)", "side_by_side"),
     Fault("joined files are half a clip", "media", "time < before - 1:", "False:", "joined"),
     Fault("half a clip is a short one", "media", "> 1 + length / 10:", "> 10**9:", "cut_off"),
     Fault("X-rays are negatives", "media", "1 - share if tags.get(262) == 0 else share", "share", "0_is_white"),
