@@ -769,7 +769,7 @@ class Learner:
             return
         run, asked = self.run, size
         size = batch_size(len(samples), size, run.processes)
-        least = max(run.processes, 2 if self.stage == "rl" and self.cfg.nce_weight else 1)  # Eq. 4 needs two prompts
+        least = max(run.processes, 3 if self.stage == "rl" and self.cfg.nce_weight else 1)  # as in Config
         if size < least:
             raise data.DataError(
                 f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update of {run.processes} "

@@ -396,6 +396,18 @@ def test_another_size_of_the_batch_is_refused(world, tmp_path):
         next(learner.batches(train.data.load(world / "data")["train"], 3))
 
 
+def test_an_update_of_two_prompts_is_refused_where_eq_4_counts(world, tmp_path):
+    """It needs a positive and a negative beside a prompt; without it two will do."""
+    rows = train.data.load(world / "data")["train"]
+    for weight, size in ((1.0, 3), (0.0, 2)):
+        cfg = train.Config(output_dir=str(tmp_path / str(weight)), quiet=True, world=str(world), nce_weight=weight)
+        learner = train.Learner("rl", f"{world}/policy", 1, 1e-4, cfg, run.Run(cfg))
+        if weight:
+            with pytest.raises(train.data.DataError, match="rl: 2 rows are too few; 3 at least in each update"):
+                next(learner.batches(rows[:2], 8))
+        assert len(next(learner.batches(rows[:size], 8))[1]) == size
+
+
 # --- safe to read, safe to share -------------------------------------------------------------------------------------
 
 
