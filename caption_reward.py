@@ -6,7 +6,7 @@ The judge never sees the picture, so it can only be right when the caption carri
 call is unknown, not wrong: NaN leaves the group's statistics (`grpo.total_reward`), where the official code scores 0
 and so punishes the caption for a time-out (departure D-15). An empty caption is wrong without a call (D-14). The
 judge's reply is read after its thought (<think>...</think>), and leniently ("The answer is B."): it is not what is
-trained. A reply that breaks off is unknown too.
+trained. A reply that breaks off is unknown too, as is a thought with nothing behind it.
 
 A judge is any callable from a list of prompts to a list of replies, None where it failed: `vlm.LocalJudge` for a
 local causal LM, `EndpointJudge` for an OpenAI-compatible server. Both keep in `last_error` why their last None was one.
@@ -34,12 +34,18 @@ CONTROL = re.compile(
     r"|</?s>|<(?:bos|eos|pad|unk|sop|eop)>|<(?:start|end)_of_\w+>|</?seed:\w+>|\[gMASK\]"  # Llama 2, Gemma, Seed, GLM
     r"|<</?SYS>>|\[/?(?:INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_CALLS|TOOL_RESULTS|THINK)\]"  # Llama 2, Mistral
 )
-THOUGHT = re.compile(  # Qwen, DeepSeek and most others; Mistral; Cohere; gpt-oss; Gemma 4
-    r"<(?:seed:)?think(?:ing)?>|\[THINK\]|<\|START_THINKING\|>|<\|channel\|>analysis<\|message\|>|<\|channel>thought"
+# Qwen, DeepSeek, EXAONE and most others; Mistral; Cohere; gpt-oss; Gemma 4; OpenThinker; Kimi-VL; Open WebUI
+THOUGHT = re.compile(
+    r"<(?i:(?:seed:)?think(?:ing)?|thought|reasoning)>|\[THINK\]|<\|START_THINKING\|>"
+    r"|<\|channel\|>analysis<\|message\|>|<\|channel>thought|<\|begin_of_thought\|>|\u25c1think\u25b7"
+    r"|<details\b[^<>]{0,99}\stype=[\"']?reasoning\b"
 )
 AFTER_THOUGHT = re.compile(
-    r"</(?:seed:)?think(?:ing)?>|\[/THINK\]|<\|END_THINKING\|>|<\|channel\|>final<\|message\|>|<channel\|>"
+    r"</(?i:(?:seed:)?think(?:ing)?|thought|reasoning)>|\[/THINK\]|<\|END_THINKING\|>"
+    r"|<\|channel\|>final<\|message\|>|<channel\|>|<\|end_of_thought\|>|\u25c1/think\u25b7"
+    r"|<details\b[^<>]{0,99}\stype=[\"']?reasoning\b(?s:(?:(?!<details).)*?)</details>"  # no other kind is a thought
 )
+WHOLE = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "none", ""}  # finish reasons of a reply
 
 
 def without_control_tokens(text: str) -> str:
@@ -64,13 +70,14 @@ def judge_prompt(question: str, caption: str) -> str:
 def said(reply: str) -> str | None:
     """What a judge says after its thought, without control tokens: "<think>red?</think> A<|im_end|>" -> "A".
 
-    None where it has said nothing yet: the reply breaks off inside the thought, or is longer than LONGEST_REPLY.
+    None where it has said nothing yet: the reply breaks off inside the thought or right behind it, or is longer than
+    LONGEST_REPLY.
     """
-    answer = AFTER_THOUGHT.split(reply)[-1]
+    *thoughts, answer = AFTER_THOUGHT.split(reply)  # before the control tokens go, which some of its marks look like
     if THOUGHT.search(answer):
         return None
     answer = without_control_tokens(answer).strip()
-    if len(answer) > LONGEST_REPLY:
+    if len(answer) > LONGEST_REPLY or (thoughts and not answer):
         return None
     return answer.encode(errors="replace").decode()  # half an emoji cannot be written to a file
 
@@ -151,14 +158,31 @@ def _is_right(question: str, reply: str, solution: str, problem_type: str) -> bo
     return answers.is_correct(reply, solution, problem_type, lenient=True)
 
 
+def wrong_in(url: str) -> str:
+    """What a judge's URL may not hold, which is written down; "" where it is right. Never shows what it holds."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        return f"its URL cannot be read ({error})"
+    if parts.username or parts.password:
+        return "no key or password in its URL, which is written down; it goes to OPENAI_API_KEY"
+    if parts.query:
+        return (
+            "a judge's URL has no query; leave out the ? and what follows it (Azure: .../openai/v1 needs no "
+            "api-version). And no key or password in its URL, which is written down; it goes to OPENAI_API_KEY"
+        )
+    return ""
+
+
 class EndpointJudge:
     """A judge behind any OpenAI-compatible API (extra `judge`). Greedy; the key comes from OPENAI_API_KEY only.
 
     At most `concurrency` calls at a time. The client tries a failed one again, `retries` times with back-off; `timeout`
     seconds bound each silence of the server, `deadline` seconds all calls of a batch together: what is not there by
-    then is None, like a call that failed every time, and is given up. A reply that max_tokens or a filter cuts off is
-    None. max_tokens, temperature or seed, where the server refuses it by name, is left out from then on (max_tokens:
-    under its newer name); without temperature or seed replies may differ from call to call.
+    then is None, like a call that failed every time, and is given up. A reply that ends otherwise than by itself
+    (max_tokens, a filter, an error) is None. max_tokens, temperature or seed, where the server refuses it by name, is
+    left out from then on (max_tokens: under its newer name); without temperature or seed replies may differ from call
+    to call.
 
     Raises ValueError for a URL or model that cannot be asked, openai.OpenAIError without a key.
     """
@@ -177,10 +201,9 @@ class EndpointJudge:
             from openai import AsyncOpenAI, Timeout
         except ImportError as error:
             raise ValueError("a judge behind a URL needs pip install 'ground-what-you-see[judge]'") from error
-        url = urlsplit(base_url)
-        if url.username or url.password or url.query:
-            raise ValueError("no key or password in its URL, which is written down; it goes to OPENAI_API_KEY")
-        if not url.hostname:
+        if wrong := wrong_in(base_url):
+            raise ValueError(wrong)
+        if not urlsplit(base_url).hostname:
             raise ValueError(f"{base_url} names no server; a judge's URL looks like http://HOST:8000/v1")
         if not model:
             raise ValueError("name the model that the judge's URL serves (--judge_model)")
@@ -265,18 +288,25 @@ def _text_of(completion) -> str:
     except (AttributeError, LookupError, TypeError):
         words = _message_of(getattr(completion, "error", None) or str(completion))
         raise ValueError(f"its response is no chat completion: {words}") from None
-    if finish == "length":
-        raise ValueError("its reply was cut off (finish_reason length): raise --judge_max_tokens")
-    if finish == "content_filter":
-        raise ValueError("its reply was cut off by a content filter")
+    reason = str(finish).lower()
+    if reason in ("length", "max_tokens"):
+        raise ValueError(f"its reply was cut off (finish_reason {finish}): raise --judge_max_tokens")
+    if reason not in WHOLE:
+        raise ValueError(f"its reply is not whole (finish_reason {finish})")
+    thoughts = (getattr(message, name, None) for name in ("reasoning_content", "reasoning", "reasoning_details"))
+    thought = any(str(each or "").strip() for each in thoughts)
     if isinstance(text, list):  # [{"type": "thinking", ...}, {"type": "text", "text": "A"}]
-        text = "".join(part["text"] for part in text if isinstance(part, dict) and part.get("type") == "text")
+        parts = [part for part in text if isinstance(part, dict)]
+        thought |= any(part.get("type") != "text" for part in parts)
+        text = "".join(part["text"] for part in parts if part.get("type") == "text")
     if not isinstance(text, str):
         refusal = getattr(message, "refusal", None)
         raise ValueError(f"it refused: {refusal}" if refusal else f"its reply has no text (finish_reason {finish})")
     text = said(text)
+    if text == "" and thought:
+        raise ValueError(f"its reply has nothing behind its thought (finish_reason {finish})")
     if text is None:
-        raise ValueError("its reply breaks off inside its thought, or is too long for an answer")
+        raise ValueError("its reply breaks off inside its thought or right behind it, or is too long for an answer")
     return text
 
 

@@ -400,7 +400,7 @@ def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
     names = ("dtype", "attention", "min_pixels", "max_pixels")
     try:
         return vlm.load(model, trainable=False, **{k: options[k] for k in names if k in options}).to(device)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         raise data.DataError(f"--model: cannot load {model} ({reason(error)})") from error
 
 

@@ -26,11 +26,11 @@ from itertools import islice, zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import yaml
 from accelerate.utils.memory import should_reduce_batch_size
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
@@ -47,7 +47,8 @@ import report
 import shapes
 import variance_select
 import vlm
-from caption_reward import MAX_TOKENS, CaptionReward, only_states_the_answer
+from benchmark_files import reason
+from caption_reward import MAX_TOKENS, CaptionReward, only_states_the_answer, wrong_in
 from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl, stop
 
 
@@ -238,9 +239,8 @@ class Config:
                 raise ConfigError(f"{name}: a group of one has no variance and no advantage; give at least 2")
         if not 0 < self.min_pixels <= self.max_pixels:
             raise ConfigError(f"min_pixels: must lie in (0, max_pixels], got {self.min_pixels} and {self.max_pixels}")
-        url = urlsplit(self.judge)
-        if url.username or url.password or url.query:
-            raise ConfigError("judge: no key or password in its URL, which is written down; it goes to OPENAI_API_KEY")
+        if wrong := wrong_in(self.judge):
+            raise ConfigError(f"judge: {wrong}")
         if not 0 < self.keep <= 1:
             raise ConfigError(f"keep: must lie in (0, 1], got {self.keep}")
         if not -1 <= self.tau <= 1:
@@ -1127,7 +1127,7 @@ def _fitting(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict[
     try:
         context, tokenizer = vlm.context(cfg.start)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model: cannot load {cfg.start}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"model: cannot load {cfg.start}: {reason(error)}") from error
     most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
     limits = (cfg.four_stage, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
     fit, problems = data.fitting(sets, tokenizer, most, *limits)
@@ -1160,7 +1160,11 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
 def load(model: str, trainable: bool, cfg: Config, device: str | torch.device) -> vlm.VLM:
     names = "dtype attention lora_rank train_vision gradient_checkpointing min_pixels max_pixels"
     options = {name: getattr(cfg, name) for name in names.split()}
-    return vlm.load(model, **options, trainable=trainable).to(device)
+    try:
+        policy = vlm.load(model, **options, trainable=trainable)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model: cannot load {model}: {reason(error)}") from error
+    return policy.to(device)
 
 
 def finish(run: Run) -> None:

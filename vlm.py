@@ -10,9 +10,11 @@ Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T co
 
 import copy
 import inspect
+import json
 import random
 import re
 import warnings
+import zipfile
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
@@ -22,6 +24,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -31,6 +34,7 @@ from peft import (
     load_peft_weights,
 )
 from qwen_vl_utils.vision_process import fetch_image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask
@@ -47,7 +51,9 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessor,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
+    ProcessorMixin,
 )
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -632,28 +638,111 @@ def _banned_ids(model: nn.Module, tokenizer, end_ids: list[int]) -> list[int]:
 def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
     """The most tokens that a checkpoint takes, and its tokenizer; nothing heavy is loaded.
 
-    Raises ValueError for a model of another family or without a chat template, OSError where there is none."""
-    config = AutoConfig.from_pretrained(_base_of(path)[0])
+    Raises ValueError for a model of another family, quantised, in part there or without a chat template that can be
+    used, OSError where there is none."""
+    _, _, config, processor = _opened(path)
+    _check_template(processor)
+    return config.text_config.max_position_embeddings, processor.tokenizer
+
+
+def _opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin]:
+    """(model, adapter to put on it, the model's configuration, processor): what a folder or hub id holds."""
+    base, adapter = _base_of(path)
+    it = f"its base {base}" if adapter else "it"
+    config = AutoConfig.from_pretrained(base)
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"it is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported")
-    processor = AutoProcessor.from_pretrained(path)
+        raise ValueError(f"{it} is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported")
+    for part in (config, config.text_config):
+        if how := getattr(part, "quantization_config", None):
+            method = how.get("quant_method", "bitsandbytes")  # whose older checkpoints do not say it
+            raise ValueError(f"{it} is quantised ({method}); give the unquantised checkpoint")
+    _check_files(base, "model", "pytorch_model")
+    processor = _processor_of(path, base)
     tokenizer = processor.tokenizer
-    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template  # older checkpoints: the latter alone
-    if not tokenizer.chat_template:
-        raise ValueError("it has no chat template; give an Instruct checkpoint")
-    return config.text_config.max_position_embeddings, tokenizer
+    for kind in ("image", "video"):
+        token, number = getattr(processor, f"{kind}_token"), getattr(config, f"{kind}_token_id")
+        if tokenizer.convert_tokens_to_ids(token) != number or not tokenizer("red").input_ids:
+            raise ValueError(
+                f"its tokenizer lacks words, or the {kind} token of its config.json ({token}, {number}); give a folder "
+                "that holds the tokenizer's files (tokenizer.json, tokenizer_config.json)"
+            )
+    # some checkpoints give it to one of the two alone
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    return base, adapter, config, processor
 
 
 def _base_of(path: str) -> tuple[str, str | None]:
     """(model, adapter to put on it): what a folder or hub id holds."""
-    if not (Path(path) / "adapter_config.json").exists():
+    file = Path(path) / "adapter_config.json"
+    if not file.exists():
         return path, None
-    base = PeftConfig.from_pretrained(path).base_model_name_or_path
-    if Path(base).is_absolute() and not Path(base).exists():
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error})") from error
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(f"{file} names no base_model_name_or_path; write the model there that it is an adapter of")
+    if config.is_prompt_learning:
+        raise ValueError(f"{path} is a {config.peft_type.value} adapter, which no weights can take in; give a LoRA")
+    if (Path(base).is_absolute() or base.count("/") > 1) and not Path(base).exists():
         raise FileNotFoundError(
             f"{path} is an adapter of {base}, which is not there. Put it back, or train with --merge"
         )
+    _check_files(path, "adapter_model", "adapter_model")
     return base, path
+
+
+def _check_files(folder: str, name: str, older: str) -> None:
+    """Are a folder's files of weights there, and as long as they say? Their heads tell, so this is cheap."""
+    here = Path(folder)
+    if not here.is_dir():  # on the hub
+        return
+    files = [here / f"{name}.safetensors", *here.glob(f"{name}.safetensors.index.json")]
+    files += [here / f"{older}.bin", *here.glob(f"{older}.bin.index.json")]
+    file = next((file for file in files if file.exists()), None)  # in the order in which they are looked for
+    if file is None:
+        raise FileNotFoundError(f"{folder} holds no weights ({name}.safetensors)")
+    try:
+        whole = json.loads(file.read_text())["weight_map"] if file.suffix == ".json" else {"": file.name}
+        for file in sorted({here / each for each in whole.values()}):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif not zipfile.is_zipfile(file):
+                raise ValueError("its end is missing" if file.exists() else "No such file")
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise ValueError(f"{file} is not whole ({error}); copy or download it again") from error
+
+
+def _processor_of(path: str, base: str) -> ProcessorMixin:
+    """A checkpoint's own processor; that of its base, with its own tokenizer if it has one, where PEFT or a trainer has
+    saved an adapter without."""
+    if path == base or any((Path(path) / f"{name}_config.json").exists() for name in ("processor", "preprocessor")):
+        return AutoProcessor.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(base)
+    if not (Path(path) / "tokenizer_config.json").exists():
+        return processor
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    template = tokenizer.chat_template or processor.chat_template
+    return type(processor)(processor.image_processor, tokenizer, processor.video_processor, chat_template=template)
+
+
+def _check_template(processor: ProcessorMixin) -> None:
+    """Does the chat template write what it is given, pictures too? Asked as `VLM.encode` and `data` ask it."""
+    if not processor.chat_template:
+        raise ValueError("it has no chat template; give an Instruct checkpoint")
+    seen = [{"type": "image"}, {"type": "text", "text": "red"}]
+    try:
+        with_picture, plain = (
+            of.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+            for of, content in ((processor, seen), (processor.tokenizer, "red"))
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"its chat template cannot be used ({error}); give an Instruct checkpoint's") from error
+    if processor.image_token not in with_picture or not all("red" in text for text in (with_picture, plain)):
+        raise ValueError("its chat template leaves out pictures or words; give an Instruct checkpoint's")
 
 
 def load(
@@ -672,18 +761,23 @@ def load(
 
     Full fine-tuning of the language model, or LoRA on its linears.
     The vision tower is frozen unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
+    Raises ValueError or OSError for what `context` refuses, and where a weight has no place or a place no weight.
     """
     ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}  # of the language model, not of the tower
-    base, adapter = _base_of(path)
+    base, adapter, _, processor = _opened(path)
     base = str(Path(base).resolve()) if Path(base).exists() else base  # what a new adapter will remember
-    model = AutoModelForImageTextToText.from_pretrained(
-        base, dtype=getattr(torch, dtype), attn_implementation="sdpa" if attention in ours else attention
+    model, loaded = AutoModelForImageTextToText.from_pretrained(
+        base,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa" if attention in ours else attention,
+        ignore_mismatched_sizes=True,  # `_refuse_part` does not, and names them
+        output_loading_info=True,
     )
+    _refuse_part(loaded)
     model.config.text_config._attn_implementation = ours.get(attention, attention)
     if adapter:
         model = _with_adapter(model, adapter).merge_and_unload()
     _without_dropout(model)
-    processor = AutoProcessor.from_pretrained(path)
     model.requires_grad_(trainable)
     if not train_vision:
         model.model.visual.requires_grad_(False)
@@ -698,6 +792,19 @@ def load(
     return VLM(model, processor, min_pixels, max_pixels).train(trainable)
 
 
+def _refuse_part(loaded: dict) -> None:
+    """ValueError where a checkpoint's weights and a model's places are not one to one, sizes included. A head that is
+    the embedding (tied) is not missed."""
+    missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    told = [f"lack {len(missing)} weights ({missing[0]})"] if missing else []
+    told += [f"hold {len(unexpected)} that the model has no place for ({unexpected[0]})"] if unexpected else []
+    if sizes := sorted(loaded["mismatched_keys"]):
+        name, there, wanted = sizes[0]
+        told += [f"hold {len(sizes)} of another size than its config.json says ({name}: {[*there]}, not {[*wanted]})"]
+    if told:
+        raise ValueError(f"its files {' and '.join(told)}; give a whole checkpoint, with any LoRA merged")
+
+
 def _with_adapter(model: nn.Module, adapter: str) -> PeftModel:
     """The model with all weights of a LoRA adapter on it; ValueError where one finds no place, or a place no weight."""
     names = {  # as transformers before 4.52 called them
@@ -710,6 +817,10 @@ def _with_adapter(model: nn.Module, adapter: str) -> PeftModel:
             found = PeftModel.from_pretrained(model, adapter, key_mapping=names)
         except UserWarning as error:
             raise ValueError(f"{adapter} lacks weights that its adapter_config.json describes") from error
+        except RuntimeError as error:
+            if not (sizes := re.search("size mismatch for .*", str(error))):
+                raise
+            raise ValueError(f"{adapter} and its adapter_config.json differ: {sizes[0]}") from error
     there, taken = len(load_peft_weights(adapter, device="cpu")), len(get_peft_model_state_dict(found))
     if there != taken:
         raise ValueError(f"{adapter} holds {there} weights, of which its adapter_config.json has places for {taken}")
@@ -739,7 +850,7 @@ class LocalJudge:
     """A text-only causal LM that answers prompts greedily: the judge of the Caption Reward (`caption_reward.Judge`).
 
     What its tokenizer calls special is taken out of prompts and replies: no caption can write a turn. A reply that
-    max_new_tokens cuts off, or that ends inside its thought, is None.
+    max_new_tokens cuts off, or that ends inside its thought or right behind it, is None.
     Raises ValueError, or what transformers raises, for a checkpoint that cannot be asked.
     """
 
@@ -797,7 +908,8 @@ class LocalJudge:
         end = next((k for k, i in enumerate(ids) if i in self.model.generation_config.eos_token_id), None)
         text = None if end is None else said(self.tokenizer.decode(ids[:end]))
         if text is None:
-            what = f"was cut off at {self.max_new_tokens} tokens" if end is None else "ends inside its thought"
+            inside = "ends inside its thought or right behind it"
+            what = f"was cut off at {self.max_new_tokens} tokens" if end is None else inside
             self.last_error = f"its reply {what}: raise --judge_max_tokens"
             return None
         return self.special.sub(" ", text).strip()

@@ -208,6 +208,13 @@ def verdict(reply, question=COLOURS, solution="A"):
         "<think></think>The answer is A.",
         "<think>B</think><think>A after all</think> A",
         "<thinking>B?</thinking>A",
+        "<thought>\nB?\n</thought>\n\nA[|endofturn|]",
+        "B?</thought>A",
+        "<THINK>B?</THINK>A",
+        "<reasoning>B?</reasoning>\n<answer>A</answer>",
+        "<|begin_of_thought|>B?<|end_of_thought|>\n\n<|begin_of_solution|>A<|end_of_solution|>",
+        "\u25c1think\u25b7B?\u25c1/think\u25b7A",
+        '<details type="reasoning" done="true" duration="3">\n<summary>Thought</summary>\n> B?\n</details>\nA',
         "<seed:think>B?</seed:think>A<seed:eos>",
         "[THINK]B?[/THINK]A</s>",
         "<|START_THINKING|>B?<|END_THINKING|><|START_RESPONSE|>A<|END_RESPONSE|>",
@@ -230,9 +237,22 @@ def test_a_reply_is_read_after_its_thought(reply):
         "<|channel|>analysis<|message|>A",
         "<|channel>thought\nA",
         "<think>B</think><think>A",
+        "<thought>A",
+        "<THINK>A",
+        "<Thinking>A",
+        "<reasoning>A",
+        "<|begin_of_thought|>A",
+        "<|begin_of_thought|>B<|end_of_thought|><|begin_of_thought|>A",
+        "\u25c1think\u25b7A",
+        '<details type="reasoning">\nA',
+        "<details open type='reasoning'>\n<details>x</details> A",
+        "<think>red, so A</think>",  # nothing behind it
+        "It is A.</think>\n\n<|im_end|>",
+        "<|begin_of_thought|>A<|end_of_thought|><|begin_of_solution|><|end_of_solution|>",
+        '<details type="reasoning">A</details>',
     ],
 )
-def test_a_reply_cut_off_inside_its_thought_is_unknown(reply):
+def test_a_reply_cut_off_inside_its_thought_or_right_behind_it_is_unknown(reply):
     table = {"red": reply, "blue": "B"}
     judge = CountingJudge(table)
     reward = CaptionReward(judge)
@@ -245,6 +265,23 @@ def test_a_reply_cut_off_inside_its_thought_is_unknown(reply):
     assert reward.floor([("red?", "A", "OCR"), ("blue?", "A", "OCR")]) == 1.0
     judge.table = {"red": reply}
     assert reward.floor([("red?", "A", "OCR")]) is None
+
+
+@pytest.mark.parametrize(
+    "reply",
+    ["<details><summary>A</summary></details>", "my thought: A", "<thoughts> A", "begin_of_thought A", "think> A"],
+)
+def test_what_is_no_mark_of_a_thought_is_left_as_it_is(reply):
+    assert said(reply) == reply
+
+
+@pytest.mark.parametrize(
+    "part", ['<details type="reasoning">', "<details ", "<details type=reasoning ", "<details type=reasoning><details>"]
+)
+def test_marks_are_found_in_a_time_that_grows_with_the_reply(part):
+    began = time.process_time()
+    assert said(part * (caption_reward.LONGEST_RESPONSE // len(part))) is None
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("token", TURNS)
@@ -629,6 +666,9 @@ def test_what_is_wrong_with_one_prompt_is_not_remembered(server):
 
 
 CUT_OFF = "its reply was cut off (finish_reason length): raise --judge_max_tokens"
+NO_ANSWER = "its reply breaks off inside its thought or right behind it, or is too long for an answer"
+BEHIND = "its reply has nothing behind its thought (finish_reason stop)"
+BROKEN_OFF = "content_filter model_length error abort insufficient_system_resource SAFETY tool_calls load x".split()
 
 
 @pytest.mark.parametrize(
@@ -642,8 +682,17 @@ CUT_OFF = "its reply was cut off (finish_reason length): raise --judge_max_token
         ("A because the", "length", {}, None, CUT_OFF),
         ("<think>so", "length", {}, None, CUT_OFF),
         (None, "length", {"reasoning_content": "so"}, None, CUT_OFF),
-        ("<think>so", "stop", {}, None, "its reply breaks off inside its thought, or is too long for an answer"),
-        ("It is", "content_filter", {}, None, "its reply was cut off by a content filter"),
+        ("A", "max_tokens", {}, None, CUT_OFF.replace("length", "max_tokens")),
+        ("A", "MAX_TOKENS", {}, None, CUT_OFF.replace("length", "MAX_TOKENS")),
+        *(("A", finish, {}, "A", "") for finish in (None, "STOP", "eos", "eos_token", "end_turn", "stop_sequence")),
+        *(("A", finish, {}, None, f"its reply is not whole (finish_reason {finish})") for finish in BROKEN_OFF),
+        ("<think>so", "stop", {}, None, NO_ANSWER),
+        ("<think>so A</think>", "stop", {}, None, NO_ANSWER),
+        ("", "stop", {"reasoning_content": "so A"}, None, BEHIND),
+        (" \n", "stop", {"reasoning": "so A"}, None, BEHIND),
+        ("", "stop", {"reasoning_details": [{"type": "reasoning.text", "text": "so A"}]}, None, BEHIND),
+        ([{"type": "thinking", "thinking": []}], "stop", {}, None, BEHIND),
+        ("", "stop", {"reasoning_content": "\n", "reasoning": None}, "", ""),  # no thought at all
         (None, "stop", {}, None, "its reply has no text (finish_reason stop)"),
         (None, "stop", {"refusal": "I can't\nhelp."}, None, "it refused: I can't help."),
     ],
@@ -743,6 +792,8 @@ def test_a_small_response_that_unfolds_to_a_large_one(server):
     [
         ("http://me:secret@127.0.0.1/v1", "m", "no key or password in its URL"),
         ("http://127.0.0.1/v1?key=secret", "m", "no key or password in its URL"),
+        ("https://host/openai?api-version=x", "m", "a judge's URL has no query; leave out the \\? and what follows it"),
+        ("http://[::1/v1", "m", "its URL cannot be read"),
         ("127.0.0.1:8000/v1", "m", "127.0.0.1:8000/v1 names no server"),
         ("localhost:8000/v1", "m", "localhost:8000/v1 names no server"),
         ("http://", "m", "http:// names no server"),
@@ -828,8 +879,21 @@ def test_a_local_reply_that_has_not_ended_is_unknown(scripted, most, reply):
 
 
 def test_a_local_reply_that_ends_inside_its_thought_is_unknown(scripted):
-    judge = vlm.LocalJudge(scripted("<think> s A <|im_end|>"))
-    assert judge(["red"]) == [None] and judge.last_error.startswith("its reply ends inside its thought")
+    for script in ("<think> s A <|im_end|>", "<think> s A </think> <|im_end|>"):
+        judge = vlm.LocalJudge(scripted(script))
+        assert judge(["red"]) == [None]
+        assert judge.last_error == "its reply ends inside its thought or right behind it: raise --judge_max_tokens"
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_marks_of_a_thought_are_read_before_special_tokens_go(scripted, special):
+    """<|begin_of_thought|> looks like a control token, and may be one of the judge's own."""
+    marks = ["<|begin_of_thought|>", "<|end_of_thought|>"]
+    if not special:
+        marks = ["<thought>", "</thought>"]
+    folder = scripted(f"{marks[0]} s B {marks[1]} A <|im_end|>", special=marks)
+    assert vlm.LocalJudge(folder)(["red"]) == ["A"]
+    assert vlm.LocalJudge(scripted(f"{marks[0]} A <|im_end|>", special=marks))(["red"]) == [None]
 
 
 def test_a_local_reply_ends_where_its_checkpoint_says(scripted):

@@ -203,6 +203,9 @@ FAULTS = [
     Fault("another judge's replies", "run", 'for x in lines if x["judge"] == judge})', "for x in lines})", "journal", "train"),
     # the judge
     Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),
+    Fault("a checkpoint in part is taken", "vlm", "    _refuse_part(loaded)\n", "", "load_in_part"),
+    Fault("any end is a whole reply", "caption_reward", "if reason not in WHOLE:", "if False:"),
+    Fault("nothing behind a thought is wrong", "caption_reward", "or (thoughts and not answer)", ""),
     Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),
 ]  # fmt: skip
 

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from commands import launch
+from safetensors.torch import load_file, save_file
 from transformers import Trainer, get_cosine_schedule_with_warmup
 
 import data
@@ -776,6 +777,10 @@ def test_the_lenient_rule_is_an_option(world):
         (["--attention", "flash"], "attention: 'flash' is not one of sdpa, eager, flex_attention, flash_attention_2"),
         (["--attention", "flash_attention_2"], "attention: flash_attention_2 needs a GPU, pip install flash-attn"),
         (["--judge", "https://me:secret@host//v1", "--judge_model", "m"], "judge: no key or password in its URL"),
+        (
+            ["--judge", "https://host/v1?api-version=x", "--judge_model", "m"],
+            "a judge's URL has no query; leave out",
+        ),
         (["--prompts_per_step", "2"], "prompts_per_step: Eq. 4 needs a positive and a negative beside a prompt"),
         (["--min_pixels", "9999999"], "min_pixels: must lie in"),
         (["--rl_epochs", "-1"], "rl_epochs: must be 0 or more"),
@@ -802,6 +807,48 @@ def test_a_text_only_model_is_refused_in_one_line(world, tmp_path, command):
     done = launch(*options, script=command, check=False, cwd=tmp_path)
     assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
     assert "it is a qwen2 model, and only Qwen2.5-VL (qwen2_5_vl) is supported" in done.stderr
+
+
+def damaged(policy, folder, how):
+    """A copy of the policy as a download, another tool or another training may leave it."""
+    shutil.copytree(policy, folder)
+    file, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    if how == "no weights":
+        file.unlink()
+    elif how == "cut":
+        file.write_bytes(file.read_bytes()[:-99])
+    elif how == "quantised":
+        config |= {"quantization_config": {"quant_method": "awq", "bits": 4}}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif how == "part":
+        weights = load_file(file)
+        weights.pop("lm_head.weight")
+        save_file(weights, file, metadata={"format": "pt"})
+    elif how == "template":
+        (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("how", "says"),
+    [
+        ("no weights", "HERE holds no weights (model.safetensors)"),
+        ("cut", "HERE/model.safetensors is not whole ("),
+        ("quantised", "it is quantised (awq); give the unquantised checkpoint"),
+        ("part", "its files lack 1 weights (lm_head.weight); give a whole checkpoint, with any LoRA merged"),
+        ("template", "its chat template cannot be used (unexpected '}'); give an Instruct checkpoint's"),
+    ],
+)
+def test_a_damaged_model_is_refused_in_one_line_by_both_commands(world, tmp_path, how, says):
+    folder = damaged(world / "policy", tmp_path / "policy", how)
+    says, data_ = says.replace("HERE", str(folder)), ["--data", world / "data"]
+    trained = ["--judge", world / "judge", "--output_dir", tmp_path / "run", *SMALL]
+    for command, more, begins in (("train.py", trained, "model: "), ("eval.py", [], "--model: ")):
+        done = launch("--model", folder, *data_, *more, script=command, check=False, cwd=tmp_path)
+        assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
+        [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert line.startswith(f"error: {begins}cannot load {folder}") and says in line
+    assert not (tmp_path / "run/sft").exists()
 
 
 def test_yaml_gives_options_and_the_command_line_wins(tmp_path):

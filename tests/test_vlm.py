@@ -985,6 +985,216 @@ def test_an_adapter_that_would_load_in_part_is_refused(lora, tmp_path, change, s
         vlm.load(str(tmp_path), trainable=False)
 
 
+def adapter_alone(lora, folder, **config):
+    """As PEFT saves an adapter, with no file of the processor or the tokenizer."""
+    lora.model.save_pretrained(folder)
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return folder
+
+
+def test_an_adapter_alone_takes_the_processor_of_its_base(lora, tmp_path):
+    folder = adapter_alone(lora, tmp_path)
+    assert not list(folder.glob("*token*")) and not list(folder.glob("*processor*"))
+    most, tokenizer = vlm.context(str(folder))
+    assert most == lora.core.config.text_config.max_position_embeddings
+    assert tokenizer.get_vocab() == lora.processor.tokenizer.get_vocab()
+    loaded, ids = vlm.load(str(folder), trainable=False), ragged(4, 2)
+    inputs = [each.encode([prompts()["a picture"]]) for each in (loaded, lora)]
+    assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])
+    close(loaded(inputs[0], ids).logp, lora.eval()(inputs[1], ids).logp.detach(), 1e-4)
+
+
+def test_an_adapter_with_a_tokenizer_alone_keeps_it(lora, tmp_path):
+    """As a trainer saves it that knows the tokenizer only."""
+    folder, tokenizer = adapter_alone(lora, tmp_path), copy.deepcopy(lora.processor.tokenizer)
+    tokenizer.chat_template = "{{ 'Listen. ' }}" + lora.processor.chat_template
+    tokenizer.save_pretrained(folder)
+    assert vlm.context(str(folder))[1].chat_template == tokenizer.chat_template
+    loaded = vlm.load(str(folder), trainable=False)
+    texts = [
+        each.processor.tokenizer.decode(each.encode([prompts()["a picture"]])["input_ids"][0])
+        for each in (loaded, lora)
+    ]
+    assert texts[0] == "Listen. " + texts[1]
+
+
+@pytest.mark.parametrize(
+    ("config", "lost", "says"),
+    [
+        (
+            {"base_model_name_or_path": None},
+            "",
+            "adapter_config.json names no base_model_name_or_path; write",
+        ),
+        ({"base_model_name_or_path": "/gone/base"}, "", "is an adapter of /gone/base, which is not there. Put it back"),
+        ({"base_model_name_or_path": "a/gone/base"}, "", "is an adapter of a/gone/base, which is not there"),
+        ({"peft_type": "MAGIC"}, "", r"adapter_config.json cannot be read \('MAGIC'\)"),
+        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "", "is a PROMPT_TUNING adapter, which no weights"),
+        ({}, "adapter_model.safetensors", r"holds no weights \(adapter_model.safetensors\)"),
+    ],
+)
+def test_an_adapter_that_cannot_be_put_on_is_refused_before_its_base_is_loaded(lora, tmp_path, config, lost, says):
+    folder = adapter_alone(lora, tmp_path, **config)
+    if lost:
+        (folder / lost).unlink()
+    for opened in (vlm.context, vlm.load):
+        with pytest.raises((ValueError, OSError), match=says) as caught:
+            opened(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_of_another_rank_is_refused_with_the_sizes(lora, tmp_path):
+    folder = adapter_alone(lora, tmp_path, r=8)
+    with pytest.raises(ValueError, match=r"differ: size mismatch for .*lora_A.*\[4, \d+\].*\[8, \d+\]") as caught:
+        vlm.load(str(folder), trainable=False)
+    assert str(caught.value).startswith(f"{folder} and its adapter_config.json") and "\n" not in str(caught.value)
+
+
+def reweighed(folder, change):
+    """The checkpoint in `folder` with the weights that `change` makes of its own."""
+    file = folder / "model.safetensors"
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return folder
+
+
+QUERY = "model.layers.0.self_attn.q_proj.weight"  # as the file calls it
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda w: {k: v for k, v in w.items() if k != QUERY}, r"lack 1 weights \(.*0.self_attn.q_proj.weight\);"),
+        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, r"lack 1 weights \(lm_head.weight\);"),
+        (lambda w: {k: v for k, v in w.items() if "visual" not in k}, r"lack 30 weights \(model.visual."),
+        (lambda w: w | {"foo.bar": torch.zeros(2)}, r"files hold 1 that the model has no place for \(foo.bar\);"),
+        (lambda w: {f"module.{k}": v for k, v in w.items()}, r"lack 81 .* and hold 81 .* \(module.lm_head.weight\);"),
+        (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, r"lack 81 .* hold 81 .* \(base_model.model."),
+        (
+            lambda w: {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in w.items()},
+            r"lack 8 weights .* and hold 8 .*q_proj.base_layer.bias\); give a whole checkpoint, with any LoRA merged",
+        ),
+        (lambda w: w | {QUERY: torch.zeros(2, 3)}, r"1 of another size .*q_proj.weight: \[2, 3\], not \[128, 128\]"),
+    ],
+    ids=["a weight", "head", "tower", "too many", "module", "base_model", "base_layer", "size"],
+)  # fmt: skip
+def test_a_checkpoint_that_would_load_in_part_is_refused(shipped, change, says):
+    folder = reweighed(shipped("config.json", {}), change)
+    with pytest.raises(ValueError, match=says) as caught:
+        vlm.load(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_head_that_is_the_embedding_is_not_missed(shipped):
+    folder = reweighed(
+        shipped("config.json", {"tie_word_embeddings": True}),
+        lambda w: {name: value for name, value in w.items() if name != "lm_head.weight"},
+    )
+    core = vlm.load(str(folder)).core
+    assert core.lm_head.weight is core.get_input_embeddings().weight
+
+
+def weights_in_parts(folder):
+    core = vlm.load(str(folder)).core
+    (folder / "model.safetensors").unlink()
+    core.save_pretrained(folder, max_shard_size="200KB")
+    return sorted(folder.glob("model-*"))
+
+
+@pytest.mark.parametrize("how", ["gone", "cut", "git-lfs", "cut, older", "a part gone", "a part cut"])
+def test_files_that_are_not_whole_are_refused_before_anything_is_loaded(shipped, how):
+    folder = shipped("config.json", {})
+    file = folder / "model.safetensors"
+    if how == "gone":
+        file.unlink()
+    elif how == "git-lfs":
+        file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    elif how == "cut, older":
+        torch.save(load_file(file), folder / "pytorch_model.bin")
+        file.unlink()
+        vlm.load(str(folder))  # a whole one is read
+        file = folder / "pytorch_model.bin"
+    elif how.startswith("a part"):
+        _, file, *_ = weights_in_parts(folder)
+        vlm.context(str(folder))
+    if "part gone" in how:
+        file.unlink()
+    elif "cut" in how:
+        file.write_bytes(file.read_bytes()[:-99])
+    says = f"{folder} holds no weights (model.safetensors)" if how == "gone" else f"{file} is not whole ("
+    for opened in (vlm.context, vlm.load):
+        with pytest.raises((ValueError, OSError), match=re.escape(says)) as caught:
+            opened(str(folder))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"load_in_4bit": True}, "bitsandbytes"),
+    ],
+)
+def test_a_quantised_model_is_refused_before_it_is_loaded(shipped, lora, tmp_path, config, method):
+    folder = shipped("config.json", {"quantization_config": config})
+    adapter = adapter_alone(lora, tmp_path / "adapter", base_model_name_or_path=str(folder))
+    for opened in (vlm.context, vlm.load):
+        for path, it in ((folder, "it"), (adapter, f"its base {folder}")):
+            with pytest.raises(ValueError, match=re.escape(f"{it} is quantised ({method}); give the unquantised")):
+                opened(str(path))
+
+
+@pytest.mark.parametrize("lost", [("tokenizer.json", "tokenizer_config.json"), ("tokenizer.json",)])
+def test_a_folder_without_a_tokenizer_is_refused(shipped, lost):
+    folder = shipped("config.json", {})
+    for name in lost:
+        (folder / name).unlink()
+    for opened in (vlm.context, vlm.load):
+        with pytest.raises(ValueError, match=r"its tokenizer lacks .* the image token of its config.json"):
+            opened(str(folder))
+
+
+def test_a_tokenizer_of_another_model_is_refused(shipped):
+    folder = shipped("config.json", {"image_token_id": 77})
+    with pytest.raises(ValueError, match=r"lacks .* the image token of its config.json \(<\|image_pad\|>, 77\)"):
+        vlm.context(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{% for m in messages %}{{ m.role }", "its chat template cannot be used (unexpected '}')"),
+        ("{{ raise_exception('no user') }}", "its chat template cannot be used (no user)"),
+        ("{{ messages[0].a.b }}", "its chat template cannot be used ('dict object' has no attribute 'a')"),
+        ("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}", "its chat template cannot be used ("),
+        ("{{ 'who cares' }}", "its chat template leaves out pictures or words"),
+        (
+            "{% for m in messages %}{{ m.content | string }}{% endfor %}",
+            "its chat template leaves out pictures or words",
+        ),
+    ],
+)
+def test_a_chat_template_that_cannot_be_used_is_refused(shipped, template, says):
+    folder = shipped("config.json", {})
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ValueError, match=re.escape(says)) as caught:
+        vlm.context(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_chat_template_that_only_the_tokenizer_has_is_found(shipped, policy):
+    folder = shipped("config.json", {})
+    template = (folder / "chat_template.jinja").read_text()
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    assert vlm.context(str(folder))[1].chat_template == template
+    theirs = vlm.load(str(folder), trainable=False)
+    found = [each.encode([prompts()["a clip"]])["input_ids"] for each in (policy, theirs)]
+    assert torch.equal(*found)
+
+
 def test_a_chat_template_that_only_the_processor_has_is_found(shipped, policy):
     folder = shipped("config.json", {})
     template = (folder / "chat_template.jinja").read_text()
