@@ -1069,7 +1069,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"  # as the file calls it
         (lambda w: {k: v for k, v in w.items() if "visual" not in k}, r"lack 30 weights \(model.visual."),
         (lambda w: w | {"foo.bar": torch.zeros(2)}, r"files hold 1 that the model has no place for \(foo.bar\);"),
         (lambda w: {f"module.{k}": v for k, v in w.items()}, r"lack 81 .* and hold 81 .* \(module.lm_head.weight\);"),
-        (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, r"lack 81 .* hold 81 .* \(base_model.model."),
+        (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, r"lack 81 .* hold 81 .* \(base_model\."),
         (
             lambda w: {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in w.items()},
             r"lack 8 weights .* and hold 8 .*q_proj.base_layer.bias\); give a whole checkpoint, with any LoRA merged",
