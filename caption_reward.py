@@ -14,6 +14,7 @@ local causal LM, `EndpointJudge` for an OpenAI-compatible server. Both keep in `
 
 import asyncio
 import json
+import os
 import re
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass, field
@@ -184,7 +185,7 @@ class EndpointJudge:
     left out from then on (max_tokens: under its newer name); without temperature or seed replies may differ from call
     to call.
 
-    Raises ValueError for a URL or model that cannot be asked, openai.OpenAIError without a key.
+    Raises ValueError for a URL or model that cannot be asked, and without a key.
     """
 
     def __init__(
@@ -207,11 +208,12 @@ class EndpointJudge:
             raise ValueError(f"{base_url} names no server; a judge's URL looks like http://HOST:8000/v1")
         if not model:
             raise ValueError("name the model that the judge's URL serves (--judge_model)")
+        if not os.environ.get("OPENAI_API_KEY"):
+            raise ValueError("set OPENAI_API_KEY in the environment; any word will do where the server asks for no key")
         waits = Timeout(timeout, connect=min(timeout, 10.0))
         self.open = lambda: AsyncOpenAI(
             base_url=base_url, timeout=waits, max_retries=retries, http_client=_bounded_client()
         )
-        self.open()  # complains here when there is no key
         self.base_url, self.model, self.concurrency, self.deadline = base_url, model, concurrency, deadline
         self.options = {"max_tokens": max_tokens, "temperature": 0.0, "seed": 0}
         self.last_error = ""

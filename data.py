@@ -96,6 +96,9 @@ LABEL = (
 )
 OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
 LISTED = re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE), re.compile(rf"(?<!\S){LABEL}\s*")  # on lines; in a row
+WRAPPED = re.compile(
+    r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$"
+)  # as mathematical sets write a whole solution
 
 
 @dataclass(frozen=True)
@@ -460,7 +463,7 @@ def _golds(solution) -> list[str]:
     golds = []
     for one in solution if isinstance(solution, list) else [solution]:
         if isinstance(one, str):
-            golds.append(answers.solution_of(one))
+            golds.append(_bare(answers.solution_of(one)))
             if re.fullmatch(r"""\[\s*(['"]).*\1\s*\]""", golds[-1], re.DOTALL):
                 raise DataError(f"solution: {golds[-1]!r} is a list written as text. Give the list, or one answer")
         elif isinstance(one, float) and math.isfinite(one):
@@ -474,6 +477,12 @@ def _golds(solution) -> list[str]:
     if any(re.search("</?answer>", gold) for gold in golds):
         raise DataError("solution: <answer> is not closed, or is there twice. Give <answer>...</answer> once")
     return list(dict.fromkeys(golds))
+
+
+def _bare(gold: str) -> str:
+    """ "\\boxed{12.5}" -> "12.5"; "$4$" -> "4" """
+    found = WRAPPED.fullmatch(gold)
+    return (found[1] or found[2]).strip() if found else gold
 
 
 def _type(given: str | None, problem: str, options: list[str], golds: list[str], decided: list):

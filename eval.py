@@ -34,7 +34,7 @@ from types import SimpleNamespace
 import torch
 import yaml
 from huggingface_hub.errors import HFValidationError
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
@@ -231,8 +231,7 @@ def save_gallery(folder: Path, sets: dict[str, list[data.Sample]], fps: float, m
             side = 168
             strip = Image.new("RGB", (side * len(images), side), "white")
             for k, image in enumerate(images):
-                image = image.resize((side, side), Image.Resampling.BICUBIC)
-                strip.paste(image, (side * k, 0))
+                strip.paste(ImageOps.pad(image, (side, side), color="white"), (side * k, 0))
             strip.save(folder / split / gallery_file(sample.id))
 
 

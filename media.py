@@ -255,7 +255,9 @@ def _check_media(medium: Media, data_type: str) -> Size:
         raise DataError(f"path: {name} does not exist")
     try:
         size = _size_of_image(medium) if data_type == "image" else _size_of_video(medium)
-    except DataError:
+    except DataError as error:
+        if data_type == "image" and isinstance(error.__cause__, UnidentifiedImageError) and _is_clip(medium):
+            raise DataError(f"path: {name} is a clip. Give it as video") from error
         raise
     except Exception as error:  # PyAV raises many kinds; all of them mean an unreadable file
         if not _is_picture(medium):
@@ -278,6 +280,13 @@ def _is_picture(medium: Media) -> bool:
     try:
         return bool(read_image(medium))
     except DataError:
+        return False
+
+
+def _is_clip(medium: Media) -> bool:
+    try:
+        return _size_of_video(medium).frames > 1
+    except Exception:  # as above
         return False
 
 
@@ -321,7 +330,7 @@ def _open_image(medium: Media) -> Image.Image:
     try:
         return Image.open(_stream(medium), formats=[name for name in PICTURES if name in Image.OPEN])
     except UnidentifiedImageError as error:
-        raise ValueError(f"its format is none of {', '.join(PICTURES)}: convert it") from error
+        raise UnidentifiedImageError(f"its format is none of {', '.join(PICTURES)}: convert it") from error
 
 
 def _on_white(image: Image.Image) -> Image.Image:

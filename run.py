@@ -153,7 +153,8 @@ class Run:
         if then != rows:
             raise ConfigError(
                 f"data: the rows or their media have changed since the run in {self.folder} began ({then} there, "
-                f"{rows} now). Give another --output_dir, or the data as they were"
+                f"{rows} now; files are known by path, size and time of change). Give another --output_dir, or the "
+                "data as they were"
             )
         self.write(file, {"rows": rows})
 

@@ -649,6 +649,8 @@ def _opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixi
     """(model, adapter to put on it, the model's configuration, processor): what a folder or hub id holds."""
     base, adapter = _base_of(path)
     it = f"its base {base}" if adapter else "it"
+    if Path(base).is_dir() and not (Path(base) / "config.json").exists():
+        raise ValueError(f"{it} holds no model (config.json)")
     config = AutoConfig.from_pretrained(base)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(f"{it} is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported")

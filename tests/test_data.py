@@ -104,7 +104,7 @@ BAD = {  # what is wrong: (the row, the field that the message names, words of t
     "an empty MP4": (dict(path="MEDIA/empty.mp4", data_type="video"), "path", "as video"),
     "an MP4 that breaks off": (dict(path="MEDIA/cut-clip.mp4", data_type="video"), "path", "as video"),
     "a streaming MP4 that breaks off": (dict(path="MEDIA/cut-streaming.mp4", data_type="video"), "path", "as video"),
-    "a clip called image": (dict(path="MEDIA/clip.mp4"), "path", "as image"),
+    "a clip called image": (dict(path="MEDIA/clip.mp4"), "path", "is a clip. Give it as video"),
     "the second picture missing": (dict(path=["MEDIA/chelsea.png", "gone.png"]), "path", "gone.png does not exist"),
     "no data_type": (dict(data_type=...), "data_type", "missing or empty. Every row needs one"),
     "no problem_type": (dict(problem_type=...), "problem_type", "missing or empty"),
@@ -737,6 +737,23 @@ def test_a_list_that_was_written_as_text_is_refused(media, tmp_path):
         row = number(media, problem_type="free-form", solution=text)
         assert "is a list written as text. Give the list, or one answer" in refused(tmp_path, row)
     assert loaded(tmp_path, number(media, problem_type="OCR", solution="[1]"))[0].answer == "[1]"
+
+
+@pytest.mark.parametrize(
+    ("solution", "kind", "gold"),
+    [
+        (r"\boxed{12.5}", "numerical", "12.5"),
+        (r"$\boxed{-3}$", "numerical", "-3"),
+        ("$4$", "numerical", "4"),
+        (r"<answer>\boxed{B}</answer>", "multiple choice", "B"),
+        (r"\boxed{a cat}", "free-form", "a cat"),
+        (r"\frac{1}{2}", "free-form", r"\frac{1}{2}"),
+        ("$5 or $6", "free-form", "$5 or $6"),
+    ],
+)
+def test_a_solution_in_a_box_is_what_is_in_it(media, tmp_path, solution, kind, gold):
+    [sample] = loaded(tmp_path, {"image": str(media / "coffee.png"), "problem": "What?", "solution": solution})
+    assert (sample.problem_type, sample.answer) == (kind, gold)
 
 
 def test_what_nobody_sees_in_a_gold_can_be_left_out(media, tmp_path):

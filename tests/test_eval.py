@@ -308,6 +308,13 @@ def test_the_gallery_shows_every_picture_and_a_strip_of_a_clips_frames(world, tm
     assert strip[80, 80].tolist() == [255, 0, 0] and strip[80, 250].tolist() == [0, 0, 255]
 
 
+def test_a_wide_picture_is_wide_in_the_gallery(tmp_path):
+    Image.new("RGB", (120, 60), "red").save(tmp_path / "wide.png")
+    evaluation.save_gallery(tmp_path, {"test": [sample(0, media=(tmp_path / "wide.png",))]}, fps=2.0, max_frames=16)
+    shown = np.asarray(Image.open(next((tmp_path / "test").glob("*.png"))))
+    assert (shown[42:126] == [255, 0, 0]).all() and (shown[:42] == 255).all() and (shown[126:] == 255).all()
+
+
 def test_rows_of_two_sets_with_one_id_keep_their_own_pictures(tmp_path):
     """Ids are unique within a file only."""
     sets = {name: [sample(1, media=(photo(tmp_path / f"{name}.png", name),))] for name in ("red", "blue")}

@@ -327,7 +327,7 @@ def test_a_picture_given_as_clip_is_told_to_be_one(tmp_path, form):
 
 def test_a_clip_given_as_picture_is_refused_in_a_line(clip):
     for medium in (clip, clip.read_bytes()):
-        with pytest.raises(data.DataError, match=f"cannot read .* as image .{NAMED}"):
+        with pytest.raises(data.DataError, match="path: .* is a clip. Give it as video"):
             media._check_media(medium, "image")
 
 
