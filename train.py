@@ -771,9 +771,10 @@ class Learner:
         size = batch_size(len(samples), size, run.processes)
         least = max(run.processes, 3 if self.stage == "rl" and self.cfg.nce_weight else 1)  # as in Config
         if size < least:
+            fewer = "The same command with fewer processes goes on from here"
             raise data.DataError(
                 f"{self.stage}: {len(samples)} rows are too few; {least} at least in each update of {run.processes} "
-                "process(es). The same command with fewer processes goes on from here"
+                f"process(es). {fewer if run.processes > 1 else 'Give more rows, or --nce_weight 0'}"
             )
         if size < asked:
             run.say(f"warning: {self.stage} has {len(samples)} rows: each update sees {size}, and not {asked}")

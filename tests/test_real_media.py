@@ -214,7 +214,8 @@ def test_a_run_with_an_endpoint_that_is_slow_fails_and_talks_nonsense_finishes_a
     monkeypatch.setenv("OPENAI_API_KEY", "sk-loopback-secret")
     run = tmp_path / "run"
     server = FlakyServer(run / ("rl/metrics.jsonl" if dies else "never"))  # after the first update
-    judge = ["--judge", server.url, "--judge_model", "flaky", "--judge_deadline", "20"]
+    # how many prompts would be selected follows from which call meets which of the server's moods
+    judge = ["--judge", server.url, "--judge_model", "flaky", "--judge_deadline", "20", "--selection", "false"]
     done = launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *judge)
     server.http.shutdown()
     replies = [json.loads(line) for line in (run / "judge/0.jsonl").read_text().splitlines()]
