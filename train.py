@@ -769,7 +769,8 @@ class Learner:
             return
         run, asked = self.run, size
         size = batch_size(len(samples), size, run.processes)
-        least = max(run.processes, 3 if self.stage == "rl" and self.cfg.nce_weight else 1)  # as in Config
+        compares = self.stage == "rl" and self.cfg.nce_weight
+        least = max(run.processes, 2 if compares else 1)
         if size < least:
             fewer = "The same command with fewer processes goes on from here"
             raise data.DataError(
@@ -778,6 +779,8 @@ class Learner:
             )
         if size < asked:
             run.say(f"warning: {self.stage} has {len(samples)} rows: each update sees {size}, and not {asked}")
+        if compares and size < 3:
+            run.say(f"warning: Eq. 4 needs a positive and a negative beside a prompt: of {size} prompts it is 0")
         if self.size not in (None, size):
             raise ConfigError(
                 f"{self.stage}: {len(samples)} rows, in updates of {self.size} so far, make updates of {size} with "

@@ -396,16 +396,19 @@ def test_another_size_of_the_batch_is_refused(world, tmp_path):
         next(learner.batches(train.data.load(world / "data")["train"], 3))
 
 
-def test_an_update_of_two_prompts_is_refused_where_eq_4_counts(world, tmp_path):
-    """It needs a positive and a negative beside a prompt; without it two will do."""
+def test_an_update_of_few_prompts_says_what_eq_4_makes_of_them(world, tmp_path, capsys):
+    """One is refused, two are told that Eq. 4 is 0: it needs a positive and a negative beside a prompt."""
     rows = train.data.load(world / "data")["train"]
-    for weight, size in ((1.0, 3), (0.0, 2)):
-        cfg = train.Config(output_dir=str(tmp_path / str(weight)), quiet=True, world=str(world), nce_weight=weight)
+    for weight, size in ((1.0, 3), (1.0, 2), (0.0, 2), (1.0, 1)):
+        cfg = train.Config(output_dir=f"{tmp_path}/{weight} {size}", world=str(world), nce_weight=weight)
         learner = train.Learner("rl", f"{world}/policy", 1, 1e-4, cfg, run.Run(cfg))
-        if weight:
-            with pytest.raises(train.data.DataError, match="rl: 2 rows are too few; 3 at least in each update"):
-                next(learner.batches(rows[:2], 8))
+        if size == 1:
+            with pytest.raises(train.data.DataError, match="rl: 1 rows are too few; 2 at least in each update"):
+                next(learner.batches(rows[:1], 8))
+            continue
+        capsys.readouterr()
         assert len(next(learner.batches(rows[:size], 8))[1]) == size
+        assert ("of 2 prompts it is 0" in capsys.readouterr().out) == (weight > 0 and size == 2)
 
 
 # --- safe to read, safe to share -------------------------------------------------------------------------------------
