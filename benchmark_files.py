@@ -7,7 +7,6 @@ folders and zips alike, and read when they are asked for.
 import base64
 import csv
 import functools
-import json
 import re
 import zipfile
 from collections import defaultdict
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import data
-from data import DataError
+from data import DataError, reason
 
 
 @dataclass(frozen=True)
@@ -157,21 +156,6 @@ def _hub(name: str, hub: str, files: Files, expected: str, known: Sequence[str],
     raise DataError(f"{name}: {hub} is no file here and cannot be had from the hub ({'; '.join(why)})")
 
 
-def reason(error: BaseException) -> str:
-    """The first line of an error that has words: nltk's errors begin with a line of stars, some have no text."""
-    return next((line.strip() for line in str(error).splitlines() if re.search(r"\w", line)), type(error).__name__)
-
-
-def _json_lines(text: str) -> list:
-    value = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        try:
-            value += [json.loads(line)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"line {number}: {error}") from error
-    return value
-
-
 def table(file: Path):
     """The rows of a Parquet, TSV, JSON or JSON-lines file; of objects in objects, with the outer key as `track`."""
     if file.suffix == ".parquet":
@@ -181,13 +165,7 @@ def table(file: Path):
             csv.field_size_limit(2**31 - 1)  # pictures
             with file.open(encoding="utf-8-sig", newline="") as lines:
                 return list(csv.DictReader(lines, delimiter="\t"))
-        text = file.read_text(encoding="utf-8-sig")
-        try:
-            value = json.loads(text)
-        except json.JSONDecodeError as error:
-            if error.msg != "Extra data" or "\n" in text[: error.pos].strip():
-                raise
-            value = _json_lines(text)  # also under the name .json
+        value = data.json_or_lines(file.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"data: cannot read {file}: {error}") from error
     if isinstance(value, dict):

@@ -628,7 +628,7 @@ def amber_tools() -> tuple[Callable[[str], list[str]], Callable[[str, str], floa
         vector = functools.cache(spacy.load("en_core_web_lg"))
     except (ImportError, LookupError, OSError) as error:
         raise DataError(
-            f"amber: generative scoring needs nltk and spaCy with their data ({files.reason(error)}): "
+            f"amber: generative scoring needs nltk and spaCy with their data ({data.reason(error)}): "
             "pip install nltk spacy; python -m nltk.downloader punkt punkt_tab averaged_perceptron_tagger "
             "averaged_perceptron_tagger_eng wordnet; python -m spacy download en_core_web_lg"
         ) from error

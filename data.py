@@ -32,7 +32,6 @@ checked, and every picture and clip opened, before a model is loaded; the same c
 """
 
 import argparse
-import contextlib
 import glob
 import hashlib
 import json
@@ -96,9 +95,8 @@ LABEL = (
 )
 OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
 LISTED = re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE), re.compile(rf"(?<!\S){LABEL}\s*")  # on lines; in a row
-WRAPPED = re.compile(
-    r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$"
-)  # as mathematical sets write a whole solution
+# how mathematical sets write a whole solution
+WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$")
 
 
 @dataclass(frozen=True)
@@ -186,8 +184,7 @@ def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
 
 def _split(label: str, rows, root: Path | None, checked: Checked, say) -> tuple[list[Sample], list[str]]:
     """`_read` of one split."""
-    found, problems, seen, unknown, decided = [], {}, Counter(), Counter(), Counter()
-    calls = [_columns(row) for row in rows]
+    found, problems, calls, seen, unknown, decided = [], {}, [], Counter(), Counter(), Counter()
 
     def is_bad(number: int, row, error: DataError) -> None:
         named = f" ({row['problem_id']})" if isinstance(row, dict) and "problem_id" in row else ""
@@ -196,11 +193,12 @@ def _split(label: str, rows, root: Path | None, checked: Checked, say) -> tuple[
         problems[number] = said.encode(errors="backslashreplace").decode()
 
     for number, row in enumerate(rows):
-        choices = []
+        called, choices = _columns(row), []
+        calls.append(called)
         try:
-            sample = _sample(row, root, rows, number, calls[number], choices, check=None)
+            sample = _sample(row, root, rows, number, called, choices, check=None)
             found.append((number, sample))
-            unknown.update(set(row) - set(FIELDS) - set(calls[number].values()))
+            unknown.update(set(row) - set(FIELDS) - set(called.values()))
             decided.update(choices)
         except DataError as error:
             is_bad(number, row, error)
@@ -296,7 +294,7 @@ def _rows(file: Path, *more: Path):
         text = file.read_bytes().decode("utf-8-sig")
         if "\0" in text:  # UTF-16 without a byte order mark
             raise ValueError("it is not in UTF-8. Save it as UTF-8")
-        rows = _lines(text) if file.suffix == ".jsonl" else _json(text)
+        rows = json_lines(text) if file.suffix == ".jsonl" else json_or_lines(text)
     except UnicodeDecodeError as error:
         raise DataError(f"data: cannot read {file}: it is not in UTF-8 ({error.reason}). Save it as UTF-8") from error
     except (OSError, ValueError) as error:
@@ -306,19 +304,30 @@ def _rows(file: Path, *more: Path):
     return rows
 
 
-def _lines(text: str) -> list:
-    return [json.loads(line) for line in text.replace("\ufeff", "").split("\n") if line.strip()]
+def json_lines(text: str) -> list:
+    """JSON, a value a line. ValueError with the number of a line that is none."""
+    values = []
+    for number, line in enumerate(text.replace("\ufeff", "").split("\n"), start=1):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return values
 
 
-def _json(text: str):
-    """JSON, or rows in JSON a line each, which are often called .json as well."""
+def json_or_lines(text: str):
+    """JSON, or JSON lines, which are often called .json as well."""
     try:
         return json.loads(text)
-    except ValueError as error:
-        with contextlib.suppress(ValueError):
-            if rows := _lines(text):
-                return rows
-        raise error
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or "\n" in text[: error.pos].strip():
+            raise
+        return json_lines(text)
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that has words: nltk's errors begin with a line of stars, some have no text."""
+    return next((line.strip() for line in str(error).splitlines() if re.search(r"\w", line)), type(error).__name__)
 
 
 def _columns(row) -> dict[str, str]:
@@ -627,7 +636,7 @@ def check(source: str, model: str = "", min_pixels=3136, max_pixels=401_408, fps
         try:
             most, tokenizer = context(model)
         except (OSError, ValueError) as error:
-            raise DataError(f"--model: cannot load {model}: {str(error).splitlines()[0]}") from error
+            raise DataError(f"--model: cannot load {model}: {reason(error)}") from error
         count_text = prompt_text_tokens(tokenizer)
         splits, unfit = fitting(splits, tokenizer, most, True, min_pixels, max_pixels, fps, max_frames)
         problems = [*problems, *unfit]

@@ -43,7 +43,6 @@ import benchmarks
 import data
 import reasoning
 import vlm
-from benchmark_files import reason
 from caption_reward import MAX_TOKENS, CaptionReward, EndpointJudge, without_control_tokens
 from media import gallery_file
 from run import ConfigError, Journal, Run, read_jsonl, rewrite, stop, to_jsonl
@@ -254,8 +253,7 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     """Ask every row of every benchmark, score by both protocols, print the table. Goes on from what is there."""
     cfg = settings_of(args)
     run = Run(cfg)
-    with run.one_first():
-        sets = rows_of(cfg, args)
+    sets = rows_of(cfg, args, run)
     policy = functools.cache(lambda: load(cfg.model, vars(cfg), run.device))
     judged_by = args.judge_model or args.judge or ""
     judge = asked_judge(args, run.device) if args.judge and run.is_main else None
@@ -342,12 +340,14 @@ def settings_of(args: argparse.Namespace) -> SimpleNamespace:
     )
 
 
-def rows_of(cfg: SimpleNamespace, args: argparse.Namespace) -> dict[str, list[benchmarks.Row]]:
+def rows_of(cfg: SimpleNamespace, args: argparse.Namespace, run: Run) -> dict[str, list[benchmarks.Row]]:
     """Every benchmark's rows, each looked at before the model is loaded: its picture or clip, its length."""
     media, sets = pairs(args.media), {}
-    for name, path in pairs(args.benchmarks).items():
-        path = path or benchmarks.TABLE[name].hub[0]
-        rows = benchmarks.read(name, path, media.get(name), args.on_bad_row, say_once)
+    with run.one_first():
+        for name, path in pairs(args.benchmarks).items():
+            path = path or benchmarks.TABLE[name].hub[0]
+            sets[name] = benchmarks.read(name, path, media.get(name), args.on_bad_row, say_once)
+    for name, rows in sets.items():
         whole, some = Counter(row.group for row in rows), rows[: cfg.limit or None]
         begun = Counter(row.group for row in some)  # a pair or a question with its rotations is not cut in two
         sets[name] = [row for row in some if not row.group or begun[row.group] == whole[row.group]]
@@ -363,7 +363,7 @@ def fitting(sets: dict[str, list[data.Sample]], cfg: SimpleNamespace, on_bad_row
     try:
         context, tokenizer = vlm.context(cfg.model)
     except (OSError, ValueError) as error:
-        raise data.DataError(f"--model: cannot load {cfg.model} ({reason(error)})") from error
+        raise data.DataError(f"--model: cannot load {cfg.model} ({data.reason(error)})") from error
     limits = (cfg.asked != "two_stage", cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
     fit, problems = data.fitting(sets, tokenizer, context - cfg.max_new_tokens, *limits)
     data.refuse(problems, on_bad_row if all(fit.values()) else "error", say_once)
@@ -400,7 +400,7 @@ def load(model: str, options: dict, device: torch.device) -> vlm.VLM:
     try:
         return vlm.load(model, trainable=False, **{k: options[k] for k in names if k in options}).to(device)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        raise data.DataError(f"--model: cannot load {model} ({reason(error)})") from error
+        raise data.DataError(f"--model: cannot load {model} ({data.reason(error)})") from error
 
 
 def open_judge(where: str, model: str, device: torch.device, tokens: int = MAX_TOKENS, **endpoint):

@@ -47,7 +47,6 @@ import report
 import shapes
 import variance_select
 import vlm
-from benchmark_files import reason
 from caption_reward import MAX_TOKENS, CaptionReward, only_states_the_answer, wrong_in
 from run import PATIENCE, ConfigError, Journal, Run, finite, read_jsonl, stop
 
@@ -1118,8 +1117,10 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         if run.is_main:
             shapes.build(Path(cfg.world), cfg.quiet)
         run.accelerator.wait_for_everyone()
-    with run.one_first():
-        sets = _fitting(given or data.load(Path(cfg.world) / "data"), cfg, run)
+    if given is None:
+        with run.one_first():
+            given = data.load(Path(cfg.world) / "data")
+    sets = _fitting(given, cfg, run)
     if "train" not in sets:
         raise data.DataError(f"data: {cfg.data} has no train.json to learn from")
     run.claim_data(run.first(lambda: data.fingerprint(sets)))
@@ -1131,7 +1132,7 @@ def _fitting(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict[
     try:
         context, tokenizer = vlm.context(cfg.start)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"model: cannot load {cfg.start}: {reason(error)}") from error
+        raise ConfigError(f"model: cannot load {cfg.start}: {data.reason(error)}") from error
     most = cfg.max_prompt_tokens or context - cfg.max_new_tokens
     limits = (cfg.four_stage, cfg.min_pixels, cfg.max_pixels, cfg.fps, cfg.max_frames)
     fit, problems = data.fitting(sets, tokenizer, most, *limits)
@@ -1167,7 +1168,7 @@ def load(model: str, trainable: bool, cfg: Config, device: str | torch.device) -
     try:
         policy = vlm.load(model, **options, trainable=trainable)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        raise ConfigError(f"model: cannot load {model}: {reason(error)}") from error
+        raise ConfigError(f"model: cannot load {model}: {data.reason(error)}") from error
     return policy.to(device)
 
 

@@ -57,7 +57,7 @@ def accelerate(file, processes, *command, kept=os.environ["HF_ASSETS_CACHE"], **
         LAUNCH / f"{file}.yaml",
     ]
     line += ["--num_processes", processes, "--main_process_port", "0", *command]  # 0: one that is free
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_ASSETS_CACHE": str(kept)}
+    environment = os.environ | {"HF_ASSETS_CACHE": str(kept)}
     return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=900, env=environment, **options)
 
 
