@@ -1,32 +1,32 @@
 """Group Relative Policy Optimization: Eq. 1 and Eq. 2 of the paper as pure functions.
 
-Three repairs to Eq. 1 as printed: the surrogate is maximised and the KL minimised (printed with one sign,
-departure D-1); the ratio is taken against the sampler pi_old, pi_ref appears only in the KL (D-2); the mean runs
-over sequences (D-4). Eq. 2 as printed hides a factor that differs from token to token (D-70), and its sentence,
-"positive rewards make the distribution more peaked, negative rewards flatter", holds for likely tokens only (D-71):
-the border is `sharpening_threshold`. Nothing here knows about models, files or ranks.
+Three repairs to Eq. 1 as printed: the surrogate is maximised and the KL minimised (printed with one
+sign, departure D-1); the ratio is taken against the sampler pi_old, pi_ref appears only in the KL
+(D-2); the mean runs over sequences (D-4). Eq. 2 as printed hides a factor that differs from token
+to token (D-70), and its sentence, "positive rewards make the distribution more peaked, negative
+rewards flatter", holds for likely tokens only (D-71): the border is `sharpening_threshold`. Nothing
+here knows about models, files or ranks.
 
-Shapes: B prompts, G responses per prompt, N = B*G responses grouped by prompt, T response tokens, V vocabulary.
+Shapes: B prompts, G responses per prompt, N = B*G responses grouped by prompt, T response tokens, V
+vocabulary.
 
-    python grpo.py                    # a worked example, to be checked by hand
-    python grpo.py --plot FILE        # entropy change against pi_y for both signs of A, p* marked
+Worked examples: python -m examples.equations
 """
-
-import argparse
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 KL_KINDS = ("k1", "k2", "k3", "rho_k3")
-OVERFLOW = 60.0  # largest log-ratio that is exponentiated, D-6: e^60 = 1e26 fits float32 and bfloat16
+# largest log-ratio that is exponentiated, D-6: e^60 = 1e26 fits float32 and bfloat16
+OVERFLOW = 60.0
 
 
 def total_reward(components: dict[str, Tensor], weights: dict[str, float]) -> Tensor:
     """r = sum_c w_c r_c, weights by name (D-13).   dict of [B, G] -> [B, G]
 
-    NaN is "unknown": it takes that component's mean over the group, so that it neither rewards nor punishes. Where a
-    component is unknown for a whole group it adds nothing.
+    NaN is "unknown": it takes that component's mean over the group, so that it neither rewards nor
+    punishes. Where a component is unknown for a whole group it adds nothing.
     """
     total = 0.0
     for name, reward in components.items():
@@ -39,8 +39,8 @@ def total_reward(components: dict[str, Tensor], weights: dict[str, float]) -> Te
 def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     """A_i = (r_i - mean(r)) / (std(r) + eps) within each group.   [B, G] -> [B, G]
 
-    The std is the unbiased one (D-5). A group whose rewards are all equal gives exactly 0. NaN = unknown: it leaves
-    mean and std, and gets advantage 0.
+    The std is the unbiased one (D-5). A group whose rewards are all equal gives exactly 0. NaN =
+    unknown: it leaves mean and std, and gets advantage 0.
     """
     if rewards.ndim != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be [B, G] with G > 1, got shape {tuple(rewards.shape)}")
@@ -51,15 +51,20 @@ def group_advantages(rewards: Tensor, eps: float = 1e-4) -> Tensor:
     centred = torch.where(known, rewards - mean, 0.0)
     variance = centred.square().sum(1, keepdim=True) / (count - 1).clamp_min(1)
     most = torch.where(known, rewards, -torch.inf).amax(1, keepdim=True)
-    tied = most <= torch.where(known, rewards, torch.inf).amin(1, keepdim=True)  # none or one known: tied as well
+    # none or one known: tied as well
+    tied = most <= torch.where(known, rewards, torch.inf).amin(1, keepdim=True)
     # set aside before the root, whose gradient at 0 is infinite
     return torch.where(tied, 0.0, centred / (variance.masked_fill(tied, 1.0).sqrt() + eps))
 
 
-def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor | float, eps_low=0.2, eps_high=0.2) -> Tensor:
-    """min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi_theta / pi_old.   [N, T], [N, T], [N] -> [N, T]
+def clipped_surrogate(
+    logp: Tensor, old_logp: Tensor, adv: Tensor | float, eps_low=0.2, eps_high=0.2
+) -> Tensor:
+    """min(rho A, clip(rho, 1 - eps, 1 + eps) A), rho = pi_theta / pi_old.
+    [N, T], [N, T], [N] -> [N, T]
 
-    To be maximised. On the first update after sampling rho = 1: the value is A, its gradient is REINFORCE's.
+    To be maximised. On the first update after sampling rho = 1: the value is A, its gradient is
+    REINFORCE's.
     """
     _same_shape(logp=logp, old_logp=old_logp)
     [adv] = _one_each(logp, adv=adv)
@@ -71,8 +76,8 @@ def clipped_surrogate(logp: Tensor, old_logp: Tensor, adv: Tensor | float, eps_l
 def dead_zone(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high=0.2) -> Tensor:
     """1 - g: True where the clip cuts the gradient off.   three of one shape -> bool
 
-    One-sided: A > 0 and rho > 1 + eps_high, or A < 0 and rho < 1 - eps_low. A bad token that became *likelier* is
-    not among them: its gradient is unbounded.
+    One-sided: A > 0 and rho > 1 + eps_high, or A < 0 and rho < 1 - eps_low. A bad token that became
+    *likelier* is not among them: its gradient is unbounded.
     """
     rho = _exp(logp - old_logp)
     return ((adv > 0) & (rho > 1 + eps_high)) | ((adv < 0) & (rho < 1 - eps_low))
@@ -81,9 +86,10 @@ def dead_zone(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """D_KL(pi_theta || pi_ref), estimated at the sampled tokens.   [N, T], [N, T] -> [N, T]
 
-    With x = log pi_ref - log pi:   k1 = -x,   k2 = x^2 / 2,   k3 = e^x - x - 1 (never negative),   rho_k3 = rho k3.
-    As part of the loss on on-policy samples, the gradients differ: k1 has none on average, k2 and rho_k3 follow the
-    reverse KL(pi || pi_ref), and k3 (GRPO's, the default) the forward KL(pi_ref || pi).
+    With x = log pi_ref - log pi:   k1 = -x,   k2 = x^2 / 2,   k3 = e^x - x - 1 (never
+    negative),   rho_k3 = rho k3. As part of the loss on on-policy samples, the gradients differ: k1
+    has none on average, k2 and rho_k3 follow the reverse KL(pi || pi_ref), and k3 (GRPO's, the
+    default) the forward KL(pi_ref || pi).
     """
     _same_shape(logp=logp, ref_logp=ref_logp)
     x = ref_logp - logp
@@ -97,15 +103,18 @@ def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     raise ValueError(f"kind must be one of {KL_KINDS}, got {kind!r}")
 
 
-def sequence_weights(mask: Tensor, loss_norm: str, sequences: float, tokens: float, max_tokens: int) -> Tensor:
-    """The weight of each token in the loss, so that the loss is one weighted sum.   [N, T] -> [N, T]
+def sequence_weights(
+    mask: Tensor, loss_norm: str, sequences: float, tokens: float, max_tokens: int
+) -> Tensor:
+    """The weight of each token in the loss, so that the loss is one weighted sum.
+    [N, T] -> [N, T]
 
     sequence  1 / (N |y_i|)        Eq. 1: mean over a response's tokens, then over responses
     token     1 / sum_i |y_i|      DAPO: every token counts the same
     constant  1 / (N T_max)        Dr. GRPO: no length normalisation
 
-    sequences and tokens are the counts of the *global* batch: a mean of per-rank or per-micro-batch means is another
-    loss when lengths differ.
+    sequences and tokens are the counts of the *global* batch: a mean of per-rank or per-micro-batch
+    means is another loss when lengths differ.
     """
     if mask.ndim != 2:
         raise ValueError(f"mask must be [N, T], got shape {tuple(mask.shape)}")
@@ -134,19 +143,25 @@ def grpo_loss(
     tokens: float | None = None,
     max_tokens: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 1:  L = sum_it w_it [ -min(rho A, clip(rho) A) + beta KL_it ].   [N, T] x 2, [N], [N, T] -> scalar
+    """Eq. 1:  L = sum_it w_it [ -min(rho A, clip(rho) A) + beta KL_it ].
+    [N, T] x 2, [N], [N, T] -> scalar
 
-    mask: 1 on the tokens that count, 0 on padding, which may hold anything. w: `sequence_weights` of loss_norm and of
-    the global batch's counts, by default those of this mask. At rho = 1 and beta = 0 the value is about 0, because
-    advantages sum to 0 in each group, while its gradient is not: a loss of 0 does not mean that nothing is learned.
-    Also returns per-token statistics [N, T]: kl (None at beta = 0) and clipped, 1 where the gradient was cut off.
+    mask: 1 on the tokens that count, 0 on padding, which may hold anything. w: `sequence_weights`
+    of loss_norm and of the global batch's counts, by default those of this mask. At rho = 1 and
+    beta = 0 the value is about 0, because advantages sum to 0 in each group, while its gradient is
+    not: a loss of 0 does not mean that nothing is learned. Also returns per-token statistics [N,
+    T]: kl (None at beta = 0) and clipped, 1 where the gradient was cut off.
     """
     if beta and ref_logp is None:
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
     _same_shape(logp=logp, old_logp=old_logp, mask=mask, **({"ref_logp": ref_logp} if beta else {}))
-    counts = (len(mask) if sequences is None else sequences, float(mask.sum()) if tokens is None else tokens)
+    counts = (
+        len(mask) if sequences is None else sequences,
+        float(mask.sum()) if tokens is None else tokens,
+    )
     weights = sequence_weights(mask, loss_norm, *counts, max_tokens or mask.shape[1])
-    # padding may hold anything, even NaN: cleared before the arithmetic, or its gradient would be 0 * NaN
+    # padding may hold anything, even NaN: cleared before the arithmetic, or its gradient would be 0
+    # * NaN
     real = mask > 0
     logp, old_logp = (torch.where(real, x, 0.0) for x in (logp, old_logp))
     per_token, kl = -clipped_surrogate(logp, old_logp, adv, eps_low, eps_high), None
@@ -154,7 +169,9 @@ def grpo_loss(
         kl = kl_penalty(logp, torch.where(real, ref_logp, 0.0), kl_kind)
         per_token = per_token + beta * kl
     loss = (per_token * weights).sum()
-    clipped = dead_zone(logp.detach(), old_logp, _one_each(logp, adv=adv)[0][:, None], eps_low, eps_high)
+    clipped = dead_zone(
+        logp.detach(), old_logp, _one_each(logp, adv=adv)[0][:, None], eps_low, eps_high
+    )
     return loss, {"kl": None if kl is None else kl.detach(), "clipped": clipped.float()}
 
 
@@ -168,12 +185,14 @@ def logit_gradient(
     eps_high: float = 0.2,
     beta: float = 0.0,
 ) -> Tensor:
-    """Eq. 2, exact:  dL/dz = [ -g rho A + beta (1 - pi_ref(y) / pi(y)) ] (e_y - pi).   [N, V], [N] x 3 -> [N, V]
+    """Eq. 2, exact:  dL/dz = [ -g rho A + beta (1 - pi_ref(y) / pi(y)) ] (e_y - pi).
+    [N, V], [N] x 3 -> [N, V]
 
-    L = -min(rho A, clip(rho) A) + beta k3 of one token y at one position with logits z; g = 0 in the `dead_zone`.
-    The KL only shifts the advantage, A_eff = g rho A - beta (1 - pi_ref / pi), so all that is said of A holds for
-    A_eff. The paper prints pi_y (1 - pi_y) A for the sampled token: that is this times pi_old(y), another number for
-    every token (D-70). On-policy a token of pi_y = 0.001 is pushed with 0.999 A, not with 0.001 A.
+    L = -min(rho A, clip(rho) A) + beta k3 of one token y at one position with logits z; g = 0 in
+    the `dead_zone`. The KL only shifts the advantage, A_eff = g rho A - beta (1 - pi_ref / pi), so
+    all that is said of A holds for A_eff. The paper prints pi_y (1 - pi_y) A for the sampled token:
+    that is this times pi_old(y), another number for every token (D-70). On-policy a token of pi_y =
+    0.001 is pushed with 0.999 A, not with 0.001 A.
     """
     if beta and ref_logp is None:
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
@@ -192,11 +211,13 @@ def logit_gradient(
 
 
 def entropy_change(probs: Tensor, target: Tensor | int, step: Tensor | float) -> Tensor:
-    """dH = -step (s_y - C) + O(step^2), for the logit step dz = step (e_y - pi).   [..., V], [...], [...] -> [...]
+    """dH = -step (s_y - C) + O(step^2), for the logit step dz = step (e_y - pi).
+    [..., V], [...], [...] -> [...]
 
-    s_v = pi_v (log pi_v + H) = -dH/dz_v,  C = E_pi[s] >= 0,  step = learning rate x A_eff. In nats. The paper's
-    sentence is the case s_y > C. On-policy, E[dH] = -rate Cov(A, s): what sharpens is reward on what is likely.
-    A law for the logits of one position; a step of shared parameters moves other positions too (Eq. 3).
+    s_v = pi_v (log pi_v + H) = -dH/dz_v,  C = E_pi[s] >= 0,  step = learning rate x A_eff. In nats.
+    The paper's sentence is the case s_y > C. On-policy, E[dH] = -rate Cov(A, s): what sharpens is
+    reward on what is likely. A law for the logits of one position; a step of shared parameters
+    moves other positions too (Eq. 3).
     """
     s = _minus_entropy_slope(probs)[0]
     target = torch.as_tensor(target, device=probs.device).long()
@@ -206,11 +227,13 @@ def entropy_change(probs: Tensor, target: Tensor | int, step: Tensor | float) ->
 
 
 def sharpening_threshold(probs: Tensor) -> Tensor:
-    """p* = exp(W(C e^H) - H), the root of p (log p + H) = C: A > 0 sharpens iff pi_y > p*.   [..., V] -> [...]
+    """p* = exp(W(C e^H) - H), the root of p (log p + H) = C: A > 0 sharpens iff pi_y > p*.
+    [..., V] -> [...]
 
-    A < 0 flattens iff pi_y > p*. Below p* both halves of the paper's sentence reverse. 1 / perplexity <= p* <= max pi:
-    the paper is right on the likeliest token, and wrong on every token rarer than 1 / perplexity (D-71). W is Lambert's
-    function, the root w of w e^w = x, here by Newton's method.
+    A < 0 flattens iff pi_y > p*. Below p* both halves of the paper's sentence reverse. 1 /
+    perplexity <= p* <= max pi: the paper is right on the likeliest token, and wrong on every token
+    rarer than 1 / perplexity (D-71). W is Lambert's function, the root w of w e^w = x, here by
+    Newton's method.
     """
     s, entropy = _minus_entropy_slope(probs)
     x = (probs * s).sum(-1).clamp_min(0) * entropy.exp()
@@ -222,7 +245,8 @@ def sharpening_threshold(probs: Tensor) -> Tensor:
 
 def _minus_entropy_slope(probs: Tensor) -> tuple[Tensor, Tensor]:
     """s_v = pi_v (log pi_v + H), and H in nats.   [..., V] -> [..., V], [...]"""
-    log = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()  # 0 log 0 = 0, with a finite gradient
+    # 0 log 0 = 0, with a finite gradient
+    log = probs.clamp_min(torch.finfo(probs.dtype).tiny).log()
     entropy = -(probs * log).sum(-1)
     return probs * (log + entropy[..., None]), entropy
 
@@ -244,67 +268,13 @@ def _same_shape(**tensors: Tensor) -> None:
 
 def _one_each(rows: Tensor, **given: Tensor | float) -> list[Tensor]:
     """Each as [N], one number a row of `rows`; a single number stands for all of them."""
-    n, tensors = len(rows), {name: torch.as_tensor(x, device=rows.device) for name, x in given.items()}
+    n, tensors = (
+        len(rows),
+        {name: torch.as_tensor(x, device=rows.device) for name, x in given.items()},
+    )
     for name, t in tensors.items():
         if t.shape not in ((n,), ()):
-            raise ValueError(f"{name} must hold one number for each of the {n} rows, got shape {tuple(t.shape)}")
+            raise ValueError(
+                f"{name} must hold one number for each of the {n} rows, got shape {tuple(t.shape)}"
+            )
     return [t.expand(n) for t in tensors.values()]
-
-
-# --- a worked example ------------------------------------------------------------------------------------------------
-
-
-def example() -> None:
-    """Eq. 1 and Eq. 2 on numbers small enough for a pocket calculator."""
-    rewards = torch.tensor([[2.1, 1.1, 0.1, 0.1]], dtype=torch.float64)
-    print("A = (r - mean) / (std + 1e-4) of r = 2.1, 1.1, 0.1, 0.1 (mean 0.85, unbiased std 0.957):")
-    print("   ", "  ".join(f"{a:+.3f}" for a in group_advantages(rewards)[0].tolist()))
-
-    pi = torch.tensor([0.6, 0.2, 0.1, 0.05, 0.03, 0.01, 0.006, 0.004], dtype=torch.float64)
-    s, entropy = _minus_entropy_slope(pi)
-    star = sharpening_threshold(pi).item()
-    print(f"\npi of eight tokens: H = {entropy:.4f} nats, 1 / perplexity = {(-entropy).exp():.4f}, p* = {star:.4f}")
-    print("one on-policy update of each token with A = +1 and rate 0.5, in logit space:\n")
-    print("  pi_y   dL/dz_y (Eq. 2)  as printed   dH, first order   dH, exact   entropy")
-    every = torch.arange(8)
-    gradient = logit_gradient(pi.log().expand(8, 8), every, torch.ones(8, dtype=pi.dtype), pi.log())
-    moved = (pi.log() - 0.5 * gradient).softmax(-1)
-    exact = -(moved * moved.log()).sum(-1) - entropy
-    law = entropy_change(pi.expand(8, 8), every, torch.tensor(0.5, dtype=pi.dtype))
-    for y, p in enumerate(pi.tolist()):
-        side = "sharpens" if p > star else "flattens"
-        print(f"{p:6.3f}   {gradient[y, y]:13.3f}   {-p * (1 - p):10.4f}   {law[y]:15.4f}   {exact[y]:9.4f}   {side}")
-    print("\nA = +1 sharpens above p* only, and A = -1 does the reverse. The paper's sentence is the part above p*.")
-
-
-def plot(file: str) -> None:
-    """dH against pi_y for both signs of A: one token of probability pi_y, the others 5 : 3 : 2 : 1 of the rest."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    p = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
-    rest = torch.tensor([5, 3, 2, 1], dtype=p.dtype) / 11
-    probs = torch.cat([p[:, None], (1 - p)[:, None] * rest], 1)
-    first = torch.zeros(len(p), dtype=torch.long)
-    crossing = p[p > sharpening_threshold(probs)][0].item()
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for sign, name in ((1.0, "A > 0"), (-1.0, "A < 0")):
-        axis.plot(p, entropy_change(probs, first, torch.full_like(p, sign)), label=name)
-    axis.axhline(0, color="grey", linewidth=0.8)
-    axis.axvline(crossing, color="grey", linestyle="--", label=f"pi_y = p* = {crossing:.3f}")
-    axis.set(xlabel="pi_y of the sampled token", ylabel="dH per unit of logit step (nats)")
-    axis.set_title("A > 0 sharpens, A < 0 flattens: to the right of p* only")
-    axis.legend()
-    figure.savefig(file, dpi=150)
-    print(f"wrote {file}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Eq. 1 and Eq. 2 on numbers that can be checked by hand.")
-    parser.add_argument("--plot", metavar="FILE", help="draw the entropy law as well (png, svg or pdf)")
-    file = parser.parse_args().plot
-    example()
-    if file:
-        plot(file)

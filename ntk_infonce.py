@@ -1,25 +1,25 @@
-"""Conflict-Aware Regularization: Eq. 3, how one sample's update moves another, and Eq. 4, an InfoNCE loss on the cosine
-of their log-prob gradients.
+"""Conflict-Aware Regularization: Eq. 3, how one sample's update moves another, and Eq. 4, an
+InfoNCE loss on the cosine of their log-prob gradients.
 
-f_i is the gradient of log pi(y_i | x_i) with respect to the final layer (the LM head W), V x d numbers per sample.
-It is never formed: for the head, grad_W log pi = sum_t r_t h_t^T with r_t = e_{y_t} - pi_t, so that
+f_i is the gradient of log pi(y_i | x_i) with respect to the final layer (the LM head W), V x d
+numbers per sample. It is never formed: for the head, grad_W log pi = sum_t r_t h_t^T with r_t =
+e_{y_t} - pi_t, so that
 
     <f_i, f_j> = sum_{t in i, s in j} <r_t, r_s> <h_t, h_s>
 
-is a product of two small Gram matrices, exact, and differentiable by ordinary first-order autograd (D-50).
+is a product of two small Gram matrices, exact, and differentiable by ordinary first-order autograd
+(D-50).
 
-What Eq. 4 does and does not do (each with a test): it only redistributes similarity within a row; where all pairs lie
-on one side of tau it is exactly 0, so tau is a border and no balanced range (D-73); and for y_i sampled on-policy
-E f_i = 0, so the cosines scatter about 0 whatever the prompts are, and it is inert or follows chance. Hence y_i is the
-reference answer, teacher-forced (D-51); see `FEATURES`. `bench/claims.py` measures all of them on a policy.
+What Eq. 4 does and does not do (each with a test): it only redistributes similarity within a row;
+where all pairs lie on one side of tau it is exactly 0, so tau is a border and no balanced range
+(D-73); and for y_i sampled on-policy E f_i = 0, so the cosines scatter about 0 whatever the prompts
+are, and it is inert or follows chance. Hence y_i is the reference answer, teacher-forced (D-51);
+see `FEATURES`. `bench/claims.py` measures all of them on a policy.
 
 Shapes: n samples, N valid tokens of all samples laid flat, V vocabulary, d hidden size.
 
-    python ntk_infonce.py                    # a worked example, to be checked by hand
-    python ntk_infonce.py --plot FILE        # where Eq. 4 drives the cosines from several starts
+Worked examples: python -m examples.equations
 """
-
-import argparse
 
 import torch
 import torch.nn.functional as F
@@ -29,23 +29,26 @@ from torch.utils.checkpoint import checkpoint
 
 FEATURES = {  # which y_i (D-51)
     "reference": "the reference answer, teacher-forced right after the prompt",
-    "own_prefix": "the reference answer, after planning, caption and thinking of the prompt's first response",
+    "own_prefix": "the reference answer, after the other stages of the prompt's first response",
     "best": "the response with the highest reward",
-    "advantage": "all responses, weighted with their advantages: the direction of the policy gradient itself",
+    "advantage": "all responses, weighted with their advantages: the policy gradient's direction",
     "greedy": "a greedy response",
-    "hidden_mean": "no y: the mean hidden state of the prompt, which is no gradient (official code)",
+    "hidden_mean": "no y: the prompt's mean hidden state, which is no gradient (official code)",
 }
-ROUNDING = 1e-5  # two cosines of single precision that are nearer than this may stand in either order
+# two cosines of single precision that are nearer than this may stand in either order
+ROUNDING = 1e-5
 
 
-# --- Eq. 3 -----------------------------------------------------------------------------------------------------------
+# --- Eq. 3 ----------------------------------------------------------------------------------------
 
 
 def empirical_ntk(model: nn.Module, observed: Tensor, updated: Tensor) -> Tensor:
-    """K(x_o, x_u) = J_o J_u^T,  J = dz/dtheta of the logits, one row per position and token.   -> [M, V, L, V]
+    """K(x_o, x_u) = J_o J_u^T,  J = dz/dtheta of the logits, one row per position and token.
+    -> [M, V, L, V]
 
-    model maps x_o to logits [M, V] and x_u to logits [L, V]. All J are held: for small models. The paper prints
-    grad z^T grad z, which is this only if the gradient is stored parameters first (D-72).
+    model maps x_o to logits [M, V] and x_u to logits [L, V]. All J are held: for small models. The
+    paper prints grad z^T grad z, which is this only if the gradient is stored parameters first
+    (D-72).
     """
     parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     if not parameters:
@@ -60,66 +63,83 @@ def empirical_ntk(model: nn.Module, observed: Tensor, updated: Tensor) -> Tensor
 
 
 def learning_dynamics(
-    model: nn.Module, observed: Tensor, updated: Tensor, targets: Tensor, adv: Tensor | float, lr: float
+    model: nn.Module,
+    observed: Tensor,
+    updated: Tensor,
+    targets: Tensor,
+    adv: Tensor | float,
+    lr: float,
 ) -> Tensor:
-    """Eq. 3:  Delta log pi(.|x_o) = lr softmax_jac(x_o) K(x_o, x_u) (e_y - pi(.|x_u)) A + O(lr^2).   -> [M, V]
+    """Eq. 3:  Delta log pi(.|x_o) = lr softmax_jac(x_o) K(x_o, x_u) (e_y - pi(.|x_u)) A +
+    O(lr^2).   -> [M, V]
 
-    What one SGD step of size lr on L = -sum_l A_l log pi(y_l | x_u) does to every token at every position of x_o.
-    targets [L]; adv [L] or a number: A_eff of each position, with 1 / |y|, the ratio, the clip and the KL folded in
-    (`grpo.logit_gradient`). softmax_jac = I - 1 pi^T (the paper's calligraphic A, not the advantage). A sequence sums
-    over its positions l; the printed form is a single one (D-72). AdamW moves otherwise: its step is preconditioned.
-    To first order this is lr A <grad log pi(.|x_o), grad log pi(y|x_u)>: the inner product whose cosine, without A and
-    for the head only, is Eq. 4's similarity.
+    What one SGD step of size lr on L = -sum_l A_l log pi(y_l | x_u) does to every token at every
+    position of x_o. targets [L]; adv [L] or a number: A_eff of each position, with 1 / |y|, the
+    ratio, the clip and the KL folded in (`grpo.logit_gradient`). softmax_jac = I - 1 pi^T (the
+    paper's calligraphic A, not the advantage). A sequence sums over its positions l; the printed
+    form is a single one (D-72). AdamW moves otherwise: its step is preconditioned. To first order
+    this is lr A <grad log pi(.|x_o), grad log pi(y|x_u)>: the inner product whose cosine, without A
+    and for the head only, is Eq. 4's similarity.
     """
     with torch.no_grad():
         pi_o, pi_u = model(observed).softmax(-1), model(updated).softmax(-1)
     adv = torch.as_tensor(adv).to(pi_u)
     for name, x in {"targets": targets, "adv": adv}.items():
         if x.shape != pi_u.shape[:1] and not (name == "adv" and x.ndim == 0):
-            raise ValueError(f"{name} must hold one number for each of the {len(pi_u)} positions, got {tuple(x.shape)}")
+            raise ValueError(
+                f"{name} must hold one number for each of the {len(pi_u)} positions, got "
+                f"{tuple(x.shape)}"
+            )
     force = adv.expand(len(pi_u))[:, None] * (F.one_hot(targets.long(), pi_u.shape[1]) - pi_u)
     dz = torch.einsum("mvlw,lw->mv", empirical_ntk(model, observed, updated), force)
     return lr * (dz - (pi_o * dz).sum(-1, keepdim=True))
 
 
-# --- f_i and their cosines -------------------------------------------------------------------------------------------
+# --- f_i and their cosines ------------------------------------------------------------------------
 
 
-def feature_weights(choice: str, mask: Tensor, adv: Tensor, extra: Tensor) -> Tensor:
-    """w [B, G + 1, T] of f_i = sum_gt w_igt grad_W log pi(y_igt | x_i), for a choice of y_i in FEATURES.
+def feature_weights(choice: str, mask: Tensor, adv: Tensor, reference_mask: Tensor) -> Tensor:
+    """w of f_i = sum_gt w_igt grad_W log pi(y_igt | x_i), for a choice of y_i in FEATURES.
+    [B, G, T], [B, G], [B, T] -> [B, G + 1, T]
 
-    mask [B, G, T] of the G responses' tokens, adv [B, G], extra [B, T]: the tokens that count in the branch laid
-    beside them, which holds the reference answer or the greedy response. `gradient_cosine` of w h in place of h
-    gives the weighted gradient, because f is linear in h; its chunked form takes w as `scale`. Of equally good
-    responses the first is `best`; a tied group has no `advantage` feature (all weights 0).
+    mask: the tokens of the G responses. reference_mask: those of the reference branch, which holds
+    the reference answer or the greedy response and gets the last weights. f is linear in h, so
+    `gradient_cosine` of w h in place of h gives the weighted gradient; the chunked form takes w as
+    `scale`. The first of equally good responses is `best`. A tied group has no `advantage` feature:
+    all its weights are 0.
     """
     choices = [name for name in FEATURES if name != "hidden_mean"]
     if choice not in choices:
         raise ValueError(f"choice must be one of {', '.join(choices)}, got {choice!r}")
-    if mask.ndim != 3 or not mask.shape[1] or mask.shape[:2] != adv.shape or extra.shape != mask.shape[::2]:
+    fits = mask.ndim == 3 and mask.shape[:2] == adv.shape and mask.shape[1] > 0
+    if not fits or reference_mask.shape != mask.shape[::2]:
         raise ValueError(
-            f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and extra [B, T] {tuple(extra.shape)} "
-            "do not fit together, or G is 0"
+            f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and reference_mask "
+            f"[B, T] {tuple(reference_mask.shape)} do not fit together, or G is 0"
         )
-    per_token = mask / mask.sum(-1, keepdim=True).clamp_min(1)  # of the *mean* log-prob of a response
-    weights, beside = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])
+    # of the *mean* log-prob of a response
+    per_token = mask / mask.sum(-1, keepdim=True).clamp_min(1)
+    weights, reference = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])
     if choice == "best":
         best = adv.argmax(1)[:, None, None].expand(-1, 1, mask.shape[2])
         weights = weights.scatter(1, best, per_token.gather(1, best))
     elif choice == "advantage":
         weights = adv[..., None] * per_token
     else:
-        beside = extra / extra.sum(-1, keepdim=True).clamp_min(1)
-    return torch.cat([weights, beside[:, None].to(weights)], 1)
+        reference = reference_mask / reference_mask.sum(-1, keepdim=True).clamp_min(1)
+    return torch.cat([weights, reference[:, None].to(weights)], 1)
 
 
-def gradient_cosine(hidden: Tensor, logits: Tensor, targets: Tensor, segment: Tensor, n: int) -> Tensor:
+def gradient_cosine(
+    hidden: Tensor, logits: Tensor, targets: Tensor, segment: Tensor, n: int
+) -> Tensor:
     """cos(f_i, f_j) of the head gradients.   [N, d], [N, V], [N], [N] -> [n, n]
 
-    hidden: what is fed to the LM head (after the final norm) at the position that predicts the target; logits: what
-    the head gives there; targets: the token y_t; segment: the sample 0..n-1 that the token belongs to. A sample
-    without tokens, or so certain of them that f_i is 0 in this precision, has cosine 0 with all, and no gradient.
-    With tied embeddings this is the head's part of the gradient. Cost N^2 (V + d), memory N V: see the chunked form.
+    hidden: what is fed to the LM head (after the final norm) at the position that predicts the
+    target; logits: what the head gives there; targets: the token y_t; segment: the sample 0..n-1
+    that the token belongs to. A sample without tokens, or so certain of them that f_i is 0 in this
+    precision, has cosine 0 with all, and no gradient. With tied embeddings this is the head's part
+    of the gradient. Cost N^2 (V + d), memory N V: see the chunked form.
     """
     _check_tokens(hidden, logits, targets, segment, n)
     residual = _residual(logits, targets)
@@ -136,18 +156,24 @@ def gradient_cosine_chunked(
     chunk: int = 8192,
     scale: Tensor | None = None,
 ) -> Tensor:
-    """`gradient_cosine` from the head itself, weight [V, d], without ever holding [N, V].   -> [n, n]
+    """`gradient_cosine` from the head itself, weight [V, d], without ever holding [N, V].
+    -> [n, n]
 
-    <r_t, r_s> is a sum over the vocabulary: it is taken `chunk` tokens at a time, and each chunk's logits are computed
-    again in backward. bias [V]: added to the logits, for instance -inf at tokens that cannot be sampled. scale [N]: the
-    weights of the tokens in f_i (`feature_weights`), by default 1.
-    Peak memory N (N + chunk) instead of N V; the head runs twice in forward (log-sum-exp first) and twice in backward.
+    <r_t, r_s> is a sum over the vocabulary: it is taken `chunk` tokens at a time, and each chunk's
+    logits are computed again in backward. bias [V]: added to the logits, for instance -inf at
+    tokens that cannot be sampled. scale [N]: the weights of the tokens in f_i (`feature_weights`),
+    by default 1. Peak memory N (N + chunk) instead of N V; the head runs twice in forward
+    (log-sum-exp first) and twice in backward.
     """
     _check_tokens(hidden, None, targets, segment, n, len(weight))
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1, got {chunk}")
     wide, targets = torch.promote_types(hidden.dtype, torch.float32), targets.long()
-    bias = hidden.new_zeros(len(weight), dtype=wide) if bias is None else bias.to(wide).clamp_min(torch.finfo(wide).min)
+    bias = (
+        hidden.new_zeros(len(weight), dtype=wide)
+        if bias is None
+        else bias.to(wide).clamp_min(torch.finfo(wide).min)
+    )
     chunks = list(zip(weight.split(chunk), bias.split(chunk), range(0, len(weight), chunk)))
 
     def logits(h: Tensor, w: Tensor, b: Tensor, first: int) -> tuple[Tensor, Tensor]:
@@ -162,23 +188,34 @@ def gradient_cosine_chunked(
         r = torch.where(hit, rest[:, None], -(z - norm[:, None]).exp())
         return r @ r.T
 
-    others = torch.stack([checkpoint(log_others, hidden, *part, use_reentrant=False) for part in chunks]).logsumexp(0)
+    others = torch.stack(
+        [checkpoint(log_others, hidden, *part, use_reentrant=False) for part in chunks]
+    ).logsumexp(0)
     norm = torch.logaddexp(others, (hidden * weight[targets]).sum(-1) + bias[targets])
     rest = (others - norm).exp()  # 1 - pi_y
-    grams = [checkpoint(gram, hidden, w, b, norm, rest, first, use_reentrant=False) for w, b, first in chunks]
+    grams = [
+        checkpoint(gram, hidden, w, b, norm, rest, first, use_reentrant=False)
+        for w, b, first in chunks
+    ]
     return _normalised(sum(grams), hidden if scale is None else hidden * scale[:, None], segment, n)
 
 
 def tensor_sketch(
-    hidden: Tensor, logits: Tensor, targets: Tensor, segment: Tensor, n: int, m: int = 4096, seed: int = 0
+    hidden: Tensor,
+    logits: Tensor,
+    targets: Tensor,
+    segment: Tensor,
+    n: int,
+    m: int = 4096,
+    seed: int = 0,
 ) -> Tensor:
     """Sketches with E<sketch_i, sketch_j> = <f_i, f_j>.   [N, d], [N, V], [N], [N] -> [n, m]
 
-    The circular convolution of a count sketch of r_t with one of h_t (Pham and Pagh 2013), summed over a sample's
-    tokens: m numbers instead of V d, small enough to send between processes. Linear in r and h, so gradients flow.
-    The error of a cosine has standard deviation about 1 / sqrt(m) to 1.4 / sqrt(m). The hash comes from `seed` and not
-    from the device or the rank: give every process the same, and every step another. A sample without tokens has
-    sketch 0.
+    The circular convolution of a count sketch of r_t with one of h_t (Pham and Pagh 2013), summed
+    over a sample's tokens: m numbers instead of V d, small enough to send between processes. Linear
+    in r and h, so gradients flow. The error of a cosine has standard deviation about 1 / sqrt(m) to
+    1.4 / sqrt(m). The hash comes from `seed` and not from the device or the rank: give every
+    process the same, and every step another. A sample without tokens has sketch 0.
     """
     _check_tokens(hidden, logits, targets, segment, n)
     if m < 1:
@@ -193,13 +230,16 @@ def tensor_sketch(
         return torch.fft.rfft(x.new_zeros(len(x), m).index_add(1, bucket, x * sign))
 
     product = spectrum(_residual(logits, targets)) * spectrum(_wide(hidden))
-    return torch.fft.irfft(product.new_zeros(n, product.shape[1]).index_add(0, segment.long(), product), n=m)
+    return torch.fft.irfft(
+        product.new_zeros(n, product.shape[1]).index_add(0, segment.long(), product), n=m
+    )
 
 
 def hidden_mean(hidden: Tensor, segment: Tensor, n: int) -> Tensor:
     """The mean hidden states, the official code's stand-in for f_i (D-50).   [N, d], [N] -> [n, d]
 
-    No log-prob and no gradient is in it, and on measured models its cosine does not follow that of Eq. 4.
+    No log-prob and no gradient is in it, and on measured models its cosine does not follow that of
+    Eq. 4.
     """
     _check_tokens(hidden, None, segment, segment, n)
     hidden, segment = _wide(hidden), segment.long()
@@ -208,7 +248,8 @@ def hidden_mean(hidden: Tensor, segment: Tensor, n: int) -> Tensor:
 
 
 def cosine(features: Tensor) -> Tensor:
-    """cos(f_i, f_j) of features that are one vector each (`tensor_sketch`, `hidden_mean`).   [n, m] -> [n, n]"""
+    """cos(f_i, f_j) of features that are one vector each (`tensor_sketch`, `hidden_mean`).
+    [n, m] -> [n, n]"""
     unit = F.normalize(features)
     return unit @ unit.T
 
@@ -221,7 +262,8 @@ def _wide(x: Tensor) -> Tensor:
 def _residual(logits: Tensor, targets: Tensor) -> Tensor:
     """r_t = e_{y_t} - pi_t.   [N, V], [N] -> [N, V]
 
-    1 - pi_y is summed from the other tokens: as a difference it would be round-off where the model is certain.
+    1 - pi_y is summed from the other tokens: as a difference it would be round-off where the model
+    is certain.
     """
     pi = _wide(logits).softmax(-1)
     hit = F.one_hot(targets.long(), logits.shape[-1]).bool()
@@ -230,45 +272,64 @@ def _residual(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _normalised(residual_gram: Tensor, hidden: Tensor, segment: Tensor, n: int) -> Tensor:
-    """K_ij / sqrt(K_ii K_jj),  K_ij = sum_{t in i, s in j} <r_t, r_s> <h_t, h_s>.   [N, N], [N, d] -> [n, n]"""
-    member = (segment[:, None] == torch.arange(n, device=segment.device)).to(residual_gram)  # [N, n]
+    """K_ij / sqrt(K_ii K_jj),  K_ij = sum_{t in i, s in j} <r_t, r_s> <h_t, h_s>.
+    [N, N], [N, d] -> [n, n]"""
+    # [N, n]
+    member = (segment[:, None] == torch.arange(n, device=segment.device)).to(residual_gram)
     hidden = hidden.to(residual_gram)
     gram = member.T @ (residual_gram * (hidden @ hidden.T)) @ member
     square = gram.diagonal()
-    zero = square <= torch.finfo(square.dtype).tiny ** 0.5  # about to underflow: no direction is left
+    # about to underflow: no direction is left
+    zero = square <= torch.finfo(square.dtype).tiny ** 0.5
     inverse_norm = torch.where(zero, 0.0, square.masked_fill(zero, 1.0).rsqrt())
     return inverse_norm[:, None] * gram * inverse_norm[None]
 
 
 def _check_tokens(
-    hidden: Tensor, logits: Tensor | None, targets: Tensor, segment: Tensor, n: int, vocabulary: int | None = None
+    hidden: Tensor,
+    logits: Tensor | None,
+    targets: Tensor,
+    segment: Tensor,
+    n: int,
+    vocabulary: int | None = None,
 ) -> None:
     tables = {"hidden": hidden} | ({} if logits is None else {"logits": logits})
     flat = {"targets": targets, "segment": segment}
     for name, t in (tables | flat).items():
         if t.ndim != (2 if name in tables else 1) or len(t) != len(segment):
-            raise ValueError(f"{name} must have one row per token, {len(segment)} here, got shape {tuple(t.shape)}")
+            raise ValueError(
+                f"{name} must have one row per token, {len(segment)} here, got shape "
+                f"{tuple(t.shape)}"
+            )
     if len(segment) and not 0 <= int(segment.min()) <= int(segment.max()) < n:
-        raise ValueError(f"segment must hold sample numbers 0..{n - 1}, got {int(segment.min())}..{int(segment.max())}")
+        raise ValueError(
+            f"segment must hold sample numbers 0..{n - 1}, got "
+            f"{int(segment.min())}..{int(segment.max())}"
+        )
     v = logits.shape[1] if logits is not None else vocabulary
     if v and len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < v:
-        raise ValueError(f"targets must be tokens 0..{v - 1}, got {int(targets.min())}..{int(targets.max())}")
+        raise ValueError(
+            f"targets must be tokens 0..{v - 1}, got {int(targets.min())}..{int(targets.max())}"
+        )
 
 
-# --- Eq. 4 -----------------------------------------------------------------------------------------------------------
+# --- Eq. 4 ----------------------------------------------------------------------------------------
 
 
-def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:
-    """Eq. 4:  L = -mean_i log [ sum_{j in P(i)} exp(s_ij / T) / sum_{k != i} exp(s_ik / T) ].   [n, n] -> scalar
+def info_nce(
+    cosine: Tensor, tau: float = 0.54, temperature: float = 1.0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Eq. 4:  L = -mean_i log [ sum_{j in P(i)} exp(s_ij / T) / sum_{k != i} exp(s_ik / T) ].
+    [n, n] -> scalar
 
-    P(i) = {j != i : s_ij <= tau}, the dissimilar ones, are the positives; membership carries no gradient. Every sample
-    is an anchor (D-52); those with no positive or no negative are left out of the mean and counted (D-57); with no
-    anchor left, the loss is 0.
-    Its gradient, dL_i/ds_ik = (q_k - p_k) / T with q the softmax over all k and p that over P(i), sums to 0 in a row:
-    positives are pulled up and negatives pushed down, but only against each other. The paper's "balanced range" is not
-    in it: pairs leave for one side of tau, where the loss is 0 (D-73).
-    Statistics: active anchors, number of ordered pairs, share of them at or below tau (positive), mean and sd of their
-    cosines.
+    P(i) = {j != i : s_ij <= tau}, the dissimilar ones, are the positives; membership carries no
+    gradient. Every sample is an anchor (D-52); those with no positive or no negative are left out
+    of the mean and counted (D-57); with no anchor left, the loss is 0. Its gradient, dL_i/ds_ik =
+    (q_k - p_k) / T with q the softmax over all k and p that over P(i), sums to 0 in a row:
+    positives are pulled up and negatives pushed down, but only against each other. The paper's
+    "balanced range" is not in it: pairs leave for one side of tau, where the loss is 0 (D-73).
+    Statistics: active anchors, number of ordered pairs, share of them at or below tau (positive),
+    mean and sd of their cosines.
     """
     n = len(cosine)
     if cosine.shape != (n, n):
@@ -278,9 +339,11 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
     others = ~torch.eye(n, dtype=torch.bool, device=cosine.device)
-    positive = (cosine.detach().clamp(-1, 1) <= tau) & others  # clamped: rounding takes duplicates beyond 1
+    # clamped: rounding takes duplicates beyond 1
+    positive = (cosine.detach().clamp(-1, 1) <= tau) & others
     active = positive.any(1) & (others & ~positive).any(1)
-    # rows that are left out get finite numbers before logsumexp, so that no NaN reaches the backward pass
+    # rows that are left out get finite numbers before logsumexp, so that no NaN reaches the
+    # backward pass
     scores = cosine / temperature
     numerator = torch.where(positive | ~active[:, None], scores, -torch.inf).logsumexp(1)
     denominator = torch.where(others | ~active[:, None], scores, -torch.inf).logsumexp(1)
@@ -299,10 +362,11 @@ def info_nce(cosine: Tensor, tau: float = 0.54, temperature: float = 1.0) -> tup
 def quantile_tau(cosine: Tensor, quantile: float) -> float:
     """A tau that splits this batch's pairs at the quantile of their cosines.   [n, n] -> number
 
-    With tau fixed, a feature whose cosines all lie on one side of it leaves Eq. 4 inert; a quantile moves with them.
-    tau is the middle of the gap between two cosines, the one nearest to the quantile among those wider than
-    `ROUNDING`: were it on a cosine, rounding would decide on which side that pair stands, and with it much of the
-    gradient. 1, with no pair above it, where there is no such gap.
+    With tau fixed, a feature whose cosines all lie on one side of it leaves Eq. 4 inert; a quantile
+    moves with them. tau is the middle of the gap between two cosines, the one nearest to the
+    quantile among those wider than `ROUNDING`: were it on a cosine, rounding would decide on which
+    side that pair stands, and with it much of the gradient. 1, with no pair above it, where there
+    is no such gap.
     """
     if not 0 <= quantile <= 1:
         raise ValueError(f"quantile must lie in [0, 1], got {quantile}")
@@ -315,82 +379,3 @@ def quantile_tau(cosine: Tensor, quantile: float) -> float:
         return 1.0
     k = int(distance.argmin())
     return ((pairs[k] + pairs[k + 1]) / 2).clamp(-1, 1).item()
-
-
-def descend(vectors: Tensor, steps: int, lr: float = 0.5, tau: float = 0.54) -> Tensor:
-    """The cosines of free vectors that follow the gradient of Eq. 4.   [n, d] -> [steps + 1, n, n]"""
-    vectors, path = vectors.clone().requires_grad_(), []
-    for _ in range(steps + 1):
-        unit = F.normalize(vectors)
-        cosine = unit @ unit.T
-        path.append(cosine.detach())
-        [gradient] = torch.autograd.grad(info_nce(cosine, tau)[0], vectors)
-        vectors = (vectors - lr * gradient).detach().requires_grad_()
-    return torch.stack(path)
-
-
-# --- a worked example ------------------------------------------------------------------------------------------------
-
-
-def example() -> None:
-    """Eq. 4 on three samples of one token each, for a pocket calculator."""
-    hidden = torch.tensor([[1.0, 0.0], [1.0, 1.0], [0.0, 1.0]], dtype=torch.float64)
-    logits, targets, segment = hidden.new_zeros(3, 2), torch.tensor([0, 0, 1]), torch.arange(3)
-    print("V = 2, pi = (1/2, 1/2): r = (1/2, -1/2) for y = 0 and (-1/2, 1/2) for y = 1; f = r h^T")
-    print("h = (1, 0), (1, 1), (0, 1);  y = 0, 0, 1\n\ncos(f_i, f_j) = cos(r_i, r_j) cos(h_i, h_j):")
-    cosine = gradient_cosine(hidden, logits, targets, segment, 3).requires_grad_()
-    for row in cosine.tolist():
-        print("   ", "  ".join(f"{s:+.3f}" for s in row))
-    loss, stats = info_nce(cosine)
-    loss.backward()
-    print("\nEq. 4 at tau = 0.54: anchor 1 has the positive 0 and the negative 0.707, log(1 + e^0.707) = 1.108;")
-    print("anchor 2 has -0.707 and 0.707, log(1 + e^1.414) = 1.632; anchor 3 has no negative and is left out.")
-    print(f"loss = {loss.item():.3f}, active anchors {int(stats['active'])}, positive pairs {stats['positive']:.0%}")
-    print("\ndL/ds, each row sums to 0: what is dissimilar is pulled up, what is similar pushed down:")
-    for row in cosine.grad.tolist():
-        print("   ", "  ".join(f"{s:+.3f}" for s in row))
-    answers = torch.cartesian_prod(torch.arange(2), torch.arange(2))
-    inner = [(_residual(logits[:2], y).prod(0).sum() * (hidden[0] @ hidden[1])).item() for y in answers]
-    print("\nwere y_1 and y_2 sampled from pi, <f_1, f_2> would be one of", ", ".join(f"{k:+.2f}" for k in inner))
-    print(
-        f"with equal probability: {sum(inner) / 4:.2f} on average, whatever the prompts are. On-policy, Eq. 4 is blind."
-    )
-
-
-def plot(file: str) -> None:
-    """Trajectories of all pairs' cosines under Eq. 4, from several starts."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    torch.manual_seed(0)
-    noise, common, n = torch.randn(16, 64), torch.ones(64), 16
-    starts = {
-        "orthogonal": torch.eye(n, 64),
-        "two clusters": noise + 1.3 * torch.randn(2, 64)[torch.arange(n) % 2],
-        "mostly below tau": noise + (0.2 + 1.6 * torch.rand(n, 1)) * common,
-        "mostly above tau": noise + (0.6 + 1.2 * torch.rand(n, 1)) * common,
-        "alike": noise + 3.5 * common,
-    }
-    figure, axes = plt.subplots(1, len(starts), figsize=(14, 3.4), sharey=True, layout="constrained")
-    off = ~torch.eye(n, dtype=torch.bool)
-    for axis, (name, vectors) in zip(axes, starts.items()):
-        path = descend(vectors * 8 / vectors.norm(dim=1, keepdim=True), 200, lr=10.0)[:, off]
-        axis.plot(path, color="tab:blue", alpha=0.06)
-        axis.plot(path.mean(1), color="black", label="mean")
-        axis.axhline(0.54, color="tab:red", linestyle="--", label="tau")
-        axis.set(title=name, xlabel="step")
-    axes[0].set_ylabel("cosine of every pair")
-    axes[0].legend()
-    figure.savefig(file, dpi=150)
-    print(f"wrote {file}")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Eq. 4 on numbers that can be checked by hand.")
-    parser.add_argument("--plot", metavar="FILE", help="draw trajectories of the cosines as well (png, svg or pdf)")
-    file = parser.parse_args().plot
-    example()
-    if file:
-        plot(file)

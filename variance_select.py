@@ -1,10 +1,11 @@
-"""Reward Variance-Guided Sample Selection: 64 responses per prompt, keep the half whose rewards disagree most.
+"""Reward Variance-Guided Sample Selection: 64 responses per prompt, keep the half whose rewards
+disagree most.
 
-GRPO learns from differences inside a group: a prompt whose responses all earn the same teaches nothing (advantage
-exactly 0). The paper scores each prompt by the variance of its rewards over 64 responses and keeps the top 50 %.
-Unstated there, settled here [choice]: the population is every RL prompt whose responses could be judged, prompts
-without any variance are dropped first, ties go to the smaller id, and the three classes are cut at the two constants
-below.
+GRPO learns from differences inside a group: a prompt whose responses all earn the same teaches
+nothing (advantage exactly 0). The paper scores each prompt by the variance of its rewards over 64
+responses and keeps the top 50 %. Unstated there, settled here [choice]: the population is every RL
+prompt whose responses could be judged, prompts without any variance are dropped first, ties go to
+the smaller id, and the three classes are cut at the two constants below.
 
 Shapes: P prompts, R responses. Rewards are [P, R], NaN = unknown (a judge that failed), never 0.
 """
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-LOW_VARIANCE = 0.25  # of the largest possible variance; the paper names the classes but no thresholds [choice]
+# of the largest possible variance; the paper names the classes but no thresholds [choice]
+LOW_VARIANCE = 0.25
 HIGH_MEAN = 0.5  # of the largest possible reward [choice]
 
 
@@ -36,20 +38,24 @@ def reward_statistics(rewards: Tensor) -> RewardStatistics:
     if rewards.ndim != 2:
         raise ValueError(f"rewards must be [prompts, responses], got shape {tuple(rewards.shape)}")
     rewards = rewards if rewards.is_floating_point() else rewards.to(torch.get_default_dtype())
-    rewards = rewards.sort(1).values  # so that the order of the responses cannot move a tie by round-off
+    # so that the order of the responses cannot move a tie by round-off
+    rewards = rewards.sort(1).values
     known = ~rewards.isnan()
     count = known.sum(1)
     mean = rewards.nanmean(1)
     squares = torch.where(known, rewards - mean[:, None], 0.0).square().sum(1)
     variance = squares / (count - 1).clamp_min(1)
-    tied = (torch.where(known, rewards - mean[:, None], 0.0).abs() < 1e-6).all(1)  # round-off is not variance
+    # round-off is not variance
+    tied = (torch.where(known, rewards - mean[:, None], 0.0).abs() < 1e-6).all(1)
     return RewardStatistics(mean, variance.masked_fill(tied | (count < 2), 0.0), count)
 
 
 def classify(mean: float, variance: float, best: float) -> str:
-    """'easy' (high mean, low variance), 'hard' (low mean, low variance) or 'medium' (high variance).
+    """'easy' (high mean, low variance), 'hard' (low mean, low variance) or 'medium' (high
+    variance).
 
-    best: the largest reward a response can earn; in [0, best] a population variance is at most best^2 / 4.
+    best: the largest reward a response can earn; in [0, best] a population variance is at most
+    best^2 / 4.
     """
     if variance > LOW_VARIANCE * best**2 / 4:
         return "medium"
@@ -59,11 +65,13 @@ def classify(mean: float, variance: float, best: float) -> str:
 def select_top_variance(
     ids: list[str], variance: Tensor, keep: float = 0.5, within: list[str] | None = None
 ) -> list[str]:
-    """The ids of the top `keep` share by variance, in descending order.   P ids, [P] -> at most ceil(keep * P) ids
+    """The ids of the top `keep` share by variance, in descending order.   P ids, [P] -> at most
+    ceil(keep * P) ids
 
-    Zero-variance prompts are dropped first, so fewer may come back. Independent of the order of the rows.
-    within: the kind of each prompt; then it is the top share of each kind [choice]. By variance alone (the paper's
-    rule) a kind of question on which all responses agree is never trained.
+    Zero-variance prompts are dropped first, so fewer may come back. Independent of the order of the
+    rows. within: the kind of each prompt; then it is the top share of each kind [choice]. By
+    variance alone (the paper's rule) a kind of question on which all responses agree is never
+    trained.
     """
     kinds = [""] * len(ids) if within is None else within
     if not len(ids) == len(variance) == len(kinds):
@@ -72,7 +80,8 @@ def select_top_variance(
         raise ValueError(f"keep must lie in (0, 1], got {keep}")
     kept: list[tuple[float, str]] = []
     for kind in set(kinds):
-        of_kind = [(v, i) for v, i, k in zip(variance.tolist(), ids, kinds, strict=True) if k == kind]
+        rows = zip(variance.tolist(), ids, kinds, strict=True)
+        of_kind = [(v, i) for v, i, k in rows if k == kind]
         ranked = sorted((-v, i) for v, i in of_kind if v > 0)
         kept += ranked[: math.ceil(keep * len(of_kind) - 1e-9)]
     return [i for _, i in sorted(kept)]

@@ -1,14 +1,16 @@
-"""What a preset of configs/ needs, computed from the model's shapes and not measured: memory by part, floors of time.
+"""What a preset of configs/ needs, computed from the model's shapes and not measured: memory by
+part, floors of time.
 
-    python bench/memory.py configs/*.yaml               # one process, or each of several under DDP
-    python bench/memory.py configs/*.yaml --shards 8    # each of eight under FSDP2
+    python -m bench.memory configs/*.yaml               # one process, or each of several under DDP
+    python -m bench.memory configs/*.yaml --shards 8    # each of eight under FSDP2
 
-Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients, AdamW's two moments
-(in float32, with a float32 copy of half-precision weights), the reference where full fine-tuning needs a copy, the
-activations of one pass (with checkpointing: every layer's input, and one layer in full), keys and values of generation
-(the prompt's in float32), the weights of a local judge. Seconds per update on one GPU of each kind, were it at 40 % of
-its bf16 rate in scoring and the update, and at the bandwidth of its memory in decoding; Hugging Face's `generate` is
-several times slower than that.
+Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients,
+AdamW's two moments (in float32, with a float32 copy of half-precision weights), the reference where
+full fine-tuning needs a copy, the activations of one pass (with checkpointing: every layer's input,
+and one layer in full), keys and values of generation (the prompt's in float32), the weights of a
+local judge. Seconds per update on one GPU of each kind, were it at 40 % of its bf16 rate in scoring
+and the update, and at the bandwidth of its memory in decoding; Hugging Face's `generate` is several
+times slower than that.
 """
 
 import argparse
@@ -49,7 +51,11 @@ def parameters(name: str) -> dict[str, float]:
 
     shape = TEXT[name]
     vision = dict(
-        depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, out_hidden_size=shape["hidden_size"]
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=shape["hidden_size"],
     )
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
     text = shape | {"rope_parameters": rope, "max_window_layers": shape["num_hidden_layers"]}
@@ -75,20 +81,27 @@ def needs(cfg, shards: int = 1) -> dict:
     size = 2 if cfg.dtype == "bfloat16" else 4
     d, layers, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
     prompt = cfg.max_pixels // 784 + QUESTION
-    width = 2 * d + 2 * shape["num_key_value_heads"] * (d // shape["num_attention_heads"])  # of q, k, v, o together
+    # of q, k, v, o together
+    width = 2 * d + 2 * shape["num_key_value_heads"] * (d // shape["num_attention_heads"])
     if cfg.lora_rank:
-        each = layers * cfg.lora_rank * (4 * d + width + 3 * (d + inner))  # in + out of the seven linears, about
+        # in + out of the seven linears, about
+        each = layers * cfg.lora_rank * (4 * d + width + 3 * (d + inner))
         training = {"adapter and AdamW": each * 4 * 4}
     else:
         trained = count["text"]
         training = {
-            "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,  # moments, and a copy of half-precision weights
+            "AdamW": trained
+            * 4
+            * (3 if size == 2 else 2)
+            / shards,  # moments, and a copy of half-precision weights
             "gradients in the update": trained * 4 / shards,
             "reference": (trained + count["vision"]) * size,
         }
         if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
             training["Eq. 4"] = 3 * count["head"] * size
-    tokens = (cfg.prompts_per_pass or cfg.prompts_per_step) * (prompt + cfg.group_size * cfg.max_new_tokens)
+    tokens = (cfg.prompts_per_pass or cfg.prompts_per_step) * (
+        prompt + cfg.group_size * cfg.max_new_tokens
+    )
     one_layer = tokens * (8 * d + width + 4 * inner) * size
     kept = tokens * d * size * layers if cfg.gradient_checkpointing else one_layer * (layers - 1)
     mask = (tokens - prompt) * tokens * size
@@ -96,15 +109,25 @@ def needs(cfg, shards: int = 1) -> dict:
     groups = {"RL": (cfg.prompts_per_pass or cfg.prompts_per_step, cfg.group_size)}
     if cfg.selection:
         groups["selection"] = (cfg.select_batch, cfg.responses)
-    cache = {k: key * b * (prompt * 4 // size + n * cfg.max_new_tokens) for k, (b, n) in groups.items()}
+    cache = {
+        k: key * b * (prompt * 4 // size + n * cfg.max_new_tokens) for k, (b, n) in groups.items()
+    }
     whole = (count["text"] + count["vision"]) * size  # what sampling needs in any case
-    outermost = (count["text"] - count["layers"] + count["vision"] + 2 * count["layers"] / layers) * size
-    parts = {"weights": whole if shards == 1 else outermost, **training}  # sharded: two layers at a time
+    outermost = (
+        count["text"] - count["layers"] + count["vision"] + 2 * count["layers"] / layers
+    ) * size
+    parts = {
+        "weights": whole if shards == 1 else outermost,
+        **training,
+    }  # sharded: two layers at a time
     parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
     parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
     in_update = parts.get("gradients in the update", 0)
-    in_backward = in_update * size / 4 + parts["activations"] + parts.get("Eq. 4", 0)  # the one or the other
-    rest = sum(v for k, v in parts.items() if k not in ("gradients in the update", "activations", "Eq. 4"))
+    # the one or the other
+    in_backward = in_update * size / 4 + parts["activations"] + parts.get("Eq. 4", 0)
+    rest = sum(
+        v for k, v in parts.items() if k not in ("gradients in the update", "activations", "Eq. 4")
+    )
     most = rest + max(in_update, in_backward)
     generation = whole + training.get("reference", 0) + parts["judge"] + max(cache.values())
     generation += training["AdamW"] if shards > 1 and not cfg.lora_rank else 0
@@ -113,28 +136,52 @@ def needs(cfg, shards: int = 1) -> dict:
     passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
     flops = 2 * step * passes * count["layers"] + 2 * step * (4 + 1) * count["head"]
     rounds = math.ceil(cfg.prompts_per_step / shards / groups["RL"][0])
-    read = rounds * cfg.max_new_tokens * ((count["layers"] + count["head"]) * size + cache["RL"] / 2)
-    return {"parts": parts, "training": most, "generation": generation, "flops": flops, "read": read, "rounds": rounds}
+    read = (
+        rounds * cfg.max_new_tokens * ((count["layers"] + count["head"]) * size + cache["RL"] / 2)
+    )
+    return {
+        "parts": parts,
+        "training": most,
+        "generation": generation,
+        "flops": flops,
+        "read": read,
+        "rounds": rounds,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("presets", nargs="+", type=Path)
-    parser.add_argument("--shards", type=int, default=1, help="processes that share the policy under FSDP2 [default 1]")
+    parser.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        help="processes that share the policy under FSDP2 [default 1]",
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     import train
 
-    print(f"Computed, not measured. {'One process' if args.shards == 1 else f'Each of {args.shards} processes'}.\n")
+    print(
+        "Computed, not measured. "
+        f"{'One process' if args.shards == 1 else f'Each of {args.shards} processes'}.\n"
+    )
     columns = " | ".join(f"{card}: update, decoding, s" for card in CARDS)
     print(f"| preset | training, GB | of it | generation, GB | {columns} |")
     print("|---|---|---|---|" + "---|" * len(CARDS))
     for file in args.presets:
         cfg = train.parse_config(["--config", str(file)])
         need = needs(cfg, args.shards)
-        parts = ", ".join(f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7)
-        times = " | ".join(f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}" for f, b in CARDS.values())
-        print(f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | {need['generation'] / 1e9:.0f} | {times} |")
+        parts = ", ".join(
+            f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7
+        )
+        times = " | ".join(
+            f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}" for f, b in CARDS.values()
+        )
+        print(
+            f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | {need['generation'] / 1e9:.0f} "
+            f"| {times} |"
+        )
 
 
 if __name__ == "__main__":

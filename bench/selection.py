@@ -1,10 +1,11 @@
 """Selection's 64 responses per prompt: ours against plain `generate` with num_return_sequences=64.
 
-    python bench/selection.py --run runs/ours-seed0 --out bench-select
+    python -m bench.selection --run runs/ours-seed0 --out bench-select
 
-Same policy (a run's cold start), same prompts, T = 1 from the whole distribution, same limit; in turn, in one process
-for time and in processes of their own for the highest resident set. Writes JSON and a plot to --out. (Not named
-select.py: scripts beside it would import it in place of the standard library's module.)
+Same policy (a run's cold start), same prompts, T = 1 from the whole distribution, same limit; in
+turn, in one process for time and in processes of their own for the highest resident set. Writes
+JSON and a plot to --out. (Not named select.py: scripts beside it would import it in place of the
+standard library's module.)
 """
 
 import argparse
@@ -25,14 +26,18 @@ def open_policy(args):
     from transformers.utils import logging as transformers_logging
 
     import data
-    import vlm
+    from engine import pretrained
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     settings = yaml.safe_load((args.run / "config.yaml").read_text())
-    policy = vlm.load(str(args.run / "sft" / "policy"), trainable=False)
-    samples = data.load(settings["data"] or Path(settings["world"]) / "data")["train"][: args.prompts]
-    inputs = policy.encode(data.prompts(samples, settings["four_stage"], settings["fps"], settings["max_frames"]))
+    policy = pretrained.load(str(args.run / "sft" / "policy"), trainable=False)
+    samples = data.load(settings["data"] or Path(settings["world"]) / "data")["train"][
+        : args.prompts
+    ]
+    inputs = policy.encode(
+        data.prompts(samples, settings["four_stage"], settings["fps"], settings["max_frames"])
+    )
     length = settings["max_new_tokens"]
 
     def ours():
@@ -61,13 +66,19 @@ def open_policy(args):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run", type=Path, required=True, help="run folder whose cold start has finished")
+    parser.add_argument(
+        "--run", type=Path, required=True, help="run folder whose cold start has finished"
+    )
     parser.add_argument("--prompts", type=int, default=16, help="prompts at a time [default 16]")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench-select"), help="folder for select.json and select.png")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("bench-select"),
+        help="folder for select.json and select.png",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent.parent))
     if args.worker:
         open_policy(args)[args.worker]()
         print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
@@ -79,7 +90,16 @@ def main() -> None:
             tokens = form()
             if repeat:  # the first is warm-up
                 found[name]["rates"].append(tokens / (time.perf_counter() - start))
-    command = [sys.executable, __file__, "--run", str(args.run), "--prompts", str(args.prompts), "--worker"]
+    command = [
+        sys.executable,
+        "-m",
+        "bench.selection",
+        "--run",
+        str(args.run),
+        "--prompts",
+        str(args.prompts),
+        "--worker",
+    ]
     for name, result in found.items():
         done = subprocess.run([*command, name], capture_output=True, text=True, check=True)
         result["MB"] = json.loads(done.stdout.splitlines()[-1])

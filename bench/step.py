@@ -1,18 +1,22 @@
-"""One training step, ours and TRL's, side by side: the same weights, prompts, pictures, completion length and loss.
+"""One training step, ours and TRL's, side by side: the same weights, prompts, pictures, completion
+length and loss.
 
-    pip install -e '.[bench]' && python bench/step.py --out bench-step    # two CPU cores, about 40 minutes
-    python bench/step.py --visual 144 --micro 1 --repeats 1               # one workload, one micro-batch of TRL
+    pip install -e '.[bench]'
+    python -m bench.step --out bench-step                        # two CPU cores, about 40 minutes
+    python -m bench.step --visual 144 --micro 1 --repeats 1      # one workload, one size of TRL
 
-Both use Hugging Face generation, fp32, AdamW, beta 0.04, no clip in effect (one update a batch), sequence-mean loss,
-4 prompts x 8 completions of 48 tokens, an 18.5 M-parameter Qwen2.5-VL (hidden 256, 6 layers, vision depth 4,
-vocabulary 32,768) with frozen vision tower. TRL's micro-batch is swept, and each figure is compared with the one that
-suits TRL best for it; ours is swept over prompts per pass in the same way. Every measurement is a process of its own,
-ours and TRL's in turn, so that peak memory (the highest resident set) is its own and noise hits both. The first step of
-a process is warm-up. Times are medians over processes, with the smallest and the largest.
+Both use Hugging Face generation, fp32, AdamW, beta 0.04, no clip in effect (one update a batch),
+sequence-mean loss, 4 prompts x 8 completions of 48 tokens, an 18.5 M-parameter Qwen2.5-VL (hidden
+256, 6 layers, vision depth 4, vocabulary 32,768) with frozen vision tower. TRL's micro-batch is
+swept, and each figure is compared with the one that suits TRL best for it; ours is swept over
+prompts per pass in the same way. Every measurement is a process of its own, ours and TRL's in turn,
+so that peak memory (the highest resident set) is its own and noise hits both. The first step of a
+process is warm-up. Times are medians over processes, with the smallest and the largest.
 
-The floor is the arithmetic that cannot be avoided, over the rate at which this machine multiplies 1024 x 1024 fp32
-matrices, measured in our processes: the body on prompts and completions forward once and backward twice, the head on
-completion tokens forward, backward twice. For decoding it is bytes: the weights and the cache, read once a token.
+The floor is the arithmetic that cannot be avoided, over the rate at which this machine multiplies
+1024 x 1024 fp32 matrices, measured in our processes: the body on prompts and completions forward
+once and backward twice, the head on completion tokens forward, backward twice. For decoding it is
+bytes: the weights and the cache, read once a token.
 """
 
 import argparse
@@ -28,26 +32,48 @@ from contextlib import nullcontext
 from pathlib import Path
 
 PROMPTS, GROUP, LENGTH, BETA, RATE = 4, 8, 48, 0.04, 1e-5
-PIXELS, NEVER = 28 * 28 * 4096, 32767  # a limit above every picture here; an end token that is never sampled
+PIXELS, NEVER = (
+    28 * 28 * 4096,
+    32767,
+)  # a limit above every picture here; an end token that is never sampled
 ROOT = Path(__file__).parent.parent
 WORD = "find the red square and say where it is in the picture "
 
 
 def write_model(folder: Path) -> None:
-    """The policy of the benchmark, random but for its shape, with the embedded world's tokenizer and template."""
+    """The policy of the benchmark, random but for its shape, with the embedded world's tokenizer
+    and template."""
     import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    import shapes
+    from world import models
 
     torch.manual_seed(0)
-    small, processor = shapes.make_policy(shapes.make_tokenizer())
+    small, processor = models.make_policy(models.make_tokenizer())
     text, vision = small.config.text_config.to_dict(), small.config.vision_config.to_dict()
-    text |= dict(vocab_size=32768, hidden_size=256, intermediate_size=1024, num_hidden_layers=6, layer_types=None)
+    text |= dict(
+        vocab_size=32768,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        layer_types=None,
+    )
     text |= dict(max_window_layers=6, num_attention_heads=4, num_key_value_heads=2)
-    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [8, 12, 12]}
-    vision |= dict(depth=4, hidden_size=256, intermediate_size=512, out_hidden_size=256, fullatt_block_indexes=[3])
-    tokens = {name: value for name, value in small.config.to_dict().items() if name.endswith("_token_id")}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 10_000.0,
+        "mrope_section": [8, 12, 12],
+    }
+    vision |= dict(
+        depth=4,
+        hidden_size=256,
+        intermediate_size=512,
+        out_hidden_size=256,
+        fullatt_block_indexes=[3],
+    )
+    tokens = {
+        name: value for name, value in small.config.to_dict().items() if name.endswith("_token_id")
+    }
     model = Qwen2_5_VLForConditionalGeneration(
         Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **tokens)
     )
@@ -67,29 +93,42 @@ def prompts(visual: int, number: int = PROMPTS):
     return [(Image.fromarray(pixels[i]), WORD + f"number {i}") for i in range(number)]
 
 
-# --- the two sides ---------------------------------------------------------------------------------------------------
+# --- the two sides --------------------------------------------------------------------------------
 
 
 def ours(folder: Path, steps: int, work: dict) -> dict:
-    """`size` prompts per pass. Every second step has Eq. 4, so that what it adds is measured side by side."""
+    """`size` prompts per pass. Every second step has Eq. 4, so that what it adds is measured side
+    by side."""
     import torch
     import torch.nn.functional as F
 
     import grpo
     import ntk_infonce
-    import vlm
+    from engine import pretrained
 
-    processes, size, group, length = int(os.environ.get("WORLD_SIZE", 1)), work["size"], work["group"], work["length"]
-    policy = vlm.load(str(folder), max_pixels=PIXELS)
-    reference = vlm.load(str(folder), max_pixels=PIXELS, trainable=False)
+    processes, size, group, length = (
+        int(os.environ.get("WORLD_SIZE", 1)),
+        work["size"],
+        work["group"],
+        work["length"],
+    )
+    policy = pretrained.load(str(folder), max_pixels=PIXELS)
+    reference = pretrained.load(str(folder), max_pixels=PIXELS, trainable=False)
     policy.end_ids = [NEVER]
     model = policy
     if processes > 1:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=False)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=RATE, fused=True)
+    optimizer = torch.optim.AdamW(
+        [p for p in policy.parameters() if p.requires_grad], lr=RATE, fused=True
+    )
     chat = [
-        [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+        [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": image}, {"type": "text", "text": text}],
+            }
+        ]
         for image, text in prompts(work["visual"], work["prompts"])
     ][int(os.environ.get("RANK", 0)) :: processes]
     parts = [chat[i : i + size] for i in range(0, len(chat), size)]
@@ -121,16 +160,21 @@ def ours(folder: Path, steps: int, work: dict) -> dict:
                     segment = torch.arange(n)[:, None].expand_as(where)[where]
                     hidden, (weight, bias) = scores.hidden[:, -1][where], policy.head()
                     targets = F.pad(answer, pad)[:, 0][where]
-                    cosine = ntk_infonce.gradient_cosine(hidden, hidden @ weight.T + bias, targets, segment, n)
+                    cosine = ntk_infonce.gradient_cosine(
+                        hidden, hidden @ weight.T + bias, targets, segment, n
+                    )
                     loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
                 loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         clock.append(time.perf_counter())
-        parts_of_step = zip(("generate", "reference", "update"), (b - a for a, b in zip(clock, clock[1:])))
+        parts_of_step = zip(
+            ("generate", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))
+        )
         out[nce].append(dict(parts_of_step) | {"step": clock[-1] - clock[0]})
-    assert sum(r.mask.sum() for r in rolls) > 0.95 * len(chat) * group * length  # one token in 32,768 is the end
+    # one token in 32,768 is the end
+    assert sum(r.mask.sum() for r in rolls) > 0.95 * len(chat) * group * length
     return {
         "steps": out[False][1:],
         "with Eq. 4": out[True][1:],
@@ -147,8 +191,10 @@ def floor(policy, prompt: int) -> dict:
     head, completions = core.lm_head.weight.numel(), PROMPTS * GROUP * LENGTH
     forward = 2 * (body * (PROMPTS * prompt + completions) + head * completions)
     config = core.config.text_config
-    key = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 64  # bytes of keys and values a token
-    cache = key * PROMPTS * (prompt + GROUP * LENGTH / 2)  # a prompt's, once for all its completions
+    # bytes of keys and values a token
+    key = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 64
+    # a prompt's, once for all its completions
+    cache = key * PROMPTS * (prompt + GROUP * LENGTH / 2)
     return {
         "reference": forward / rates["flops"],
         "update": 3 * forward / rates["flops"],
@@ -165,11 +211,17 @@ def trl(folder: Path, steps: int, work: dict) -> dict:
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    model, processor = (
+        AutoModelForImageTextToText.from_pretrained(folder),
+        AutoProcessor.from_pretrained(folder),
+    )
     model.model.visual.requires_grad_(False)
     model.generation_config.eos_token_id = NEVER
     processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": PIXELS}
-    rows = [{"prompt": [{"role": "user", "content": text}], "image": image} for image, text in prompts(work["visual"])]
+    rows = [
+        {"prompt": [{"role": "user", "content": text}], "image": image}
+        for image, text in prompts(work["visual"])
+    ]
     out, clock = [], []
 
     class Clock(TrainerCallback):
@@ -233,17 +285,28 @@ def machine() -> dict:
 
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     big = torch.randn(32 * 2**20)
-    return {"flops": 2 * 1024**3 / best(lambda: a @ b), "bytes": big.nbytes / best(lambda: big.sum())}
+    return {
+        "flops": 2 * 1024**3 / best(lambda: a @ b),
+        "bytes": big.nbytes / best(lambda: big.sum()),
+    }
 
 
-# --- the comparison --------------------------------------------------------------------------------------------------
+# --- the comparison -------------------------------------------------------------------------------
 
 
 def measure(side: str, folder: Path, steps: int, processes: int = 1, **work) -> dict:
     """One measurement in a process of its own."""
     work = {"prompts": PROMPTS, "group": GROUP, "length": LENGTH} | work
-    command = [sys.executable] + (["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] * (processes > 1))
-    command += [str(Path(__file__).with_name("step.py")), "--worker", side, json.dumps([str(folder), steps, work])]
+    command = [sys.executable] + (
+        ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] * (processes > 1)
+    )
+    command += [
+        "-m",
+        "bench.step",
+        "--worker",
+        side,
+        json.dumps([str(folder), steps, work]),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"error: {side} with {work} failed\n{done.stderr[-2000:]}")
@@ -257,7 +320,8 @@ def middle(values: list[float], form: str = "{:.1f}") -> str:
 
 
 def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
-    """Ours and TRL in turn, every size once; then what suits each best again, `repeats` times in all."""
+    """Ours and TRL in turn, every size once; then what suits each best again, `repeats` times in
+    all."""
     sizes = {"ours": [PROMPTS, 1], "trl": micro}
     found = {side: {size: [] for size in sizes[side]} for side in sizes}
 
@@ -266,10 +330,16 @@ def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
         found[side][size].append(result)
         seconds = statistics.median(step["step"] for step in result["steps"])
         name = "micro-batch" if side == "trl" else "prompts per pass"
-        print(f"{visual} visual tokens, {side}, {name} {size}: {seconds:.2f} s, {result['peak']:.0f} MB", flush=True)
+        print(
+            f"{visual} visual tokens, {side}, {name} {size}: {seconds:.2f} s, {result['peak']:.0f} "
+            "MB",
+            flush=True,
+        )
 
     def time_of(side: str, size: int) -> float:
-        return statistics.median(step["step"] for result in found[side][size] for step in result["steps"])
+        return statistics.median(
+            step["step"] for result in found[side][size] for step in result["steps"]
+        )
 
     for k in range(max(map(len, sizes.values()))):
         for side in sizes:
@@ -286,23 +356,43 @@ def summary(visual: int, found: dict) -> tuple[str, dict]:
     best = {}
     for side in ("ours", "trl"):
         by_size = found[side]
-        steps = {size: [s["step"] for r in results for s in r["steps"]] for size, results in by_size.items()}
+        steps = {
+            size: [s["step"] for r in results for s in r["steps"]]
+            for size, results in by_size.items()
+        }
         peaks = {size: [r["peak"] for r in results] for size, results in by_size.items()}
-        over = {size: [r["peak"] - r["loaded"] for r in results] for size, results in by_size.items()}
+        over = {
+            size: [r["peak"] - r["loaded"] for r in results] for size, results in by_size.items()
+        }
         fast = min(steps, key=lambda size: statistics.median(steps[size]))
         lean = min(peaks, key=lambda size: statistics.median(peaks[size]))
-        best[side] = {"fast": fast, "lean": lean, "step": steps[fast], "peak": peaks[lean], "over": over[lean]}
+        best[side] = {
+            "fast": fast,
+            "lean": lean,
+            "step": steps[fast],
+            "peak": peaks[lean],
+            "over": over[lean],
+        }
     mine, theirs = best["ours"], best["trl"]
     fastest = found["ours"][mine["fast"]]
-    part = {name: statistics.median(s[name] for r in fastest for s in r["steps"]) for name in fastest[0]["steps"][0]}
+    part = {
+        name: statistics.median(s[name] for r in fastest for s in r["steps"])
+        for name in fastest[0]["steps"][0]
+    }
     nce = statistics.median(s["step"] for r in fastest for s in r["with Eq. 4"]) / part["step"] - 1
-    limit = {name: statistics.median(r["floor"][name] for r in fastest) for name in fastest[0]["floor"]}
-    ratio = {name: statistics.median(theirs[name]) / statistics.median(mine[name]) for name in ("step", "peak", "over")}
+    limit = {
+        name: statistics.median(r["floor"][name] for r in fastest) for name in fastest[0]["floor"]
+    }
+    ratio = {
+        name: statistics.median(theirs[name]) / statistics.median(mine[name])
+        for name in ("step", "peak", "over")
+    }
     scoring = limit["reference"] + limit["update"]
     decoding = max(limit["decode, arithmetic"], limit["decode, bytes"])
 
     def row(title: str, name: str, form: str) -> str:
-        return f"| {title} | {middle(theirs[name], form)} | {middle(mine[name], form)} | {ratio[name]:.1f} |"
+        both = f"{middle(theirs[name], form)} | {middle(mine[name], form)}"
+        return f"| {title} | {both} | {ratio[name]:.1f} |"
 
     text = "\n".join(
         (
@@ -311,12 +401,18 @@ def summary(visual: int, found: dict) -> tuple[str, dict]:
             row("seconds a step", "step", "{:.2f}"),
             row("highest resident set, MB", "peak", "{:.0f}"),
             row("of it above the loaded model, MB", "over", "{:.0f}"),
-            f"\nTRL: fastest micro-batch {theirs['fast']}, leanest {theirs['lean']}. Ours: fastest with {mine['fast']} "
-            f"prompts per pass, leanest with {mine['lean']}; generate {part['generate']:.2f} s, reference "
-            f"{part['reference']:.2f} s, update {part['update']:.2f} s. Reference and update together are "
-            f"{(part['reference'] + part['update']) / scoring:.2f} times the arithmetic floor ({scoring:.2f} s at "
-            f"{limit['GFLOP/s']:.0f} GFLOP/s); the floor of decoding is {decoding:.2f} s (arithmetic "
-            f"{limit['decode, arithmetic']:.2f}, bytes {limit['decode, bytes']:.2f} at {limit['GB/s']:.0f} GB/s). "
+            f"\nTRL: fastest micro-batch {theirs['fast']}, leanest {theirs['lean']}. Ours: fastest "
+            f"with {mine['fast']} "
+            f"prompts per pass, leanest with {mine['lean']}; generate {part['generate']:.2f} s, "
+            "reference "
+            f"{part['reference']:.2f} s, update {part['update']:.2f} s. Reference and update "
+            "together are "
+            f"{(part['reference'] + part['update']) / scoring:.2f} times the arithmetic floor "
+            f"({scoring:.2f} s at "
+            f"{limit['GFLOP/s']:.0f} GFLOP/s); the floor of decoding is {decoding:.2f} s "
+            "(arithmetic "
+            f"{limit['decode, arithmetic']:.2f}, bytes {limit['decode, bytes']:.2f} at "
+            f"{limit['GB/s']:.0f} GB/s). "
             f"Eq. 4 adds {nce:+.1%}.\n",
         )
     )
@@ -330,14 +426,22 @@ def plot(results: dict, file: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(8, 3), layout="constrained")
-    for axis, name, title in zip(axes, ("step", "peak"), ("seconds a step", "highest resident set, MB")):
+    for axis, name, title in zip(
+        axes, ("step", "peak"), ("seconds a step", "highest resident set, MB")
+    ):
         for k, side in enumerate(("trl", "ours")):
             values = [statistics.median(r["best"][side][name]) for r in results.values()]
             bars = axis.bar(
-                [i + 0.4 * k for i in range(len(values))], values, width=0.38, label=side.replace("trl", "TRL")
+                [i + 0.4 * k for i in range(len(values))],
+                values,
+                width=0.38,
+                label=side.replace("trl", "TRL"),
             )
             axis.bar_label(bars, fmt="%.1f" if name == "step" else "%.0f")
-        axis.set_xticks([i + 0.2 for i in range(len(results))], [f"{visual} visual tokens" for visual in results])
+        axis.set_xticks(
+            [i + 0.2 for i in range(len(results))],
+            [f"{visual} visual tokens" for visual in results],
+        )
         axis.set_title(title)
     axes[0].legend()
     figure.savefig(file, dpi=150)
@@ -345,12 +449,22 @@ def plot(results: dict, file: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--visual", type=int, nargs="+", default=[144, 576], help="visual tokens a prompt")
     parser.add_argument(
-        "--micro", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="TRL's micro-batches [completions]"
+        "--visual", type=int, nargs="+", default=[144, 576], help="visual tokens a prompt"
     )
-    parser.add_argument("--repeats", type=int, default=3, help="processes per side at its best size")
-    parser.add_argument("--out", type=Path, default=Path("bench-step"), help="folder for step.json and step.png")
+    parser.add_argument(
+        "--micro",
+        type=int,
+        nargs="+",
+        default=[1, 2, 4, 8, 16, 32],
+        help="TRL's micro-batches [completions]",
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=3, help="processes per side at its best size"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("bench-step"), help="folder for step.json and step.png"
+    )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
@@ -364,7 +478,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_model(Path(folder))
         for visual in args.visual:
-            text, results[visual] = summary(visual, compare(visual, args.micro, args.repeats, Path(folder)))
+            text, results[visual] = summary(
+                visual, compare(visual, args.micro, args.repeats, Path(folder))
+            )
             print("\n" + text, flush=True)
     args.out.mkdir(exist_ok=True, parents=True)
     (args.out / "step.json").write_text(json.dumps(results, indent=1))

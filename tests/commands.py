@@ -1,4 +1,5 @@
-"""The commands as a user gives them, in processes forked from one that has imported what takes seconds to import."""
+"""The commands as a user gives them, in processes forked from one that has imported what takes
+seconds to import."""
 
 import multiprocessing
 import os
@@ -15,7 +16,8 @@ CONTEXT.set_forkserver_preload(["stops", "eval"])
 
 
 def start(*command, out: Path, err: Path, cwd: Path | None = None, moment: str = "") -> BaseProcess:
-    """Begin `python COMMAND`, a script of ours with its options. moment: of stops.py, when it kills itself."""
+    """Begin `python COMMAND`, a script of ours with its options. moment: of stops.py, when it kills
+    itself."""
     place = str(cwd or Path.cwd()), str(out), str(err), dict(os.environ)
     process = CONTEXT.Process(target=_run, args=(list(map(str, command)), *place, moment))
     process.start()
@@ -31,13 +33,17 @@ def launch(*options, script="train.py", check=True, cwd=None) -> subprocess.Comp
         if process.exitcode is None:
             process.kill()
             raise TimeoutError(out.read_text()[-3000:] + err.read_text()[-3000:])
-        done = subprocess.CompletedProcess((script, *options), process.exitcode, out.read_text(), err.read_text())
+        done = subprocess.CompletedProcess(
+            (script, *options), process.exitcode, out.read_text(), err.read_text()
+        )
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 
 
-def _run(command: list[str], cwd: str, out: str, err: str, environment: dict[str, str], moment: str) -> None:
+def _run(
+    command: list[str], cwd: str, out: str, err: str, environment: dict[str, str], moment: str
+) -> None:
     for path, number in ((out, 1), (err, 2)):
         with open(path, "a") as file:
             os.dup2(file.fileno(), number)

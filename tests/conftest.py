@@ -4,42 +4,45 @@ import os
 import random
 import tempfile
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # what is compared is compared on CPUs, also where there is a GPU
+os.environ["CUDA_VISIBLE_DEVICES"] = (
+    ""  # what is compared is compared on CPUs, also where there is a GPU
+)
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start, as below
-os.environ["HF_ASSETS_CACHE"] = (kept := tempfile.TemporaryDirectory()).name  # media.Checked's: not the user's own
+os.environ["HF_ASSETS_CACHE"] = (kept := tempfile.TemporaryDirectory()).name  # not the user's own
 
 import pytest
 import torch
 
-import shapes
-import vlm
+from engine import pretrained, vlm
+from world import models, scenes
 
 torch.set_num_threads(1)
 
 
 def pytest_configure(config):
-    """`pytest -n auto` (pytest-xdist): the tests of a file share what they have started, and long files come early."""
+    """`pytest -n auto` (pytest-xdist): the tests of a file share what they have started, and long
+    files come early."""
     if getattr(config.option, "dist", "no") == "load":
         config.option.dist, config.option.loadscopereorder = "loadfile", False
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """shapes.build's folder with few rows, an untrained policy and a briefly trained judge."""
+    """world.build's folder with few rows, an untrained policy and a briefly trained judge."""
     folder = tmp_path_factory.mktemp("world")
     sizes = {"cold_start": 60, "train": 12, "test": 10, "test_pairs": 4}
-    shapes.write_data(folder / "data", sizes)
-    shapes.set_seed(0)
-    model, processor = shapes.make_policy(shapes.make_tokenizer())
+    scenes.write_data(folder / "data", sizes)
+    models.set_seed(0)
+    model, processor = models.make_policy(models.make_tokenizer())
     vlm.VLM(model, processor, 3136, 401_408).save(folder / "policy")
-    shapes.train_judge(folder / "judge", steps=45, quiet=True)
+    models.train_judge(folder / "judge", steps=45, quiet=True)
     return folder
 
 
 @pytest.fixture(scope="session")
 def policy(world):
-    return vlm.load(str(world / "policy"), trainable=False)
+    return pretrained.load(str(world / "policy"), trainable=False)
 
 
 @pytest.fixture
@@ -49,7 +52,8 @@ def rng():
 
 @pytest.fixture
 def double_and_seeded():
-    """float64 by default, and the same random numbers in every test: what an equation is checked in."""
+    """float64 by default, and the same random numbers in every test: what an equation is checked
+    in."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)

@@ -1,8 +1,10 @@
-"""train.py, stopped at a moment that it makes itself. Arguments: MOMENT SIGNAL, then options of train.py.
+"""train.py, stopped at a moment that it makes itself. Arguments: MOMENT SIGNAL, then options of
+train.py.
 
-MOMENT: sft-N or rl-N, before the optimiser's step in update N; scoring-N, before the N-th lines of scores.jsonl are
-written; selection, before selected.json is; checkpoint-N, when checkpoint N is written but has not got its name.
-SIGNAL: KILL, of the last process; INT, of the whole group, as a terminal's Ctrl-C.
+MOMENT: sft-N or rl-N, before the optimiser's step in update N; scoring-N, before the N-th lines of
+scores.jsonl are written; selection, before selected.json is; checkpoint-N, when checkpoint N is
+written but has not got its name. SIGNAL: KILL, of the last process; INT, of the whole group, as a
+terminal's Ctrl-C.
 """
 
 import os
@@ -36,7 +38,11 @@ def stop_at(moment: str, kind: str) -> None:
         return len(seen) == n and file.name == "scores.jsonl"
 
     def last_of_stage(learner) -> bool:
-        return learner.stage == place and learner.step == n and learner.run.rank == learner.run.processes - 1
+        return (
+            learner.stage == place
+            and learner.step == n
+            and learner.run.rank == learner.run.processes - 1
+        )
 
     def write_folder(run, folder, save, original=train.Run.write_folder):
         def save_and_stop(beside):

@@ -12,13 +12,29 @@ import answers
 pytestmark = pytest.mark.quick
 KINDS = ("multiple choice", "numerical", "regression", "OCR", "free-form")
 exact = settings(derandomize=True, deadline=None)
-numbers = st.one_of(st.integers(-(10**9), 10**9).map(str), st.floats(-1e6, 1e6).map(lambda x: f"{x:.3f}"))
+numbers = st.one_of(
+    st.integers(-(10**9), 10**9).map(str), st.floats(-1e6, 1e6).map(lambda x: f"{x:.3f}")
+)
 
 
 @pytest.mark.parametrize(
     "prediction, right",
-    [("A", True), (" A\n", True), ("B", False), ("a", False), ("A.", False), ("(A)", False), ("", False)]
-    + [("A or B", False), ("A, B, C, D", False), ("ABCD", False), ("A A", False), ("the answer is A", False)],
+    [
+        ("A", True),
+        (" A\n", True),
+        ("B", False),
+        ("a", False),
+        ("A.", False),
+        ("(A)", False),
+        ("", False),
+    ]
+    + [
+        ("A or B", False),
+        ("A, B, C, D", False),
+        ("ABCD", False),
+        ("A A", False),
+        ("the answer is A", False),
+    ],
 )
 def test_multiple_choice_wants_the_letter_and_nothing_else(prediction, right):
     assert answers.is_correct(prediction, "A", "multiple choice") is right
@@ -79,7 +95,11 @@ def test_regression_allows_five_percent_of_the_solution(prediction, solution, ri
 @pytest.mark.parametrize(
     "prediction, solution, right",
     [("Exit", "EXIT", True), ("  no \n entry", "No Entry", True), ("straße", "STRASSE", True)]
-    + [("no entry!", "no entry", False), ("noentry", "no entry", False), ("entry no", "no entry", False)]
+    + [
+        ("no entry!", "no entry", False),
+        ("noentry", "no entry", False),
+        ("entry no", "no entry", False),
+    ]
     + [("no entry or exit", "no entry", False), ("", "no entry", False)],
 )
 def test_text_is_compared_word_by_word_without_case_and_spacing(kind, prediction, solution, right):
@@ -87,15 +107,19 @@ def test_text_is_compared_word_by_word_without_case_and_spacing(kind, prediction
 
 
 @pytest.mark.parametrize("kind", ["numerical", "regression"])
-@pytest.mark.parametrize("text", ["nan", "NaN", "-nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1,e,999"])
-def test_nan_and_infinity_are_never_right_not_even_against_themselves(kind, text):
+@pytest.mark.parametrize(
+    "text", ["nan", "NaN", "-nan", "inf", "-inf", "Infinity", "1e999", "-1e999", "1,e,999"]
+)
+def test_nan_and_infinity_are_never_right(kind, text):
+    """NaN and infinity are wrong even against themselves."""
     assert answers.to_number(text) is None
     assert answers.is_correct(text, text, kind) is False
     assert answers.is_correct(text, "5", kind) is False
     assert answers.is_correct("5", text, kind) is False
 
 
-def test_an_unknown_problem_type_is_an_error_and_not_a_wrong_answer():
+def test_an_unknown_problem_type_is_an_error():
+    """An unknown problem type is an error and not a wrong answer."""
     with pytest.raises(ValueError, match="essay"):
         answers.is_correct("A", "A", "essay")
     with pytest.raises(ValueError):
@@ -105,13 +129,22 @@ def test_an_unknown_problem_type_is_an_error_and_not_a_wrong_answer():
 @pytest.mark.parametrize(
     "text, number",
     [("12", 12.0), ("1,204.5", 1204.5), ("-0.5", -0.5), (" 7\n", 7.0), ("1e3", 1000.0), ("0", 0.0)]
-    + [("", None), (",", None), ("A", None), ("1 2", None), ("50%", None), ("1.2.3", None), ("--1", None)],
+    + [
+        ("", None),
+        (",", None),
+        ("A", None),
+        ("1 2", None),
+        ("50%", None),
+        ("1.2.3", None),
+        ("--1", None),
+    ],
 )
 def test_to_number_reads_one_finite_number_or_none(text, number):
     assert answers.to_number(text) == number
 
 
-def test_the_answer_stage_is_judged_and_without_one_the_whole_response():
+def test_the_answer_stage_is_judged_or_the_whole_response():
+    """The answer stage is judged. The whole response is judged where that stage is missing."""
     assert answers.extract(" A\n", "<answer> A\n</answer>") == "A"
     assert answers.extract(None, " A \n") == "A"
     assert answers.extract("", "A") == ""  # an empty answer stage is an answer, and wrong
@@ -124,7 +157,10 @@ def test_the_solution_is_taken_out_of_its_tags():
     assert answers.solution_of("<answer>A") == "<answer>A"
     assert answers.solution_of("A</answer>") == "A</answer>"
     assert answers.solution_of("<think>\nB?\n</think>\n<answer> A </answer>") == "A"
-    assert answers.solution_of("<answer>A</answer><answer>B</answer>") == "<answer>A</answer><answer>B</answer>"
+    assert (
+        answers.solution_of("<answer>A</answer><answer>B</answer>")
+        == "<answer>A</answer><answer>B</answer>"
+    )
 
 
 @exact
@@ -145,7 +181,8 @@ def test_whatever_holds_more_than_the_letter_is_wrong(text, letter):
 
 @exact
 @given(numbers, st.sampled_from(["numerical", "regression"]))
-def test_every_finite_number_is_right_against_itself_and_white_space_is_ignored(number, kind):
+def test_every_finite_number_is_right_against_itself(number, kind):
+    """Every finite number is right against itself. White space around it is ignored."""
     assert answers.is_correct(f" {number}\n", number, kind)
 
 
@@ -157,9 +194,11 @@ def test_the_numerical_verdict_is_symmetric(a, b):
 
 @exact
 @given(st.integers(-(10**9), 10**9))
-def test_a_whole_number_and_the_same_number_with_a_decimal_are_never_equal(n):
+def test_a_whole_number_never_equals_the_same_with_a_decimal(n):
+    """A whole number and the same number with a decimal are never equal."""
     assert not answers.is_correct(f"{n}", f"{n}.0", "numerical")
-    assert answers.is_correct(f"{n:,}", f"{n}", "numerical") is (abs(n) < 1000)  # "1,000" is not "1000"
+    # "1,000" is not "1000"
+    assert answers.is_correct(f"{n:,}", f"{n}", "numerical") is (abs(n) < 1000)
 
 
 @exact
@@ -169,13 +208,36 @@ def test_whole_numbers_are_right_only_when_equal(n, offset):
     assert not answers.is_correct(str(n - offset), str(n), "numerical")
 
 
-# --- the lenient rule -------------------------------------------------------------------------------------------------
+# --- the lenient rule -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "text",
-    ["B", "b", "(B)", "(b)", "B.", "(B).", "B)", "B) a cat", "B. a cat", "B: a cat", "(B) a cat", "**B**", '"B"', "B\n"]
-    + ["The answer is (B).", "the correct answer is B", "Answer: B", "answer B", "Option B", "It's B", "It is b."]
+    [
+        "B",
+        "b",
+        "(B)",
+        "(b)",
+        "B.",
+        "(B).",
+        "B)",
+        "B) a cat",
+        "B. a cat",
+        "B: a cat",
+        "(B) a cat",
+        "**B**",
+        '"B"',
+        "B\n",
+    ]
+    + [
+        "The answer is (B).",
+        "the correct answer is B",
+        "Answer: B",
+        "answer B",
+        "Option B",
+        "It's B",
+        "It is b.",
+    ]
     + [
         "So, the answer is: B. a cat",
         "**The final answer is B**",
@@ -190,7 +252,9 @@ def test_whole_numbers_are_right_only_when_equal(n, offset):
 )
 def test_a_letter_is_read_out_of_the_words_around_it(text):
     assert answers.is_correct(text, "B", "multiple choice", lenient=True)
-    assert not any(answers.is_correct(text, other, "multiple choice", lenient=True) for other in "ACD")
+    assert not any(
+        answers.is_correct(text, other, "multiple choice", lenient=True) for other in "ACD"
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,16 +283,41 @@ def test_a_letter_is_read_out_of_the_words_around_it(text):
     + ["a cat", "A cat", "", "(", "()", "B (or A)", "I think A, but B", "option", "The answer is"]
     + ["B. or A maybe", "B. is wrong", "B. not A", "B. a cat, or C"],
 )
-def test_what_hedges_or_names_no_letter_is_wrong_whichever_letter_is_right(text):
+def test_what_hedges_or_names_no_letter_is_wrong(text):
+    """A text that hedges or names no letter is wrong whichever letter is right."""
     assert answers.read(text, "multiple choice") is None
-    assert not any(answers.is_correct(text, letter, "multiple choice", lenient=True) for letter in "ABCD")
+    assert not any(
+        answers.is_correct(text, letter, "multiple choice", lenient=True) for letter in "ABCD"
+    )
 
 
 @pytest.mark.parametrize(
     "text, solution",
-    [("5", "5.0"), ("5.0", "5"), ("1,000", "1000"), ("$1,200", "1200"), ("50%", "50"), ("50 %", "50"), ("12 cm", "12")]
-    + [("12 cm2", "12"), ("12 m^2", "12"), ("about 5", "5"), ("The answer is 5.", "5"), ("5 apples", "5"), ("+7", "7")]
-    + [("Two", "2"), ("two cats.", "2"), ("There: 3", "3"), ("-4.50 degrees", "-4.5"), ("1e3", "1000"), (".5", "0.5")]
+    [
+        ("5", "5.0"),
+        ("5.0", "5"),
+        ("1,000", "1000"),
+        ("$1,200", "1200"),
+        ("50%", "50"),
+        ("50 %", "50"),
+        ("12 cm", "12"),
+    ]
+    + [
+        ("12 cm2", "12"),
+        ("12 m^2", "12"),
+        ("about 5", "5"),
+        ("The answer is 5.", "5"),
+        ("5 apples", "5"),
+        ("+7", "7"),
+    ]
+    + [
+        ("Two", "2"),
+        ("two cats.", "2"),
+        ("There: 3", "3"),
+        ("-4.50 degrees", "-4.5"),
+        ("1e3", "1000"),
+        (".5", "0.5"),
+    ]
     + [
         ("\u22125", "-5"),
         ("$-5", "-5"),
@@ -247,9 +336,45 @@ def test_a_number_is_read_out_of_units_commas_and_percent(text, solution):
 
 @pytest.mark.parametrize(
     "text",
-    ["5 or 6", "5, 6", "5-6", "1/2", "2:30", "3,14", "1,0000", "1.2.3", "not 5", "isn't 5", "at least 5", "more than 5"]
-    + ["between 5", "two or three", "nan", "inf", "1e999", "H2O", "", "many", "5 apples and 6 pears", "5 5"]
-    + ["-$5", "minus 5", "- 5", "10^6", "5 million", "five hundred", "two thirds", "12½", "over 5", ">5", "up to 5"]
+    [
+        "5 or 6",
+        "5, 6",
+        "5-6",
+        "1/2",
+        "2:30",
+        "3,14",
+        "1,0000",
+        "1.2.3",
+        "not 5",
+        "isn't 5",
+        "at least 5",
+        "more than 5",
+    ]
+    + [
+        "between 5",
+        "two or three",
+        "nan",
+        "inf",
+        "1e999",
+        "H2O",
+        "",
+        "many",
+        "5 apples and 6 pears",
+        "5 5",
+    ]
+    + [
+        "-$5",
+        "minus 5",
+        "- 5",
+        "10^6",
+        "5 million",
+        "five hundred",
+        "two thirds",
+        "12½",
+        "over 5",
+        ">5",
+        "up to 5",
+    ]
     + [
         "5+",
         "never 5",
@@ -274,7 +399,8 @@ def test_two_numbers_a_bound_a_denial_or_none_is_no_number(text):
     assert not answers.is_correct(text, "5", "numerical", lenient=True)
 
 
-def test_lenient_regression_still_wants_five_percent_and_lenient_words_ignore_punctuation():
+def test_lenient_keeps_five_percent_and_ignores_punctuation():
+    """Lenient regression still wants five percent. Lenient words ignore punctuation."""
     assert answers.is_correct("about 104 m", "100", "regression", lenient=True)
     assert not answers.is_correct("about 106 m", "100", "regression", lenient=True)
     assert answers.is_correct("The answer is: No entry!", "no entry", "free-form", lenient=True)
@@ -287,7 +413,8 @@ def test_lenient_regression_still_wants_five_percent_and_lenient_words_ignore_pu
 
 @exact
 @given(st.text(max_size=20), st.text(max_size=20), st.sampled_from(KINDS))
-def test_what_is_right_by_the_strict_rule_is_right_by_the_lenient_one(prediction, solution, kind):
+def test_what_is_right_strictly_is_right_leniently(prediction, solution, kind):
+    """An answer that is right by the strict rule is right by the lenient one."""
     assert answers.is_correct(prediction, solution, kind, lenient=True) in (True, False)
     if answers.is_correct(prediction, solution, kind):
         assert answers.is_correct(prediction, solution, kind, lenient=True)
@@ -313,20 +440,25 @@ def test_no_pair_of_different_numbers_is_right_for_either(a, b, joint):
 
 @exact
 @given(
-    st.sampled_from("ABCDEFGH"), st.sampled_from(["{}", "({})", "{}.", "The answer is {}", "Answer: ({})", "{}. red"])
+    st.sampled_from("ABCDEFGH"),
+    st.sampled_from(["{}", "({})", "{}.", "The answer is {}", "Answer: ({})", "{}. red"]),
 )
-def test_every_usual_form_is_right_for_its_letter_and_for_no_other(letter, form):
+def test_every_usual_form_is_right_for_its_letter_only(letter, form):
+    """Every usual form is right for its letter and for no other."""
     text = form.format(letter)
     right = [x for x in "ABCDEFGH" if answers.is_correct(text, x, "multiple choice", lenient=True)]
     assert right == [letter]
 
 
-# --- several answers, and how text is stored --------------------------------------------------------------------------
+# --- several answers, and how text is stored ------------------------------------------------------
 
 
 @exact
 @given(
-    st.text(max_size=12), st.lists(st.text(max_size=12), min_size=1, max_size=4), st.sampled_from(KINDS), st.booleans()
+    st.text(max_size=12),
+    st.lists(st.text(max_size=12), min_size=1, max_size=4),
+    st.sampled_from(KINDS),
+    st.booleans(),
 )
 def test_of_several_answers_any_is_right_and_nothing_else(prediction, accepted, kind, lenient):
     want = any([answers.is_correct(prediction, one, kind, lenient) for one in accepted])
@@ -336,12 +468,17 @@ def test_of_several_answers_any_is_right_and_nothing_else(prediction, accepted, 
 
 
 @exact
-@given(st.text(st.characters(categories=["L", "M", "N", "Z"]), max_size=12), st.sampled_from(["OCR", "free-form"]))
+@given(
+    st.text(st.characters(categories=["L", "M", "N", "Z"]), max_size=12),
+    st.sampled_from(["OCR", "free-form"]),
+)
 def test_composed_and_decomposed_text_is_the_same(text, kind):
     """Two forms of one text, by the interpreter's own Unicode tables."""
     forms = [unicodedata.normalize(form, text) for form in ("NFC", "NFD")]
     for lenient in (False, True):
-        verdicts = {answers.is_correct(a, b, kind, lenient) for a in (text, *forms) for b in (text, *forms)}
+        verdicts = {
+            answers.is_correct(a, b, kind, lenient) for a in (text, *forms) for b in (text, *forms)
+        }
         assert verdicts == {True}
 
 
@@ -363,6 +500,17 @@ def test_full_width_forms_are_read_by_the_lenient_rule_only():
         assert answers.is_correct(text.translate(wide), solution, kind, lenient=True)
         assert not answers.is_correct(text.translate(wide), solution, kind)
     assert answers.is_correct("50%".translate(wide), "50", "numerical", lenient=True)
-    for text in (">5", "5-6", "1/2", "A/B", "A or B"):  # what hedges in plain letters hedges in wide ones
-        assert not any(answers.is_correct(text.translate(wide), x, "numerical", lenient=True) for x in "1256")
-        assert not any(answers.is_correct(text.translate(wide), x, "multiple choice", lenient=True) for x in "AB")
+    for text in (
+        ">5",
+        "5-6",
+        "1/2",
+        "A/B",
+        "A or B",
+    ):  # what hedges in plain letters hedges in wide ones
+        assert not any(
+            answers.is_correct(text.translate(wide), x, "numerical", lenient=True) for x in "1256"
+        )
+        assert not any(
+            answers.is_correct(text.translate(wide), x, "multiple choice", lenient=True)
+            for x in "AB"
+        )

@@ -1,4 +1,4 @@
-"""eval.py: every measure against rows made by hand, and the command as a user runs it."""
+"""eval.py and measures.py: measures of rows made by hand, and the command as a user runs it."""
 
 import contextlib
 import io
@@ -21,12 +21,14 @@ from test_processes import accelerate
 import benchmarks
 import data
 import eval as evaluation
+import measures
 import report
-import shapes
 import train
-import vlm
+from benchmarks import results
 from caption_reward import CaptionReward
-from run import Run
+from engine import ConfigError, DataError, judges, pretrained
+from engine.run import Run
+from world.scenes import write_clip
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).parent.parent
@@ -47,19 +49,21 @@ def sample(i: int, answer: str = "A", **changes) -> data.Sample:
 
 
 def response(answer: str, caption: str = "a picture") -> str:
-    return f"<prethink>left</prethink><caption>{caption}</caption><think>so</think><answer>{answer}</answer>"
+    before = f"<prethink>left</prethink><caption>{caption}</caption><think>so</think>"
+    return f"{before}<answer>{answer}</answer>"
 
 
 def scored(samples, texts, **options):
-    names = evaluation.vocabulary({"test": samples})
-    return evaluation.summary(samples, evaluation.verdicts(samples, texts, names, **options))
+    names = measures.vocabulary({"test": samples})
+    rows = measures.verdicts(samples, texts, names, **options)
+    return {"metrics": measures.metrics(samples, rows), "rows": rows}
 
 
 def value(result: dict, name: str) -> tuple[float, int]:
     return result["metrics"][name]["value"], result["metrics"][name]["n"]
 
 
-# --- right answers ----------------------------------------------------------------------------------------------------
+# --- right answers --------------------------------------------------------------------------------
 
 
 def test_accuracy_is_counted_in_all_and_by_category():
@@ -76,7 +80,9 @@ def test_accuracy_is_counted_in_all_and_by_category():
     samples = [sample(i, a, category=c, problem_type=types[c]) for i, (a, _, c) in enumerate(rows)]
     result = scored(samples, [response(said) for _, said, _ in rows])
     assert value(result, "accuracy") == (4 / 7, 7)
-    by_category = {name: (rate["value"], rate["n"]) for name, rate in result["metrics"]["by category"].items()}
+    by_category = {
+        name: (rate["value"], rate["n"]) for name, rate in result["metrics"]["by category"].items()
+    }
     assert by_category == {"colour": (3 / 5, 5), "count": (1 / 2, 2)}
     assert [row["right"] for row in result["rows"]] == [True, False, True, True, False, True, False]
     assert [row["answer"] for row in result["rows"]] == ["A", "B", "B", "C", "A or C", "2", "2"]
@@ -85,27 +91,46 @@ def test_accuracy_is_counted_in_all_and_by_category():
 def test_rows_keep_what_was_asked_and_said():
     text = response("B", "a green circle")
     (row,) = scored([sample(4, "C")], [text])["rows"]
-    expected = {"id": "row-4", "category": "colour", "problem": "Question 4?", "solution": "C", "text": text}
+    expected = {
+        "id": "row-4",
+        "category": "colour",
+        "problem": "Question 4?",
+        "solution": "C",
+        "text": text,
+    }
     assert expected.items() <= row.items() and row["answer"] == "B" and row["right"] is False
 
 
-def test_a_response_without_an_answer_stage_is_judged_as_a_whole_and_its_format_is_wrong():
+def test_a_response_without_an_answer_stage():
+    """It is judged as a whole, and its format is wrong."""
     result = scored([sample(0), sample(1), sample(2)], ["A", response("A"), "the answer is A"])
     assert [row["right"] for row in result["rows"]] == [True, True, False]
     assert [row["format"] for row in result["rows"]] == [False, True, False]
     assert value(result, "format") == (1 / 3, 3)
 
 
-def test_two_stage_responses_are_of_the_right_format_only_when_two_stages_are_asked_for():
+def test_the_format_of_two_stage_responses():
+    """It is right only if two stages are asked for."""
     text = "<think>so</think><answer>A</answer>"
     assert value(scored([sample(0)], [text], four_stage=False), "format") == (1, 1)
     assert value(scored([sample(0)], [text]), "format") == (0, 1)
     described = sample(0, objects=("a",))
-    assert "captioned" not in scored([described], [text], four_stage=False)["rows"][0]  # there is no caption to count
+    assert (
+        "captioned" not in scored([described], [text], four_stage=False)["rows"][0]
+    )  # there is no caption to count
 
 
 def test_a_pair_is_right_only_when_both_of_its_rows_are():
-    said = [("p1", "A"), ("p1", "A"), ("p2", "A"), ("p2", "B"), ("p3", "B"), ("p3", "B"), (None, "A"), (None, "B")]
+    said = [
+        ("p1", "A"),
+        ("p1", "A"),
+        ("p2", "A"),
+        ("p2", "B"),
+        ("p3", "B"),
+        ("p3", "B"),
+        (None, "A"),
+        (None, "B"),
+    ]
     order = [0, 2, 4, 6, 1, 3, 5, 7]  # rows of a pair need not be neighbours
     samples = [sample(i, "A", pair=said[i][0]) for i in order]
     result = scored(samples, [response(said[i][1]) for i in order])
@@ -116,36 +141,56 @@ def test_a_pair_is_right_only_when_both_of_its_rows_are():
 def test_measures_that_the_rows_cannot_give_are_left_out():
     metrics = scored([sample(0)], [response("A")])["metrics"]
     assert set(metrics) == {"accuracy", "format", "by category"}
-    line = evaluation.one_line({"metrics": metrics})
+    line = measures.one_line({"metrics": metrics})
     assert line == "accuracy 100.0%  format 100.0%"
 
 
-# --- existence: POPE --------------------------------------------------------------------------------------------------
+# --- existence: POPE ------------------------------------------------------------------------------
 
 YES_NO, NO_YES = ("A. yes", "B. no"), ("A. No", "B. Yes")
 
 
 def existence(rows, **changes):
     """(options, the letter of truth, what is said) of each row."""
-    samples = [sample(i, truth, options=options, **changes) for i, (options, truth, _) in enumerate(rows)]
+    samples = [
+        sample(i, truth, options=options, **changes) for i, (options, truth, _) in enumerate(rows)
+    ]
     return scored(samples, [response(said) for *_, said in rows])["metrics"].get("existence")
 
 
 def test_popes_measures_by_hand():
-    # 3 hits, 1 miss, 2 false alarms, 3 correct rejections and 1 answer that is neither, which counts as a no
+    # 3 hits, 1 miss, 2 false alarms, 3 correct rejections and 1 answer that is neither: a no
     rows = [(YES_NO, "A", "A"), (YES_NO, "A", "A"), (NO_YES, "B", "B"), (NO_YES, "B", "A")]
     rows += [(YES_NO, "B", "A"), (NO_YES, "A", "B")]
     rows += [(YES_NO, "B", "B"), (NO_YES, "A", "A"), (YES_NO, "B", "B"), (YES_NO, "B", "maybe")]
     measured = existence(rows)
     assert measured == pytest.approx(
-        {"accuracy": 0.7, "precision": 3 / 5, "recall": 3 / 4, "f1": 2 / 3, "yes ratio": 5 / 10, "n": 10}
+        {
+            "accuracy": 0.7,
+            "precision": 3 / 5,
+            "recall": 3 / 4,
+            "f1": 2 / 3,
+            "yes ratio": 5 / 10,
+            "n": 10,
+        }
     )
 
 
-def test_popes_measures_leave_other_questions_out_and_are_absent_without_yes_no_questions():
-    rows = [(YES_NO, "A", "A"), (YES_NO, "B", "A"), (("A. red", "B. green"), "A", "B"), ((), "A", "A")]
+def test_popes_measures_are_of_yes_no_questions():
+    """Other questions are left out. Without yes/no questions there are no such measures."""
+    rows = [
+        (YES_NO, "A", "A"),
+        (YES_NO, "B", "A"),
+        (("A. red", "B. green"), "A", "B"),
+        ((), "A", "A"),
+    ]
     measured = existence(rows)
-    assert (measured["n"], measured["accuracy"], measured["precision"], measured["recall"]) == (2, 0.5, 0.5, 1.0)
+    assert (measured["n"], measured["accuracy"], measured["precision"], measured["recall"]) == (
+        2,
+        0.5,
+        0.5,
+        1.0,
+    )
     assert existence(rows[2:]) is None
 
 
@@ -164,21 +209,37 @@ def test_options_without_letters_do_not_end_the_evaluation(options):
     assert value(result, "accuracy") == (1, 1)
 
 
-# --- captions: hallucinated objects -----------------------------------------------------------------------------------
+# --- captions: hallucinated objects ---------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("caption", "names", "found"),
     [
-        ("a red circle, a blue star", ["red circle", "blue star", "green cross"], ["red circle", "blue star"]),
+        (
+            "a red circle, a blue star",
+            ["red circle", "blue star", "green cross"],
+            ["red circle", "blue star"],
+        ),
         ("a cat on a catamaran", ["cat", "cata", "maran"], ["cat"]),  # whole words
         ("a catamaran", ["cat"], []),
-        ("two fire trucks and a fire truck", ["truck", "fire truck"], ["fire truck"]),  # the longer one hides it
-        ("a truck beside a fire truck", ["truck", "fire truck"], ["fire truck", "truck"]),  # but not another one
+        (
+            "two fire trucks and a fire truck",
+            ["truck", "fire truck"],
+            ["fire truck"],
+        ),  # the longer one hides it
+        (
+            "a truck beside a fire truck",
+            ["truck", "fire truck"],
+            ["fire truck", "truck"],
+        ),  # but not another one
         ("A Red CIRCLE.", ["red circle"], ["red circle"]),
         ("a dog", ["Dog"], ["Dog"]),
         ("a cup, a cup and a cup", ["cup"], ["cup"]),  # once
-        ("red fire truck circle", ["fire truck", "red circle"], ["fire truck"]),  # hiding joins nothing
+        (
+            "red fire truck circle",
+            ["fire truck", "red circle"],
+            ["fire truck"],
+        ),  # hiding joins nothing
         ("a+b", ["a+b"], ["a+b"]),  # a name is text, not a pattern
         ("aab", ["a+b"], []),
         ("", ["cat"], []),
@@ -186,23 +247,37 @@ def test_options_without_letters_do_not_end_the_evaluation(options):
     ],
 )
 def test_mentioned_finds_whole_names_longer_ones_first(caption, names, found):
-    assert sorted(evaluation.mentioned(caption, names)) == sorted(found)
-    assert sorted(evaluation.mentioned(caption, names[::-1])) == sorted(found)
+    assert sorted(measures.mentioned(caption, names)) == sorted(found)
+    assert sorted(measures.mentioned(caption, names[::-1])) == sorted(found)
 
 
 def test_hallucinated_objects_captions_and_coverage_by_hand():
     rows = [  # objects, relevant, caption
         (("cat", "sofa"), ("cat",), "a cat and a dog"),  # dog is not there; covers 1 of 1
         (("dog",), None, "a dog, a dog"),  # all right; without `relevant`, objects count: 1 of 1
-        (("cup", "table", "cat"), ("cup", "table"), "a cup, a sofa and a dog"),  # sofa, dog are not there; 1 of 2
+        (
+            ("cup", "table", "cat"),
+            ("cup", "table"),
+            "a cup, a sofa and a dog",
+        ),  # sofa, dog are not there; 1 of 2
         (("sofa",), ("sofa",), "nothing much"),  # names nothing; 0 of 1
         (None, None, "a cat, a dog and a sofa"),  # what is there is not known: not counted
         ((), (), "a table"),  # nothing is there
     ]
     samples = [sample(i, objects=o, relevant=r) for i, (o, r, _) in enumerate(rows)]
     result = scored(samples, [response("A", caption) for *_, caption in rows])
-    assert [row.get("hallucinated") for row in result["rows"]] == [["dog"], [], ["dog", "sofa"], [], None, ["table"]]
-    assert value(result, "hallucinated objects") == (4 / 7, 7)  # of the 7 objects that captions name
+    assert [row.get("hallucinated") for row in result["rows"]] == [
+        ["dog"],
+        [],
+        ["dog", "sofa"],
+        [],
+        None,
+        ["table"],
+    ]
+    assert value(result, "hallucinated objects") == (
+        4 / 7,
+        7,
+    )  # of the 7 objects that captions name
     assert value(result, "hallucinated captions") == (3 / 5, 5)
     assert value(result, "coverage") == (3 / 5, 5)
 
@@ -215,14 +290,17 @@ def test_a_missing_caption_names_nothing_and_covers_nothing():
 
 
 def test_objects_of_every_set_can_be_hallucinated_in_each():
-    sets = {"test": [sample(0, objects=("cat",))], "test_b": [sample(1, objects=("dog", "cat")), sample(2)]}
-    names = evaluation.vocabulary(sets)
+    sets = {
+        "test": [sample(0, objects=("cat",))],
+        "test_b": [sample(1, objects=("dog", "cat")), sample(2)],
+    }
+    names = measures.vocabulary(sets)
     assert sorted(names) == ["cat", "dog"]
-    (row,) = evaluation.verdicts(sets["test"], [response("A", "a dog and a cat")], names)
+    (row,) = measures.verdicts(sets["test"], [response("A", "a dog and a cat")], names)
     assert row["hallucinated"] == ["dog"]
 
 
-# --- intervals --------------------------------------------------------------------------------------------------------
+# --- intervals ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -240,44 +318,69 @@ def test_objects_of_every_set_can_be_hallucinated_in_each():
     ],
 )
 def test_the_interval_is_wilsons(right, n, low, high):
-    rate = evaluation.rate_of(right, n)
+    rate = measures.rate_of(right, n)
     assert (rate["value"], rate["n"]) == (right / n, n)
-    assert rate["low"] == pytest.approx(low, abs=6e-5) and rate["high"] == pytest.approx(high, abs=6e-5)
-    for bound in (rate["low"], rate["high"]):  # its definition: where the observed share is 1.96 errors away
-        assert abs(right / n - bound) == pytest.approx(1.96 * (max(bound * (1 - bound), 0) / n) ** 0.5, abs=1e-7)
+    assert rate["low"] == pytest.approx(low, abs=6e-5) and rate["high"] == pytest.approx(
+        high, abs=6e-5
+    )
+    for bound in (
+        rate["low"],
+        rate["high"],
+    ):  # its definition: where the observed share is 1.96 errors away
+        assert abs(right / n - bound) == pytest.approx(
+            1.96 * (max(bound * (1 - bound), 0) / n) ** 0.5, abs=1e-7
+        )
 
 
 def test_a_rate_counts_true_values():
-    assert evaluation.rate([True, False, True, True]) == evaluation.rate_of(3, 4)
+    assert measures.rate([True, False, True, True]) == measures.rate_of(3, 4)
 
 
-# --- the judge --------------------------------------------------------------------------------------------------------
+# --- the judge ------------------------------------------------------------------------------------
 
 
-def test_answerable_captions_are_judged_and_unknown_verdicts_left_out():
-    replies = {"a red circle": "A", "a green circle": " B\n", "a circle": None, "a shape": "<answer>A</answer>"}
+def test_answerable_captions():
+    """They are judged, and unknown verdicts are left out."""
+    replies = {
+        "a red circle": "A",
+        "a green circle": " B\n",
+        "a circle": None,
+        "a shape": "<answer>A</answer>",
+    }
     asked = []
 
     def judge(prompts):
         asked.extend(prompts)
-        return [next(r for caption, r in replies.items() if f"\n{caption}\n" in prompt) for prompt in prompts]
+        return [
+            next(r for caption, r in replies.items() if f"\n{caption}\n" in prompt)
+            for prompt in prompts
+        ]
 
     captions = ["a red circle", "a green circle", "a circle", "a shape", ""]
     samples = [sample(i, "A") for i in range(5)]
-    result = scored(samples, [response("C", caption) for caption in captions], judge=CaptionReward(judge))
+    result = scored(
+        samples, [response("C", caption) for caption in captions], judge=CaptionReward(judge)
+    )
     assert [row["answerable"] for row in result["rows"]] == [True, False, None, True, False]
     assert [row["judge"] for row in result["rows"]] == ["A", "B", None, "A", None]
     assert value(result, "answerable captions") == (2 / 4, 4)  # of the four known verdicts
     assert len(asked) == 4  # an empty caption is wrong without a call
-    assert all("A. red" in prompt and "B. green" in prompt for prompt in asked)  # the judge sees the options
+    assert all(
+        "A. red" in prompt and "B. green" in prompt for prompt in asked
+    )  # the judge sees the options
     assert not any("<answer>C" in prompt for prompt in asked)  # and not what the policy answered
 
 
-def test_no_known_verdict_gives_no_measure_and_two_stages_ask_no_judge():
+def test_two_stages_ask_no_judge():
+    """And without a known verdict there is no measure."""
+
     def silent(prompts):
         return [None] * len(prompts)
 
-    assert "answerable captions" not in scored([sample(0)], [response("A")], judge=CaptionReward(silent))["metrics"]
+    assert (
+        "answerable captions"
+        not in scored([sample(0)], [response("A")], judge=CaptionReward(silent))["metrics"]
+    )
 
     def never(prompts):
         raise AssertionError("asked")
@@ -287,7 +390,7 @@ def test_no_known_verdict_gives_no_measure_and_two_stages_ask_no_judge():
     assert "answerable" not in result["rows"][0]
 
 
-# --- pictures for the report ------------------------------------------------------------------------------------------
+# --- pictures for the report ----------------------------------------------------------------------
 
 
 def photo(path: Path, colour: str) -> Path:
@@ -295,96 +398,148 @@ def photo(path: Path, colour: str) -> Path:
     return path
 
 
-def test_the_gallery_shows_every_picture_and_a_strip_of_a_clips_frames(world, tmp_path):
-    two = sample(0, media=(photo(tmp_path / "r.png", "red"), photo(tmp_path / "b.png", "blue")), id="a/b: 1")
+def test_the_gallery_shows_pictures_and_strips_of_clips(world, tmp_path):
+    two = sample(
+        0, media=(photo(tmp_path / "r.png", "red"), photo(tmp_path / "b.png", "blue")), id="a/b: 1"
+    )
     clip = next(s for s in data.load(world / "data")["test"] if s.data_type == "video")
     rest = [sample(i, media=two.media[:1]) for i in range(5)]
-    evaluation.save_gallery(tmp_path / "gallery", {"test": [two, clip, *rest]}, fps=2.0, max_frames=16, n=3)
+    measures.save_gallery(
+        tmp_path / "gallery", {"test": [two, clip, *rest]}, fps=2.0, max_frames=16, n=3
+    )
     files = list((tmp_path / "gallery").rglob("*.png"))
-    assert all(re.fullmatch(r"[\w.-]+", file.name, re.ASCII) for file in files)  # ids need not be file names
+    assert all(
+        re.fullmatch(r"[\w.-]+", file.name, re.ASCII) for file in files
+    )  # ids need not be file names
     pictures = {image.size: np.asarray(image) for image in map(Image.open, files)}
-    assert len(files) == 3 and set(pictures) == {(2 * 168, 168), (4 * 168, 168), (168, 168)}  # n rows of the set
+    assert len(files) == 3 and set(pictures) == {
+        (2 * 168, 168),
+        (4 * 168, 168),
+        (168, 168),
+    }  # n rows of the set
     strip = pictures[2 * 168, 168]
     assert strip[80, 80].tolist() == [255, 0, 0] and strip[80, 250].tolist() == [0, 0, 255]
 
 
 def test_a_wide_picture_is_wide_in_the_gallery(tmp_path):
     Image.new("RGB", (120, 60), "red").save(tmp_path / "wide.png")
-    evaluation.save_gallery(tmp_path, {"test": [sample(0, media=(tmp_path / "wide.png",))]}, fps=2.0, max_frames=16)
+    measures.save_gallery(
+        tmp_path, {"test": [sample(0, media=(tmp_path / "wide.png",))]}, fps=2.0, max_frames=16
+    )
     shown = np.asarray(Image.open(next((tmp_path / "test").glob("*.png"))))
-    assert (shown[42:126] == [255, 0, 0]).all() and (shown[:42] == 255).all() and (shown[126:] == 255).all()
+    assert (
+        (shown[42:126] == [255, 0, 0]).all()
+        and (shown[:42] == 255).all()
+        and (shown[126:] == 255).all()
+    )
 
 
 def test_rows_of_two_sets_with_one_id_keep_their_own_pictures(tmp_path):
     """Ids are unique within a file only."""
-    sets = {name: [sample(1, media=(photo(tmp_path / f"{name}.png", name),))] for name in ("red", "blue")}
-    evaluation.save_gallery(tmp_path / "gallery", sets, fps=2.0, max_frames=16)
-    kept = {tuple(np.asarray(Image.open(f))[80, 80].tolist()) for f in (tmp_path / "gallery").rglob("*.png")}
+    sets = {
+        name: [sample(1, media=(photo(tmp_path / f"{name}.png", name),))]
+        for name in ("red", "blue")
+    }
+    measures.save_gallery(tmp_path / "gallery", sets, fps=2.0, max_frames=16)
+    kept = {
+        tuple(np.asarray(Image.open(f))[80, 80].tolist())
+        for f in (tmp_path / "gallery").rglob("*.png")
+    }
     assert kept == {(255, 0, 0), (0, 0, 255)}
 
 
 def test_ids_that_a_file_name_cannot_tell_apart_keep_their_own(tmp_path):
     """And one that is too long for a name does not end the run."""
-    colours = {"\u7ea2": "red", "\u84dd": "blue", "a/1": "lime", "a:1": "black", "A/1": "white", "x" * 300: "yellow"}
-    samples = [sample(1, id=id, media=(photo(tmp_path / f"{c}.png", c),)) for id, c in colours.items()]
-    evaluation.save_gallery(tmp_path / "eval" / "gallery", {"test": samples}, fps=2.0, max_frames=16)
+    colours = {
+        "\u7ea2": "red",
+        "\u84dd": "blue",
+        "a/1": "lime",
+        "a:1": "black",
+        "A/1": "white",
+        "x" * 300: "yellow",
+    }
+    samples = [
+        sample(1, id=id, media=(photo(tmp_path / f"{c}.png", c),)) for id, c in colours.items()
+    ]
+    measures.save_gallery(tmp_path / "eval" / "gallery", {"test": samples}, fps=2.0, max_frames=16)
     run = SimpleNamespace(folder=tmp_path)
     for id, colour in colours.items():
         shown = Image.open(report.picture(run, "test", {"id": id}))
         assert shown.getpixel((80, 80)) == ImageColor.getrgb(colour)
 
 
-# --- models and runs --------------------------------------------------------------------------------------------------
+# --- models and runs ------------------------------------------------------------------------------
 
 
-def test_responses_are_greedy_in_the_order_of_the_samples_and_do_not_depend_on_the_batch(world, policy):
+def test_responses_are_greedy_and_in_order(world, policy):
+    """They do not depend on the batch."""
     samples = data.load(world / "data")["test"][:5]
     assert {s.data_type for s in samples} == {"image", "video"}
-    together = evaluation.respond(policy, samples, max_new_tokens=6)
-    assert together == [evaluation.respond(policy, [s], max_new_tokens=6)[0] for s in samples]
-    assert together == evaluation.respond(policy, samples[::-1], max_new_tokens=6)[::-1]
-    assert len(set(together)) > 1 and evaluation.respond(policy, []) == []
+    together = measures.respond(policy, samples, max_new_tokens=6)
+    assert together == [measures.respond(policy, [s], max_new_tokens=6)[0] for s in samples]
+    assert together == measures.respond(policy, samples[::-1], max_new_tokens=6)[::-1]
+    assert len(set(together)) > 1 and measures.respond(policy, []) == []
 
 
-def test_a_run_folder_stands_for_its_last_finished_stage_and_a_checkpoint_for_itself(tmp_path):
+def test_a_run_folder_stands_for_its_last_finished_stage(tmp_path):
+    """A checkpoint stands for itself."""
     assert evaluation.checkpoint_of(tmp_path) == (tmp_path, {})
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"fps": 1.0, "four_stage": False}))
-    with pytest.raises(SystemExit, match="without a finished stage"):
+    with pytest.raises(ConfigError, match="without a finished stage"):
         evaluation.checkpoint_of(tmp_path)
     for stage in ("sft", "rl"):
         (tmp_path / stage / "policy").mkdir(parents=True)
-        assert evaluation.checkpoint_of(tmp_path) == (tmp_path / stage / "policy", {"fps": 1.0, "four_stage": False})
+        assert evaluation.checkpoint_of(tmp_path) == (
+            tmp_path / stage / "policy",
+            {"fps": 1.0, "four_stage": False},
+        )
 
 
 def test_the_command_evaluates_a_checkpoint_and_writes_every_row(world, policy, tmp_path):
     out, judge = tmp_path / "x.json", world / "judge"
     done = commands.launch(
-        *("--model", world / "policy", "--data", world / "data", "--max_new_tokens", 8, "--out", out),
+        *(
+            "--model",
+            world / "policy",
+            "--data",
+            world / "data",
+            "--max_new_tokens",
+            8,
+            "--out",
+            out,
+        ),
         *("--judge", judge, "--batch", 4),
         script="eval.py",
     )
     assert "test: accuracy" in done.stdout and "test_pairs: accuracy" in done.stdout
     result = json.loads(out.read_text())
-    sets = {split: rows for split, rows in data.load(world / "data").items() if split.startswith("test")}
+    sets = {
+        split: rows for split, rows in data.load(world / "data").items() if split.startswith("test")
+    }
     assert set(result) == set(sets)
     for split, samples in sets.items():
         assert [row["id"] for row in result[split]["rows"]] == [s.id for s in samples]
         assert value(result[split], "accuracy")[1] == len(samples)
     assert value(result["test_pairs"], "paired")[1] == 2
     texts = [row["text"] for row in result["test"]["rows"]]
-    assert texts == evaluation.respond(policy, sets["test"], max_new_tokens=8)  # the same in this process
+    assert texts == measures.respond(
+        policy, sets["test"], max_new_tokens=8
+    )  # the same in this process
     categories = {s.category for s in sets["test"]}
-    assert all(any(line.split()[:1] == [name] for line in done.stdout.splitlines()) for name in categories)
+    assert all(
+        any(line.split()[:1] == [name] for line in done.stdout.splitlines()) for name in categories
+    )
 
 
 COUNTED = """
 import json, os, sys
 sys.path.insert(0, sys.argv.pop(1))
 import eval as evaluation
+import measures
 import torch
 
 torch.set_num_threads(1)
-asked, respond, replace = [], evaluation.respond, os.replace
+asked, respond, replace = [], measures.respond, os.replace
 
 def counted(policy, samples, *options):
     asked.extend(f"{s.category}/{s.id}" for s in samples)
@@ -394,7 +549,7 @@ def renamed(source, target):
     asked.append(f"writes {os.path.basename(target)}")
     return replace(source, target)
 
-evaluation.respond, os.replace = counted, renamed
+measures.respond, os.replace = counted, renamed
 folder = sys.argv.pop(1)
 evaluation.main()
 with open(f"{folder}/{os.environ.get('RANK', 0)}.json", "w") as file:
@@ -405,10 +560,21 @@ with open(f"{folder}/{os.environ.get('RANK', 0)}.json", "w") as file:
 def test_two_processes_share_own_rows_and_one_writes(world, tmp_path):
     """Neither answers a row of the other; the file is that of one process."""
     (tmp_path / "counted.py").write_text(COUNTED)
-    options = ["--model", world / "policy", "--data", world / "data", "--max_new_tokens", 6, "--batch", 2]
+    options = [
+        "--model",
+        world / "policy",
+        "--data",
+        world / "data",
+        "--max_new_tokens",
+        6,
+        "--batch",
+        2,
+    ]
     options += ["--judge", world / "judge"]
     printed = evaluate(*options, "--out", tmp_path / "one.json")
-    done = accelerate("cpu2", 2, tmp_path / "counted.py", ROOT, tmp_path, *options, "--out", tmp_path / "two.json")
+    done = accelerate(
+        "cpu2", 2, tmp_path / "counted.py", ROOT, tmp_path, *options, "--out", tmp_path / "two.json"
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
     result = json.loads((tmp_path / "two.json").read_text())
@@ -416,7 +582,10 @@ def test_two_processes_share_own_rows_and_one_writes(world, tmp_path):
     assert first.pop() == "writes two.json" and not any("writes" in line for line in first + second)
     rows = [f"{row['category']}/{row['id']}" for of in result.values() for row in of["rows"]]
     assert sorted(first + second) == sorted(rows) and abs(len(first) - len(second)) <= len(result)
-    assert "test: accuracy" in printed and printed.partition("test: ")[2] == done.stdout.partition("test: ")[2]
+    assert (
+        "test: accuracy" in printed
+        and printed.partition("test: ")[2] == done.stdout.partition("test: ")[2]
+    )
 
 
 @pytest.mark.parametrize("four_stage", [True, False])
@@ -428,11 +597,22 @@ def test_captions_are_judged_where_none_was_rewarded(world, tmp_path, monkeypatc
         asked.extend(prompts)
         return ["A"] * len(prompts)
 
-    options = ["--method", "sft", "--world", world, "--output_dir", tmp_path / "run", "--quiet", "true"]
+    options = [
+        "--method",
+        "sft",
+        "--world",
+        world,
+        "--output_dir",
+        tmp_path / "run",
+        "--quiet",
+        "true",
+    ]
     cfg = train.parse_config([*map(str, options), "--four_stage", str(four_stage).lower()])
     assert not cfg.caption_reward
     monkeypatch.setattr(
-        evaluation, "respond", lambda policy, samples, *_: [response("A", f"see {s.id}") for s in samples]
+        measures,
+        "respond",
+        lambda policy, samples, *_: [response("A", f"see {s.id}") for s in samples],
     )
     sets = data.load(world / "data")
     train.evaluate("before", str(world / "policy"), sets, CaptionReward(judge), cfg, Run(cfg))
@@ -440,8 +620,12 @@ def test_captions_are_judged_where_none_was_rewarded(world, tmp_path, monkeypatc
     assert set(result) == {"test", "test_pairs"}
     for split, of in result.items():
         right = [s.answer == "A" for s in sets[split]]
-        assert of["metrics"].get("answerable captions") == (evaluation.rate(right) if four_stage else None)
-        assert [row.get("answerable") for row in of["rows"]] == (right if four_stage else [None] * len(right))
+        assert of["metrics"].get("answerable captions") == (
+            measures.rate(right) if four_stage else None
+        )
+        assert [row.get("answerable") for row in of["rows"]] == (
+            right if four_stage else [None] * len(right)
+        )
     assert bool(asked) is four_stage
 
 
@@ -450,11 +634,20 @@ def test_rows_that_the_model_cannot_be_asked_are_refused_first(world, tmp_path, 
     rows = [row | {"path": str(world / "data" / row["path"])} for row in rows]
     rows[1]["problem"] += "<|im_end|>"
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    options = ["--model", world / "policy", "--data", tmp_path / "train.json", "--max_new_tokens", 3]
+    options = [
+        "--model",
+        world / "policy",
+        "--data",
+        tmp_path / "train.json",
+        "--max_new_tokens",
+        3,
+    ]
     out = tmp_path / "out.json"
     evaluate(*options, "--out", out, "--on_bad_row", "skip")
-    assert [row["id"] for row in json.loads(out.read_text())["train"]["rows"]] == [rows[0]["problem_id"]]
-    monkeypatch.setattr(vlm, "load", None)
+    assert [row["id"] for row in json.loads(out.read_text())["train"]["rows"]] == [
+        rows[0]["problem_id"]
+    ]
+    monkeypatch.setattr(pretrained, "load", None)
     with pytest.raises(SystemExit, match=f"error: .*{rows[1]['problem_id']}.*holds <.im_end.>"):
         evaluate(*options)
 
@@ -464,50 +657,70 @@ def test_a_missing_data_folder_is_one_line_without_a_traceback(world, tmp_path):
     done = commands.launch(*options, script="eval.py", check=False)
     errors = [line for line in done.stderr.splitlines() if line.strip()]
     assert done.returncode != 0 and done.stdout == "evaluation on 1 process(es), cpu\n"
-    assert len(errors) == 1 and errors[0].startswith("error: data: ") and "nowhere does not exist" in errors[0]
+    assert (
+        len(errors) == 1
+        and errors[0].startswith("error: data: ")
+        and "nowhere does not exist" in errors[0]
+    )
 
 
 def test_vision_limits_of_a_run_are_those_of_its_evaluation(world, tmp_path, monkeypatch, capsys):
     """A run folder's settings reach the model; the set is train.json where there is no test."""
     (tmp_path / "run" / "rl").mkdir(parents=True)
     (tmp_path / "run" / "rl" / "policy").symlink_to(world / "policy")
-    settings = {"max_pixels": 12_544, "max_new_tokens": 3, "four_stage": False, "dtype": "float32", "seed": 1}
+    settings = {
+        "max_pixels": 12_544,
+        "max_new_tokens": 3,
+        "four_stage": False,
+        "dtype": "float32",
+        "seed": 1,
+    }
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(settings))
     rows = json.loads((world / "data" / "train.json").read_text())[:2]
     for row in rows:
         row["path"] = str(world / "data" / row["path"])
     (tmp_path / "train.json").write_text(json.dumps(rows))
-    loaded, load = [], vlm.load
+    loaded, load = [], pretrained.load
 
     def record(path, **options):
         loaded.append(load(path, **options))
         return loaded[-1]
 
-    monkeypatch.setattr(vlm, "load", record)
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--model", f"{tmp_path / 'run'}", "--data", f"{tmp_path}/train.json"])
+    monkeypatch.setattr(pretrained, "load", record)
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["eval.py", "--model", f"{tmp_path / 'run'}", "--data", f"{tmp_path}/train.json"],
+    )
     evaluation.main()
     assert loaded[0].max_pixels == 12_544 and not loaded[0].training
     assert "train: accuracy" in capsys.readouterr().out
 
 
-# --- benchmarks, end to end ------------------------------------------------------------------------------------------
+# --- benchmarks, end to end -----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
     """A few rows of all seven, in their publishers' forms, in one folder each."""
     folder, clip = tmp_path_factory.mktemp("published"), tmp_path_factory.mktemp("clip") / "a.mp4"
-    shapes.write_clip(clip, [Image.new("RGB", (56, 56), (20 * i, 0, 0)) for i in range(4)])
+    write_clip(clip, [Image.new("RGB", (56, 56), (20 * i, 0, 0)) for i in range(4)])
     for category in ("random", "popular", "adversarial"):
         rows = forms.pope_rows(category)
         forms.parquet(folder / f"pope/Full/{category}-00000-of-00001.parquet", rows, "image")
     rows = [row | {"image": forms.cell()} for row in forms.ROTATIONS]
     forms.parquet(folder / "mmbench/en/dev-00000-of-00001.parquet", rows, "image")
-    problems = {str(i): forms.MATHVISTA | {"pid": str(i), "image": "images/5.jpg"} for i in range(3)}
+    problems = {
+        str(i): forms.MATHVISTA | {"pid": str(i), "image": "images/5.jpg"} for i in range(3)
+    }
     forms.dump(folder / "mathvista/data/testmini.json", problems)
     forms.picture(folder / "mathvista/images/5.jpg")
     forms.dump(folder / "mmvu/validation.json", forms.MMVU)
-    for place in ("mmvu/videos/Chemistry/0.mp4", "mmvu/videos/Art/0.mp4", "videommmu/Science/dev_Biology_3.mp4"):
+    for place in (
+        "mmvu/videos/Chemistry/0.mp4",
+        "mmvu/videos/Art/0.mp4",
+        "videommmu/Science/dev_Biology_3.mp4",
+    ):
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(clip, folder / place)
     for track in ("Perception", "Comprehension", "Adaptation"):
@@ -521,7 +734,8 @@ def published(tmp_path_factory):
     forms.dump(folder / "amber/data/relation.json", forms.AMBER["relation"])
     (folder / "amber/data/safe_words.txt").write_text("\n".join(forms.AMBER["safe_words"]))
     asked = [
-        {"id": i, "image": "AMBER_1.jpg", "query": text} for i, text in ((1, "Describe this image."), (9, "Is it?"))
+        {"id": i, "image": "AMBER_1.jpg", "query": text}
+        for i, text in ((1, "Describe this image."), (9, "Is it?"))
     ]
     forms.dump(folder / "amber/data/query/query_all.json", asked)
     forms.picture(folder / "amber/image/AMBER_1.jpg")
@@ -565,15 +779,26 @@ def content(folder):
 def benchmarked(world, published, tmp_path_factory):
     """All seven, by one process: (its folder, what it printed, its options)."""
     folder = tmp_path_factory.mktemp("benchmarked") / "run"
-    options = ["--model", world / "policy", "--max_new_tokens", 6, "--batch", 2, "--dtype", "float32"]
+    options = [
+        "--model",
+        world / "policy",
+        "--max_new_tokens",
+        6,
+        "--batch",
+        2,
+        "--dtype",
+        "float32",
+    ]
     options += ["--benchmarks", *(f"{name}={published / name}" for name in NAMES)]
     return folder, launch(*options, "--output_dir", folder), options
 
 
-def test_every_benchmark_is_answered_and_scored_by_both_protocols(benchmarked):
+def test_every_benchmark_is_scored_by_both_protocols(benchmarked):
     folder, printed, _ = benchmarked
     scores = json.loads((folder / "scores.json").read_text())
-    assert set(scores) == set(NAMES) and all({"official", "paper"} <= set(of) for of in scores.values())
+    assert set(scores) == set(NAMES) and all(
+        {"official", "paper"} <= set(of) for of in scores.values()
+    )
     assert all(of["asked"] == "four_stage" and of["judge"] == "" for of in scores.values())
     for name in NAMES:
         lines = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
@@ -597,7 +822,9 @@ def test_two_processes_and_a_killed_run_give_the_same_files(benchmarked, tmp_pat
     for name in ("scores.json", "counts.json", "mmvu.jsonl", "amber.jsonl", "outputs/amber.jsonl"):
         (tmp_path / "killed" / name).unlink()
     cut = (folder / "outputs/pope.jsonl").read_bytes()
-    (tmp_path / "killed/outputs/pope.jsonl").write_bytes(cut[: len(cut) // 2])  # in the middle of a line
+    (tmp_path / "killed/outputs/pope.jsonl").write_bytes(
+        cut[: len(cut) // 2]
+    )  # in the middle of a line
     evaluate(*options, "--output_dir", tmp_path / "killed")
     assert content(tmp_path / "killed") == content(folder)
 
@@ -611,16 +838,27 @@ KNOWN = {  # what a policy might have said, row by row
 
 @pytest.fixture(scope="module")
 def known(benchmarked, published, tmp_path_factory):
-    """The rows with known answers: POPE always yes, MMBench and VideoHallucer right, MathVista 3, 4 and nothing."""
+    """The rows with known answers.
+
+    POPE always yes, MMBench and VideoHallucer right, MathVista 3, 4 and nothing.
+    """
     folder = tmp_path_factory.mktemp("known") / "run"
     shutil.copytree(benchmarked[0], folder)
     for name in NAMES:
-        golds = {row.id: row.answer for row in benchmarks.scan(name, published / name, check=False)[0]}
-        lines = [json.loads(line) for line in (folder / f"outputs/{name}.jsonl").read_text().splitlines()]
+        golds = {
+            row.id: row.answer for row in benchmarks.scan(name, published / name, check=False)[0]
+        }
+        lines = [
+            json.loads(line) for line in (folder / f"outputs/{name}.jsonl").read_text().splitlines()
+        ]
         for i, line in enumerate(lines):
-            said = KNOWN.get(name, {}).get(golds[line["id"]]) or {"mathvista": ["3", "4", ""][i % 3]}.get(name, "B")
+            said = KNOWN.get(name, {}).get(golds[line["id"]]) or {
+                "mathvista": ["3", "4", ""][i % 3]
+            }.get(name, "B")
             line["output"] = response(said) if said else ""
-        (folder / f"outputs/{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        (folder / f"outputs/{name}.jsonl").write_text(
+            "".join(json.dumps(line) + "\n" for line in lines)
+        )
     printed = evaluate(*benchmarked[2], "--output_dir", folder)
     return folder, printed, json.loads((folder / "scores.json").read_text())
 
@@ -628,8 +866,15 @@ def known(benchmarked, published, tmp_path_factory):
 def test_known_answers_get_the_scores_that_a_hand_gives_them(known):
     _, printed, scores = known
     pope = scores["pope"]["official"]["metrics"]["overall"]
-    assert [pope[m]["value"] for m in ("accuracy", "precision", "recall", "yes ratio")] == [0.5, 0.5, 1.0, 1.0]
-    assert pope["f1"]["value"] == pytest.approx(2 / 3) and pope["f1"]["interval"].startswith("bootstrap")
+    assert [pope[m]["value"] for m in ("accuracy", "precision", "recall", "yes ratio")] == [
+        0.5,
+        0.5,
+        1.0,
+        1.0,
+    ]
+    assert pope["f1"]["value"] == pytest.approx(2 / 3) and pope["f1"]["interval"].startswith(
+        "bootstrap"
+    )
     assert scores["pope"]["paper"]["metrics"]["overall"]["accuracy"]["value"] == 0.5
     assert scores["mmbench"]["official"]["metrics"]["overall"]["circular accuracy"]["value"] == 1
     pairs = scores["videohallucer"]["official"]["metrics"]["mean of subsets"]["pair accuracy"]
@@ -638,19 +883,25 @@ def test_known_answers_get_the_scores_that_a_hand_gives_them(known):
     assert mathvista["value"] == pytest.approx(1 / 3) and mathvista["n"] == 3
     mmvu = scores["mmvu"]["paper"]["metrics"]["overall"]["accuracy"]
     assert (mmvu["value"], mmvu["n"], mmvu["dropped"], mmvu["interval"]) == (1.0, 1, 1, "Wilson")
-    assert mmvu["low"] == pytest.approx(evaluation.rate_of(1, 1)["low"])
+    assert mmvu["low"] == pytest.approx(measures.rate_of(1, 1)["low"])
     assert scores["mmvu"]["official"]["metrics"]["overall"]["accuracy"]["undecided"] == 1
-    assert "empty output" in printed and "official, overall: accuracy 50.0, precision 50.0, recall 100.0" in printed
+    assert (
+        "empty output" in printed
+        and "official, overall: accuracy 50.0, precision 50.0, recall 100.0" in printed
+    )
 
 
 def test_doubled_and_foreign_lines_are_named(known, benchmarked, tmp_path):
-    """Two runs into one folder, or shards put together: the first line that has an output counts."""
+    """Two runs into one folder, or shards put together: the first line with an output counts."""
     shutil.copytree(known[0], tmp_path / "run")
     file = tmp_path / "run/outputs/pope.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     again = [line | {"output": response("B")} for line in lines[:2]]
     again += [lines[0] | {"id": "random/99"}]
-    unread = lines[2] | {"output": None, "error": "cut off"}  # by the first run, and not by the second
+    unread = lines[2] | {
+        "output": None,
+        "error": "cut off",
+    }  # by the first run, and not by the second
     lines = [*lines[:2], unread, *lines[2:]]
     file.write_text("".join(json.dumps(line) + "\n" for line in [*lines, *again]))
     printed = evaluate(*benchmarked[2], "--output_dir", tmp_path / "run")
@@ -663,9 +914,14 @@ def test_doubled_and_foreign_lines_are_named(known, benchmarked, tmp_path):
 
 def test_a_note_of_one_protocol_says_whose_it_is(known):
     kinds = ("yes/no", "open")  # the paper leaves open questions out
-    rows = [benchmarks.Row(kind, "?", "no", kind, options={"A": "yes", "B": "no"}) for kind in kinds]
-    found = {protocol: benchmarks.score("mmvu", rows, {"7": "x"}, protocol) for protocol in benchmarks.PROTOCOLS}
-    assert evaluation.notes(found) == [
+    rows = [
+        benchmarks.Row(kind, "?", "no", kind, options={"A": "yes", "B": "no"}) for kind in kinds
+    ]
+    found = {
+        protocol: benchmarks.score("mmvu", rows, {"7": "x"}, protocol)
+        for protocol in benchmarks.PROTOCOLS
+    }
+    assert results.notes(found) == [
         "prediction for no row: 1 (7)",
         "official: missing prediction, counted as wrong: 2 (yes/no, open)",
         "paper: missing prediction, counted as wrong: 1 (yes/no)",
@@ -689,17 +945,21 @@ def test_each_row_keeps_its_prompt_answer_and_both_verdicts(known):
 
 
 def test_runs_that_differ_are_compared(known, benchmarked, tmp_path, capsys):
-    evaluation.compare(benchmarked[0], known[0])
-    [line] = [x for x in capsys.readouterr().out.splitlines() if "videohallucer" in x and "official" in x]
+    results.compare(benchmarked[0], known[0])
+    [line] = [
+        x for x in capsys.readouterr().out.splitlines() if "videohallucer" in x and "official" in x
+    ]
     assert "+100.0 [+100.0, +100.0]" in line
     shutil.copytree(known[0], tmp_path / "short")
     lines = (known[0] / "pope.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "short/pope.jsonl").write_text("".join(lines[1:]))
-    with pytest.raises(data.DataError, match="pope: rows are in one of them only: 1 .*the same --limit"):
-        evaluation.compare(known[0], tmp_path / "short")
+    with pytest.raises(DataError, match="pope: rows are in one of them only: 1 .*the same --limit"):
+        results.compare(known[0], tmp_path / "short")
 
 
-def test_a_judge_decides_what_no_rule_does_and_is_remembered(known, benchmarked, world, tmp_path, monkeypatch):
+def test_a_judge_decides_what_no_rule_does_and_is_remembered(
+    known, benchmarked, world, tmp_path, monkeypatch
+):
     folder, asked = tmp_path / "run", []
     shutil.copytree(known[0], folder)
 
@@ -711,7 +971,7 @@ def test_a_judge_decides_what_no_rule_does_and_is_remembered(known, benchmarked,
             asked.extend(prompts)
             return ['{"extracted_answer": "ours", "correct": true}' for _ in prompts]
 
-    monkeypatch.setattr(vlm, "LocalJudge", Judge)
+    monkeypatch.setattr(judges, "LocalJudge", Judge)
     for _ in range(2):
         evaluate(*benchmarked[2], "--output_dir", folder, "--judge", world / "judge")
     scores = json.loads((folder / "scores.json").read_text())
@@ -725,10 +985,13 @@ def test_a_judge_decides_what_no_rule_does_and_is_remembered(known, benchmarked,
         evaluate(*benchmarked[2], "--output_dir", folder)
 
 
-def test_a_run_s_own_prompt_its_template_and_pairs_that_a_limit_would_cut(world, published, tmp_path):
+def test_prompts_of_a_run_and_pairs_at_the_limit(world, published, tmp_path):
+    """A run's own prompt, a template, and a pair that --limit would cut."""
     (tmp_path / "run/rl").mkdir(parents=True)
     (tmp_path / "run/rl/policy").symlink_to(world / "policy")
-    (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"four_stage": False, "max_new_tokens": 3}))
+    (tmp_path / "run/config.yaml").write_text(
+        yaml.safe_dump({"four_stage": False, "max_new_tokens": 3})
+    )
     options = [
         "--model",
         tmp_path / "run",
@@ -740,17 +1003,36 @@ def test_a_run_s_own_prompt_its_template_and_pairs_that_a_limit_would_cut(world,
     evaluate(*options)
     folder = tmp_path / "run/benchmarks"
     scores = json.loads((folder / "scores.json").read_text())["videohallucer"]
-    assert scores["asked"] == "two_stage" and scores["official"]["metrics"]["overall"]["pair accuracy"]["n"] == 1
+    assert (
+        scores["asked"] == "two_stage"
+        and scores["official"]["metrics"]["overall"]["pair accuracy"]["n"] == 1
+    )
     line = json.loads((folder / "videohallucer.jsonl").read_text().splitlines()[0])
-    assert "<think>" in line["prompt"] and "<caption>" not in line["prompt"] and "A. Yes" in line["prompt"]
+    assert (
+        "<think>" in line["prompt"]
+        and "<caption>" not in line["prompt"]
+        and "A. Yes" in line["prompt"]
+    )
     (tmp_path / "wording.txt").write_text("Look. {Question} Say it in <answer></answer>.")
-    evaluate(*options, "--template", tmp_path / "wording.txt", "--output_dir", tmp_path / "other", "--sample")
+    evaluate(
+        *options,
+        "--template",
+        tmp_path / "wording.txt",
+        "--output_dir",
+        tmp_path / "other",
+        "--sample",
+    )
     line = json.loads((tmp_path / "other/videohallucer.jsonl").read_text().splitlines()[0])
     assert line["prompt"].startswith("Look. Is it red?") and "within the <answer>" in line["prompt"]
 
 
-def test_the_readme_says_what_to_compare_with_what():
-    table = (ROOT / "README.md").read_text().partition("## Evaluation on benchmarks")[2].partition("\n## ")[0]
+def test_the_docs_say_what_to_compare_with_what():
+    table = (
+        (ROOT / "docs" / "evaluation.md")
+        .read_text()
+        .partition("## Evaluation on benchmarks")[2]
+        .partition("\n## ")[0]
+    )
     for known in benchmarks.TABLE.values():
         [line] = [line for line in table.splitlines() if line.startswith(f"| {known.title} |")]
         assert f"{known.paper_number or 'not in GWYS'}" in line
@@ -764,19 +1046,24 @@ def test_another_prompt_needs_another_folder(benchmarked):
 
 def test_two_runs_are_compared_row_by_row(benchmarked, tmp_path, capsys):
     folder, _, options = benchmarked
-    evaluate(*options[:2], "--max_new_tokens", 6, *options[options.index("--benchmarks") :], "--limit", 4, "--direct",
-             "--output_dir", tmp_path / "direct")  # fmt: skip
-    asked = [json.loads(line)["prompt"] for line in (tmp_path / "direct/pope.jsonl").read_text().splitlines()]
+    some = [*options[:2], "--max_new_tokens", 6, *options[options.index("--benchmarks") :]]
+    evaluate(*some, "--limit", 4, "--direct", "--output_dir", tmp_path / "direct")
+    asked = [
+        json.loads(line)["prompt"]
+        for line in (tmp_path / "direct/pope.jsonl").read_text().splitlines()
+    ]
     assert len(asked) == 4 and asked[0] == "Is there a kite in the picture?"
-    evaluation.compare(folder, folder)
+    results.compare(folder, folder)
     printed = capsys.readouterr().out
     assert "videohallucer" in printed and "+0.0 [+0.0, +0.0]" in printed and "McNemar" in printed
-    with pytest.raises(data.DataError, match="pope: .*not over the same pictures.*evaluate both on the same rows"):
+    with pytest.raises(
+        DataError, match="pope: .*not over the same pictures.*evaluate both on the same rows"
+    ):
         shutil.copytree(folder, tmp_path / "other")
         counts = json.loads((folder / "counts.json").read_text())
         counts["pope"]["official"].pop("COCO_0")
         (tmp_path / "other/counts.json").write_text(json.dumps(counts))
-        evaluation.compare(folder, tmp_path / "other")
+        results.compare(folder, tmp_path / "other")
 
 
 @pytest.mark.parametrize(
@@ -789,8 +1076,12 @@ def test_two_runs_are_compared_row_by_row(benchmarked, tmp_path, capsys):
         (["--benchmarks", "pope=HERE/pope", "--template", "/nowhere"], "nowhere"),
     ],
 )
-def test_what_cannot_be_evaluated_is_one_line_before_the_model_is_loaded(published, tmp_path, options, says):
+def test_bad_options_are_one_line_before_a_model_is_loaded(published, tmp_path, options, says):
     options = [word.replace("HERE", str(published)) for word in options]
-    done = commands.launch("--model", "/no/model", *options, script="eval.py", check=False, cwd=tmp_path)
-    assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr, done.stderr
+    done = commands.launch(
+        "--model", "/no/model", *options, script="eval.py", check=False, cwd=tmp_path
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and says in done.stderr, (
+        done.stderr
+    )
     assert "Traceback" not in done.stderr

@@ -1,4 +1,5 @@
-"""media.py: only known formats are opened, pictures and clips are seen as people see them, clips go by timestamps."""
+"""media.py: only known formats are opened, pictures and clips are seen as people see them, clips go
+by timestamps."""
 
 import base64
 import functools
@@ -20,7 +21,7 @@ import tifffile
 from PIL import Image, ImageOps
 
 import data
-import media
+from engine import media, media_check, video
 
 PHOTO = skimage.data.camera()[100:228, 160:320]  # 128 x 160, greys from 2 to 252
 
@@ -37,7 +38,14 @@ def packed(image: Image.Image, form: str, **options) -> bytes:
 
 def row(path, **changes) -> dict:
     options = {"problem_type": "multiple choice", "options": ["A. a", "B. b"], "solution": "A"}
-    return {"data_type": "image", "problem": "Which?", "path": path, "problem_id": "0", **options, **changes}
+    return {
+        "data_type": "image",
+        "problem": "Which?",
+        "path": path,
+        "problem_id": "0",
+        **options,
+        **changes,
+    }
 
 
 def loaded(folder: Path, *rows: dict) -> list[data.Sample]:
@@ -51,7 +59,7 @@ def both(folder: Path, content: bytes, name: str) -> list:
     return [folder / name, content]
 
 
-# --- pictures: upright ------------------------------------------------------------------------------------------------
+# --- pictures: upright ----------------------------------------------------------------------------
 
 
 def turned(value: int) -> Image.Exif:
@@ -73,14 +81,16 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path, form, value):
     assert upright.size == ((96, 128) if value >= 5 else (128, 96))
     for medium in (*both(tmp_path, content, "photo"), Image.open(io.BytesIO(content))):
         assert np.array_equal(np.asarray(media.read_image(medium)), np.asarray(upright))
-        size = media._check_media(medium, "image")
+        size = media_check.check_media(medium, "image")
         assert (size.width, size.height) == upright.size
 
 
 def test_a_damaged_tag_beside_the_orientation_does_no_harm():
     exif = turned(6)
     exif[0x011A] = 72.0
-    content = packed(photo(), "JPEG", exif=exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x00\x00\x05"))
+    content = packed(
+        photo(), "JPEG", exif=exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x00\x00\x05")
+    )
     with pytest.raises(struct.error):
         ImageOps.exif_transpose(Image.open(io.BytesIO(content)))
     assert media.read_image(content).size == (96, 128)
@@ -92,7 +102,7 @@ def test_pictures_of_other_modes_are_turned_too(mode):
     assert media.read_image(packed(image, "PNG", exif=turned(8))).size == (40, 60)
 
 
-# --- pictures: greys --------------------------------------------------------------------------------------------------
+# --- pictures: greys ------------------------------------------------------------------------------
 
 
 def tiff(values: np.ndarray, **options) -> bytes:
@@ -110,7 +120,9 @@ def deep(bits: int) -> np.ndarray:
 def test_greys_in_16_bits_are_those_of_the_photograph(form, bits):
     content = packed(Image.fromarray(deep(bits)), form)
     shown = np.asarray(media.read_image(content)).astype(int)
-    assert shown.shape == (*PHOTO.shape, 3) and np.abs(shown - PHOTO[..., None]).max() <= (bits < 16)
+    assert shown.shape == (*PHOTO.shape, 3) and np.abs(shown - PHOTO[..., None]).max() <= (
+        bits < 16
+    )
 
 
 WIDE = {  # what has no white of its own is shown from its least to its greatest value
@@ -146,7 +158,9 @@ def test_what_is_no_number_is_black_and_the_rest_stays():
 @pytest.mark.parametrize("kind", ["16 bits", "floats", "8 bits"])
 def test_a_tiff_whose_0_is_white_is_no_negative(kind):
     """As scanners and X-ray machines write them; those of 8 bits PIL turns itself."""
-    values = {"16 bits": deep(16), "floats": (PHOTO / 255).astype(np.float32), "8 bits": PHOTO}[kind]
+    values = {"16 bits": deep(16), "floats": (PHOTO / 255).astype(np.float32), "8 bits": PHOTO}[
+        kind
+    ]
     shown = np.asarray(media.read_image(tiff(values, photometric="miniswhite")))[..., 0]
     assert np.array_equal(shown, 255 - PHOTO)
 
@@ -160,8 +174,9 @@ def test_a_tiff_whose_0_is_white_is_no_negative(kind):
         (deep(16).astype(np.int32), -32768, {}),
     ],
 )
-def test_places_where_nothing_was_measured_are_black_and_leave_the_rest(values, nothing, options):
-    """As in depth maps and GeoTIFFs: one such pixel would make all others white."""
+def test_places_where_nothing_was_measured_are_black(values, nothing, options):
+    """As in depth maps and GeoTIFFs: one such pixel would make all others white. The rest of the
+    picture stays as it is."""
     values = values.copy()
     values[0, :3] = nothing
     shown = np.asarray(media.read_image(tiff(values, **options)))[..., 0]
@@ -174,11 +189,12 @@ def test_a_grey_of_one_value_is_read(kind, value):
     assert media.read_image(tiff(np.full((32, 32), value, kind))).mode == "RGB"
 
 
-# --- pictures: on white -----------------------------------------------------------------------------------------------
+# --- pictures: on white ---------------------------------------------------------------------------
 
 
 def inked(mode: str) -> bytes:
-    """Black ink in the middle of a ground that is transparent, and black or another colour behind that."""
+    """Black ink in the middle of a ground that is transparent, and black or another colour behind
+    that."""
     x = np.zeros((64, 64), np.uint8)
     x[20:44, 20:44] = 255
     ink = Image.fromarray(x)
@@ -187,10 +203,16 @@ def inked(mode: str) -> bytes:
         image.putalpha(ink)
         return packed(image, "PNG")
     if mode == "I;16":  # of 16 bits, whose transparent grey is 300
-        return packed(Image.fromarray(np.where(x, 0, 300).astype(np.uint16)), "PNG", transparency=300)
+        return packed(
+            Image.fromarray(np.where(x, 0, 300).astype(np.uint16)), "PNG", transparency=300
+        )
     if mode == "RGB":
-        return packed(Image.merge("RGB", [ImageOps.invert(ink)] * 3), "PNG", transparency=(255, 255, 255))
-    return packed(ImageOps.invert(ink).convert(mode), "GIF" if mode == "P" else "PNG", transparency=255)
+        return packed(
+            Image.merge("RGB", [ImageOps.invert(ink)] * 3), "PNG", transparency=(255, 255, 255)
+        )
+    return packed(
+        ImageOps.invert(ink).convert(mode), "GIF" if mode == "P" else "PNG", transparency=255
+    )
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "RGB", "L", "P", "I;16"])
@@ -199,7 +221,7 @@ def test_what_is_transparent_is_white_in_every_mode(mode):
     assert x[0, 0].tolist() == [255] * 3 and x[32, 32].tolist() == [0] * 3
 
 
-# --- pictures: several in a file --------------------------------------------------------------------------------------
+# --- pictures: several in a file ------------------------------------------------------------------
 
 
 def test_a_phones_jpg_with_a_preview_is_its_first_picture(tmp_path):
@@ -225,24 +247,35 @@ def test_a_phones_jpg_with_a_preview_is_its_first_picture(tmp_path):
 def test_other_files_of_several_pictures_are_refused(form, words):
     content = packed(photo(), form, save_all=True, append_images=[photo().rotate(90)])
     with pytest.raises(data.DataError, match=words):
-        media._check_media(content, "image")
+        media_check.check_media(content, "image")
 
 
-# --- known formats only -----------------------------------------------------------------------------------------------
+# --- known formats only ---------------------------------------------------------------------------
 
 
 PAN = skimage.data.astronaut()[200:264]
 
 
 def pattern(i: int, size=(96, 64)) -> np.ndarray:
-    """A frame of a pan over a photograph that tells its number, in 12 bits, as black and white squares."""
+    """A frame of a pan over a photograph that tells its number, in 12 bits, as black and white
+    squares."""
     x = PAN[: size[1], i % 380 : i % 380 + size[0]].copy()
     for k in range(12):
         x[:8, 8 * k : 8 * k + 8] = 255 * (i >> k & 1)
     return x
 
 
-def write(path: Path, frames=300, codec="libx264", rate=25, pix="yuv420p", times=None, form=None, mux=None, **options):
+def write(
+    path: Path,
+    frames=300,
+    codec="libx264",
+    rate=25,
+    pix="yuv420p",
+    times=None,
+    form=None,
+    mux=None,
+    **options,
+):
     with av.open(str(path), "w", format=form, options=mux or {}) as container:
         stream = container.add_stream(codec, rate=rate, options={"threads": "1", **options})
         stream.width, stream.height, stream.pix_fmt = 96, 64, pix
@@ -258,13 +291,18 @@ def write(path: Path, frames=300, codec="libx264", rate=25, pix="yuv420p", times
 
 
 def copied(source: Path, path: Path, change, mux=None) -> Path:
-    """The same stream with other packets: change(i, packet) -> bytes, having set what else it wants."""
+    """The same stream with other packets: change(i, packet) -> bytes, having set what else it
+    wants."""
     with av.open(str(source)) as old, av.open(str(path), "w", options=mux or {}) as new:
         stream = new.add_stream_from_template(old.streams.video[0])
         for i, packet in enumerate(p for p in old.demux(video=0) if p.size):
             other = av.Packet(change(i, packet))
             other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
-            other.is_keyframe, other.duration, other.stream = packet.is_keyframe, packet.duration, stream
+            other.is_keyframe, other.duration, other.stream = (
+                packet.is_keyframe,
+                packet.duration,
+                stream,
+            )
             new.mux(other)
     return path
 
@@ -290,9 +328,9 @@ def test_a_playlist_is_no_clip_whatever_its_name(clip, tmp_path, kind, name):
     (tmp_path / "real.mp4").write_bytes(clip.read_bytes())
     for medium in both(tmp_path, PLAYLISTS[kind].replace("CLIP", "real.mp4").encode(), name):
         for read in (
-            media.read_video,
-            lambda m: media._check_media(m, "video"),
-            lambda m: media._check_media(m, "image"),
+            video.read_video,
+            lambda m: media_check.check_media(m, "video"),
+            lambda m: media_check.check_media(m, "image"),
         ):
             with pytest.raises(
                 data.DataError, match=f"cannot (read|decode).*({NAMED}.*convert it|Invalid data)"
@@ -309,55 +347,62 @@ def test_what_a_playlist_names_is_not_opened(clip, tmp_path):
     with av.open(str(listed)) as container:
         assert sum(1 for _ in container.decode(video=0)) == 300
     with pytest.raises(data.DataError, match=NAMED):
-        media._check_media(listed, "video")
+        media_check.check_media(listed, "video")
 
 
 def test_postscript_named_png_is_not_interpreted(tmp_path):
     (tmp_path / "figure.png").write_bytes(packed(photo("RGB"), "EPS"))
-    with pytest.raises(data.DataError, match=f"cannot read .*figure.png as image .{NAMED} JPEG, PNG, .*: convert it"):
-        media._check_media(tmp_path / "figure.png", "image")
+    with pytest.raises(
+        data.DataError,
+        match=f"cannot read .*figure.png as image .{NAMED} JPEG, PNG, .*: convert it",
+    ):
+        media_check.check_media(tmp_path / "figure.png", "image")
 
 
 @pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
 def test_a_picture_given_as_clip_is_told_to_be_one(tmp_path, form):
     for medium in both(tmp_path, packed(photo(), form), "photo"):
         with pytest.raises(data.DataError, match="has 1 frame. Give a picture as image"):
-            media._check_media(medium, "video")
+            media_check.check_media(medium, "video")
 
 
 def test_a_clip_given_as_picture_is_refused_in_a_line(clip):
     for medium in (clip, clip.read_bytes()):
         with pytest.raises(data.DataError, match="path: .* is a clip. Give it as video"):
-            media._check_media(medium, "image")
+            media_check.check_media(medium, "image")
 
 
 @pytest.mark.parametrize("name", ["a.ts", "a.mpg"])
 def test_files_that_were_joined_are_no_clip_of_half_the_length(tmp_path, name):
     """Their times begin anew, so that the second half would be taken for the first."""
     whole = write(tmp_path / name, 100, "mpeg2video")
-    assert media._check_media(whole, "video").frames == 100
+    assert media_check.check_media(whole, "video").frames == 100
     content = whole.read_bytes()
     for medium in both(tmp_path, content + content, f"two-{name}"):
         with pytest.raises(
-            data.DataError, match=r"its time begins anew after 4\S* s, as in joined files|is cut off or da"
+            data.DataError,
+            match=r"its timestamps restart after 4\S* s, as in joined files|is cut off or da",
         ):
-            media._check_media(medium, "video")
+            media_check.check_media(medium, "video")
 
 
 @pytest.mark.parametrize("name", ["a.mkv", "a.webm", "a.flv", "a.avi", "a.mp4"])
 def test_a_clip_that_was_cut_off_is_no_short_clip(tmp_path, name):
     codec = {"a.webm": "libvpx", "a.flv": "flv", "a.avi": "mpeg4"}.get(name, "libx264")
     whole = write(tmp_path / name, 300, codec)
-    assert media._check_media(whole, "video").frames == 300
+    assert media_check.check_media(whole, "video").frames == 300
     content = whole.read_bytes()
     for medium in both(tmp_path, content[: len(content) // 2], f"half-{name}"):
         with pytest.raises(data.DataError, match="path: cannot read .* as video"):
-            media._check_media(medium, "video")
+            media_check.check_media(medium, "video")
 
 
 def test_sound_that_goes_on_after_the_last_frame_is_no_cut(tmp_path):
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
-        stream, sound = container.add_stream("libx264", rate=25), container.add_stream("aac", rate=16_000)
+        stream, sound = (
+            container.add_stream("libx264", rate=25),
+            container.add_stream("aac", rate=16_000),
+        )
         stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p"
         for i in range(50):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(pattern(i), format="rgb24")))
@@ -366,7 +411,7 @@ def test_sound_that_goes_on_after_the_last_frame_is_no_cut(tmp_path):
             noise.sample_rate, noise.pts, noise.time_base = 16_000, 1024 * i, Fraction(1, 16_000)
             container.mux(sound.encode(noise))
         container.mux([*stream.encode(), *sound.encode()])
-    assert media._check_media(tmp_path / "a.mkv", "video") == media.Size(50, 64, 96, 25.0)
+    assert media_check.check_media(tmp_path / "a.mkv", "video") == media.Size(50, 64, 96, 25.0)
 
 
 @pytest.mark.parametrize("content", [b"", b"<html>", packed(photo(), "PNG")[:500]])
@@ -380,8 +425,8 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, content):
 def test_a_name_with_a_colon_is_a_file_and_no_protocol(clip, tmp_path, monkeypatch):
     (tmp_path / "12:30.mp4").write_bytes(clip.read_bytes())
     monkeypatch.chdir(tmp_path)
-    assert media._check_media(Path("12:30.mp4"), "video").frames == 300
-    assert len(media.read_video(Path("12:30.mp4"))[0]) == 16
+    assert media_check.check_media(Path("12:30.mp4"), "video").frames == 300
+    assert len(video.read_video(Path("12:30.mp4"))[0]) == 16
 
 
 def test_a_title_in_another_encoding_does_not_lose_the_clip(tmp_path):
@@ -396,15 +441,20 @@ def test_a_title_in_another_encoding_does_not_lose_the_clip(tmp_path):
     latin = content.replace("caf\u00e9 XX".encode(), "caf\u00e9 XXX".encode("latin-1"))
     with pytest.raises(UnicodeDecodeError):
         av.open(io.BytesIO(latin))
-    assert media._check_media(latin, "video").frames == len(media.read_video(latin, 10.0, 20)[0]) == 20
+    assert (
+        media_check.check_media(latin, "video").frames
+        == len(video.read_video(latin, 10.0, 20)[0])
+        == 20
+    )
 
 
-# --- clips: seen upright, on white, in one size -----------------------------------------------------------------------
+# --- clips: seen upright, on white, in one size ---------------------------------------------------
 
 
 @pytest.mark.parametrize("value", range(2, 9))
 def test_a_clip_is_turned_as_a_player_turns_it(clip, value):
-    """The matrix of an orientation is where its turn puts the corners (0, 0), (1, 0) and (0, 1) of a picture."""
+    """The matrix of an orientation is where its turn puts the corners (0, 0), (1, 0) and (0, 1) of
+    a picture."""
     corners = Image.fromarray(np.arange(1, 5, dtype=np.uint8).reshape(2, 2))  # 1 2 over 3 4
     shown = np.asarray(by_exif(corners, value))
     place = {int(shown[y, x]): (x, y) for x in (0, 1) for y in (0, 1)}
@@ -412,12 +462,14 @@ def test_a_clip_is_turned_as_a_player_turns_it(clip, value):
     content = bytearray(clip.read_bytes())
     at = content.find(b"tkhd") + 44
     one = 2**16
-    content[at : at + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 2**30)
-    plain, frames = media.read_video(clip)[0], media.read_video(bytes(content))[0]
+    content[at : at + 36] = struct.pack(
+        ">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 2**30
+    )
+    plain, frames = video.read_video(clip)[0], video.read_video(bytes(content))[0]
     assert len(frames) == 16
     for before, after in zip(plain, frames, strict=True):
         assert np.array_equal(np.asarray(after), np.asarray(by_exif(before, value)))
-    size = media._check_media(bytes(content), "video")
+    size = media_check.check_media(bytes(content), "video")
     assert (size.width, size.height) == frames[0].size == ((64, 96) if value >= 5 else (96, 64))
 
 
@@ -429,8 +481,16 @@ def test_what_is_transparent_in_a_moving_gif_is_white():
         step = Image.fromarray(x, "P")
         step.putpalette([0, 0, 0, 0, 0, 0])  # ink, and a ground that is black behind
         steps.append(step)
-    content = packed(steps[0], "GIF", save_all=True, append_images=steps[1:], transparency=1, disposal=2, duration=100)
-    frames = [np.asarray(frame) for frame in media.read_video(content, 10.0)[0]]
+    content = packed(
+        steps[0],
+        "GIF",
+        save_all=True,
+        append_images=steps[1:],
+        transparency=1,
+        disposal=2,
+        duration=100,
+    )
+    frames = [np.asarray(frame) for frame in video.read_video(content, 10.0)[0]]
     assert len(frames) == 4
     for i, frame in enumerate(frames):
         assert (frame[0] == 255).all() and (frame[20:44, 10 + i : 30 + i] == 0).all()
@@ -451,39 +511,59 @@ def test_a_clip_whose_size_changes_is_read_in_one_size(tmp_path):
         for i, part in enumerate(parts):
             packet = av.Packet(bytes(part))
             packet.pts = packet.dts = i
-            packet.time_base, packet.is_keyframe, packet.stream = Fraction(1, 10), part.is_keyframe, stream
+            packet.time_base, packet.is_keyframe, packet.stream = (
+                Fraction(1, 10),
+                part.is_keyframe,
+                stream,
+            )
             container.mux(packet)
     with av.open(str(tmp_path / "a.webm")) as container:
         assert {frame.width for frame in container.decode(video=0)} == {96, 128}
-    assert {frame.size for frame in media.read_video(tmp_path / "a.webm", 10.0)[0]} == {(96, 64)}
+    assert {frame.size for frame in video.read_video(tmp_path / "a.webm", 10.0)[0]} == {(96, 64)}
 
 
-# --- clips: by timestamps ---------------------------------------------------------------------------------------------
+# --- clips: by timestamps -------------------------------------------------------------------------
 
 
 def every_frame(path: Path) -> list[tuple[int, np.ndarray]]:
     with av.open(str(path)) as container:
-        return [(frame.pts, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)]
+        return [
+            (frame.pts, frame.to_ndarray(format="rgb24")) for frame in container.decode(video=0)
+        ]
 
 
 def nearest(frames: list[tuple[int, np.ndarray]], n: int) -> list[np.ndarray]:
     """By brute force: of all frames the one nearest to each of n times, equally far apart."""
     times = [time for time, _ in frames]
     wanted = [times[0] + Fraction(i * (times[-1] - times[0]), n - 1) for i in range(n)]
-    return [frames[min(range(len(times)), key=lambda k: abs(times[k] - moment))][1] for moment in wanted]
+    return [
+        frames[min(range(len(times)), key=lambda k: abs(times[k] - moment))][1] for moment in wanted
+    ]
 
 
-UNEVEN = [0, *sorted(np.random.default_rng(0).choice(np.arange(1, 12_000), 299, replace=False).tolist())]
-SCREEN = [*range(0, 1000, 10), *range(1000, 12_000, 500)]  # much happens in the first second, and then little
-X264 = {"open GOP": "open-gop=1:keyint=40:min-keyint=40:scenecut=0", "intra refresh": "intra-refresh=1:keyint=50"}
+UNEVEN = [
+    0,
+    *sorted(np.random.default_rng(0).choice(np.arange(1, 12_000), 299, replace=False).tolist()),
+]
+SCREEN = [
+    *range(0, 1000, 10),
+    *range(1000, 12_000, 500),
+]  # much happens in the first second, and then little
+X264 = {
+    "open GOP": "open-gop=1:keyint=40:min-keyint=40:scenecut=0",
+    "intra refresh": "intra-refresh=1:keyint=50",
+}
 
 
 def trimmed(path: Path) -> Path:
-    """A second and a half cut away by an edit list, as a phone does it: the key frame before is there and not shown."""
+    """A second and a half cut away by an edit list, as a phone does it: the key frame before is
+    there and not shown."""
     long = write(path.with_suffix(".mov"), g="50")
     with (
         av.open(str(long)) as old,
-        av.open(str(path), "w", options={"avoid_negative_ts": "disabled", "use_editlist": "1"}) as new,
+        av.open(
+            str(path), "w", options={"avoid_negative_ts": "disabled", "use_editlist": "1"}
+        ) as new,
     ):
         stream = new.add_stream_from_template(old.streams.video[0])
         cut = int(1.5 / old.streams.video[0].time_base)
@@ -513,7 +593,10 @@ CLIPS = {  # kind: (file name, how it is made)
     "fragments": ("a.mp4", dict(g="50", mux={"movflags": "frag_keyframe+empty_moov+skip_trailer"})),
     "MPEG-4": ("a.mp4", dict(codec="mpeg4", g="50", bf="2")),
     "VP8": ("a.webm", dict(codec="libvpx", g="50", deadline="realtime", **{"cpu-used": "8"})),
-    "VP8, live": ("a.webm", dict(codec="libvpx", g="50", deadline="realtime", mux={"live": "1"}, **{"cpu-used": "8"})),
+    "VP8, live": (
+        "a.webm",
+        dict(codec="libvpx", g="50", deadline="realtime", mux={"live": "1"}, **{"cpu-used": "8"}),
+    ),
     "VP9": ("a.webm", dict(codec="libvpx-vp9", g="50", deadline="realtime", **{"cpu-used": "8"})),
     "MJPEG": ("a.avi", dict(codec="mjpeg", pix="yuvj420p")),
     "MPEG-4 in AVI": ("a.avi", dict(codec="mpeg4", g="50")),
@@ -544,7 +627,8 @@ def tick(path: Path) -> Fraction:
 
 
 def test_the_clips_refer_backwards_and_begin_anew(clip):
-    """So that what follows says something: frames are stored in another order, and key frames are few."""
+    """So that what follows says something: frames are stored in another order, and key frames are
+    few."""
     with av.open(str(clip)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     times = [packet.pts for packet in packets]
@@ -552,37 +636,47 @@ def test_the_clips_refer_backwards_and_begin_anew(clip):
 
 
 def test_frames_are_those_nearest_in_time_of_all(any_clip):
-    frames, size = every_frame(any_clip), media._check_media(any_clip, "video")
+    frames, size = every_frame(any_clip), media_check.check_media(any_clip, "video")
     assert (size.frames, size.height, size.width) == (len(frames), 64, 96)
     seconds = float((frames[-1][0] - frames[0][0]) * tick(any_clip))
-    for medium, fps, most in ((any_clip, 2.0, 16), (any_clip.read_bytes(), 20.0, 38), (any_clip, 0.1, 16)):
-        shown, rate = media.read_video(medium, fps, most)
-        assert len(shown) == media.frames_taken(size.frames, size.rate, fps, most)  # what visual_tokens counts with
+    for medium, fps, most in (
+        (any_clip, 2.0, 16),
+        (any_clip.read_bytes(), 20.0, 38),
+        (any_clip, 0.1, 16),
+    ):
+        shown, rate = video.read_video(medium, fps, most)
+        # what visual_tokens counts with
+        assert len(shown) == video.frames_taken(size.frames, size.rate, fps, most)
         assert rate == pytest.approx((len(shown) - 1) / seconds)
         for got, want in zip(shown, nearest(frames, len(shown)), strict=True):
             assert np.array_equal(np.asarray(got), want)
 
 
 def test_an_avi_goes_by_its_frame_rate(tmp_path):
-    """It has no timestamps, and those that FFmpeg makes up for frames stored in another order are wrong."""
+    """It has no timestamps, and those that FFmpeg makes up for frames stored in another order are
+    wrong."""
     frames = every_frame(write(tmp_path / "a.avi", g="50"))
     times = [time for time, _ in frames]
     assert times != sorted(times)
-    size = media._check_media(tmp_path / "a.avi", "video")
+    size = media_check.check_media(tmp_path / "a.avi", "video")
     assert (size.frames, size.rate) == (300, 25)
-    shown, rate = media.read_video(tmp_path / "a.avi")
+    shown, rate = video.read_video(tmp_path / "a.avi")
     assert rate == pytest.approx(15 / (299 / 25))
-    for got, want in zip(shown, nearest([(i, frame) for i, (_, frame) in enumerate(frames)], 16), strict=True):
+    for got, want in zip(
+        shown, nearest([(i, frame) for i, (_, frame) in enumerate(frames)], 16), strict=True
+    ):
         assert np.array_equal(np.asarray(got), want)
 
 
 @pytest.mark.parametrize(
-    ("frames", "fps", "most"), [(300, 2.0, 16), (300, 9.0, 7), (299, 9.0, 5), (50, 9.0, 3), (31, 2.5, 99)]
+    ("frames", "fps", "most"),
+    [(300, 2.0, 16), (300, 9.0, 7), (299, 9.0, 5), (50, 9.0, 3), (31, 2.5, 99)],
 )
 def test_at_a_constant_rate_frames_are_told_by_number(tmp_path, frames, fps, most):
-    """As before there were timestamps: of n frames the i-th is number round(i (all - 1) / (n - 1)), halves to even."""
+    """As before there were timestamps: of n frames the i-th is number round(i (all - 1) / (n - 1)),
+    halves to even."""
     every = every_frame(write(tmp_path / "a.mp4", frames, g="40"))
-    shown, _ = media.read_video(tmp_path / "a.mp4", fps, most)
+    shown, _ = video.read_video(tmp_path / "a.mp4", fps, most)
     n = min(most, round(frames / 25 * fps))
     assert len(shown) == n
     for i, got in enumerate(shown):
@@ -595,19 +689,29 @@ def test_hidden_frames_of_vp8_are_none_of_the_clips(tmp_path):
         content[0] &= 0xEF if i % 10 == 7 else 0xFF  # the bit of the frame's header that shows it
         return bytes(content)
 
-    whole = write(tmp_path / "whole.webm", codec="libvpx", g="50", deadline="realtime", **{"cpu-used": "8"})
+    whole = write(
+        tmp_path / "whole.webm", codec="libvpx", g="50", deadline="realtime", **{"cpu-used": "8"}
+    )
     path = copied(whole, tmp_path / "a.webm", hide)
     frames = every_frame(path)
-    assert len(frames) == media._check_media(path, "video").frames == 270
-    shown, _ = media.read_video(path)
+    assert len(frames) == media_check.check_media(path, "video").frames == 270
+    shown, _ = video.read_video(path)
     for got, want in zip(shown, nearest(frames, 16), strict=True):
         assert np.array_equal(np.asarray(got), want)
 
 
 def test_a_webm_without_a_frame_rate_lasts_as_long_as_it_does(tmp_path):
-    """What a browser records: no rate in the header, where FFmpeg makes one up, and no two frames equally far apart."""
+    """What a browser records: no rate in the header, where FFmpeg makes one up, and no two frames
+    equally far apart."""
     times = [i * 33 + (i * 7919) % 21 - 10 + 10 * (i == 0) for i in range(300)]
-    path = write(tmp_path / "a.webm", codec="libvpx", times=times, form="webm", mux={"live": "1"}, deadline="realtime")
+    path = write(
+        tmp_path / "a.webm",
+        codec="libvpx",
+        times=times,
+        form="webm",
+        mux={"live": "1"},
+        deadline="realtime",
+    )
     content = bytearray(path.read_bytes())
     at = content.find(bytes.fromhex("23E383"))  # DefaultDuration becomes as many bytes of nothing
     length = content[at + 3] & 127
@@ -615,7 +719,7 @@ def test_a_webm_without_a_frame_rate_lasts_as_long_as_it_does(tmp_path):
     path.write_bytes(content)
     with av.open(str(path)) as container:
         assert not container.streams.video[0].average_rate
-    size, (frames, rate) = media._check_media(path, "video"), media.read_video(path)
+    size, (frames, rate) = media_check.check_media(path, "video"), video.read_video(path)
     assert size.frames / size.rate == pytest.approx(9.9, abs=0.05)
     assert len(frames) == 16 and 1 / rate == pytest.approx(9.9 / 15, abs=0.005)
 
@@ -624,16 +728,20 @@ def test_no_step_is_longer_than_the_file_makes_it(tmp_path):
     """Told by number, 15 of 16 frames would be of the first second of 12."""
     path = write(tmp_path / "a.mkv", len(SCREEN), times=SCREEN, g="50")
     every = {frame.tobytes(): time for time, frame in every_frame(path)}
-    frames, rate = media.read_video(path)
+    frames, rate = video.read_video(path)
     steps = np.diff([every[np.asarray(frame).tobytes()] for frame in frames])
-    assert len(frames) == 16 and steps.max() <= 1000 / rate + 500 and steps.min() >= 1000 / rate - 500
+    assert (
+        len(frames) == 16 and steps.max() <= 1000 / rate + 500 and steps.min() >= 1000 / rate - 500
+    )
 
 
 def test_a_frame_that_stands_for_long_is_there_as_often(tmp_path):
     path = write(tmp_path / "a.mkv", 5, times=[0, 100, 200, 9000, 10_000])
     every = [frame for _, frame in every_frame(path)]
-    frames, rate = media.read_video(path, 2.0, 5)
-    assert [next(i for i, f in enumerate(every) if np.array_equal(f, frame)) for frame in frames] == [0, 2, 3, 3, 4]
+    frames, rate = video.read_video(path, 2.0, 5)
+    assert [
+        next(i for i, f in enumerate(every) if np.array_equal(f, frame)) for frame in frames
+    ] == [0, 2, 3, 3, 4]
     assert rate == pytest.approx(4 / 10)
 
 
@@ -645,13 +753,13 @@ def test_the_spacing_of_the_frames_reaches_the_positions(tmp_path, policy):
     assert float(inputs["second_per_grid_ts"][0]) == pytest.approx(2 * SCREEN[-1] / 1000 / 7)
 
 
-# --- clips: seeking ---------------------------------------------------------------------------------------------------
+# --- clips: seeking -------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fed(monkeypatch) -> list[int]:
     """Counts the packets that are decoded after seeking, and the clips that are read through."""
-    count, through = [0, 0], media._read_through
+    count, through = [0, 0], video._read_through
 
     def counted(skip, packets):
         for packet in itertools.dropwhile(skip, packets):
@@ -662,8 +770,8 @@ def fed(monkeypatch) -> list[int]:
         count[1] += 1
         return through(*args)
 
-    monkeypatch.setattr(media, "dropwhile", counted)
-    monkeypatch.setattr(media, "_read_through", read_through)
+    monkeypatch.setattr(video, "dropwhile", counted)
+    monkeypatch.setattr(video, "_read_through", read_through)
     return count
 
 
@@ -676,25 +784,32 @@ def repeated(source: Path, path: Path, times: int) -> Path:
             for packet in packets:
                 other = av.Packet(bytes(packet))
                 other.pts, other.dts = packet.pts + i * length, packet.dts + i * length
-                other.time_base, other.is_keyframe, other.stream = packet.time_base, packet.is_keyframe, stream
+                other.time_base, other.is_keyframe, other.stream = (
+                    packet.time_base,
+                    packet.is_keyframe,
+                    stream,
+                )
                 new.mux(other)
     return path
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.ts"])
 def test_ten_minutes_are_read_as_quickly_as_one(tmp_path, fed, name):
-    """x264 sets a key frame every 250, so 16 frames take 2,000 on average and 4,000 at most, of 1,500 or 15,000."""
+    """x264 sets a key frame every 250, so 16 frames take 2,000 on average and 4,000 at most, of
+    1,500 or 15,000."""
     minute = write(tmp_path / "minute.mp4", 1500, preset="ultrafast", bf="3", sc_threshold="0")
-    media.read_video(repeated(minute, tmp_path / f"minute-{name}", 1))
+    video.read_video(repeated(minute, tmp_path / f"minute-{name}", 1))
     short, fed[0] = fed[0], 0
-    media.read_video(repeated(minute, tmp_path / name, 10))
+    video.read_video(repeated(minute, tmp_path / name, 10))
     assert fed[1] == 0 and short <= 1500 and fed[0] <= 16 * 250
 
 
-@pytest.mark.parametrize("kind", ["every frame called key", "no key frames", "GIF", "APNG", "MPEG-2"])
+@pytest.mark.parametrize(
+    "kind", ["every frame called key", "no key frames", "GIF", "APNG", "MPEG-2"]
+)
 def test_what_cannot_be_sought_is_read_through_once(tmp_path, fed, kind):
     name, how = CLIPS[kind]
-    media.read_video(how(tmp_path / name) if callable(how) else write(tmp_path / name, **how))
+    video.read_video(how(tmp_path / name) if callable(how) else write(tmp_path / name, **how))
     assert fed[1] == 1
 
 
@@ -715,14 +830,17 @@ def test_a_stream_that_refuses_to_seek_is_read_through(clip, fed, monkeypatch):
         def seek(self, *_, **__):
             raise av.error.PermissionError(1, "Operation not permitted")
 
-    expected, opened = media.read_video(clip), media._open_video
-    monkeypatch.setattr(media, "_open_video", lambda medium: Unseekable(opened(medium)))
-    frames, rate = media.read_video(clip)
+    expected, opened = video.read_video(clip), video._open_video
+    monkeypatch.setattr(video, "_open_video", lambda medium: Unseekable(opened(medium)))
+    frames, rate = video.read_video(clip)
     assert fed[1] == 1 and rate == expected[1]
-    assert all(np.array_equal(np.asarray(a), np.asarray(b)) for a, b in zip(frames, expected[0], strict=True))
+    assert all(
+        np.array_equal(np.asarray(a), np.asarray(b))
+        for a, b in zip(frames, expected[0], strict=True)
+    )
 
 
-# --- what a cell of `path` may hold -----------------------------------------------------------------------------------
+# --- what a cell of `path` may hold ---------------------------------------------------------------
 
 
 def test_base64_and_data_uris_are_pictures(tmp_path):
@@ -742,18 +860,27 @@ def test_base64_and_data_uris_are_pictures(tmp_path):
 def test_a_clip_in_base64_is_read(clip, tmp_path):
     text = base64.b64encode(clip.read_bytes()).decode()
     [sample] = loaded(tmp_path, row(text, data_type="video"))
-    assert sample.sizes[0].frames == 300 and len(data.messages(sample, "?")[0]["content"][0]["video"]) == 16
+    assert (
+        sample.sizes[0].frames == 300
+        and len(data.messages(sample, "?")[0]["content"][0]["video"]) == 16
+    )
 
 
 @pytest.mark.parametrize(
     ("path", "words"),
     [
-        ("https://example.org/a/photo.jpg?size=2", "is a web address. Download it, and give the path of the file"),
+        (
+            "https://example.org/a/photo.jpg?size=2",
+            "is a web address. Download it, and give the path of the file",
+        ),
         ("HTTP://example.org/" + "a" * 5000, r"\.\.\. is a web address"),
         ("s3://bucket/photo.jpg", "is a web address"),
         ("data:image/png;base64,iVBORw0KGgo", "cannot read the picture or clip in row 0 as image"),
         ("data:image/png;base64", "cannot read the picture or clip in row 0 as image"),
-        (base64.b64encode(b"no picture, but a text of some length that was encoded").decode(), "its format is none of"),
+        (
+            base64.b64encode(b"no picture, but a text of some length that was encoded").decode(),
+            "its format is none of",
+        ),
         ("x" * 5001, r"xxx\.\.\. does not exist"),
         ("a b/" * 1500, r"a b/[ab /]*\.\.\. does not exist"),
         ("null\0.png", "does not exist"),
@@ -763,7 +890,8 @@ def test_what_is_no_path_and_no_picture_is_told_in_a_line(tmp_path, path, words)
     (tmp_path / "train.json").write_text(json.dumps([row(path)]))
     with pytest.raises(data.DataError, match=words) as error:
         data.load(tmp_path)
-    assert len(str(error.value).splitlines()) == 2 and len(str(error.value)) < 600  # the second: mend or skip
+    # the second: mend or skip
+    assert len(str(error.value).splitlines()) == 2 and len(str(error.value)) < 600
 
 
 def test_a_path_that_could_be_base64_is_a_path_if_it_is_there(tmp_path):
@@ -780,21 +908,21 @@ def test_a_file_uri_is_the_path_in_it(tmp_path):
     assert [s.media for s in samples] == [(tmp_path / "a.png",)] * 2
 
 
-# --- what was good is kept --------------------------------------------------------------------------------------------
+# --- what was good is kept ------------------------------------------------------------------------
 
 
 @pytest.fixture
 def opened(tmp_path, monkeypatch) -> list:
     """The media that are opened from now on; what is kept is in a folder of its own."""
-    found, _check_media = [], media._check_media
+    found, check_media = [], media_check.check_media
 
     def watched(medium, data_type):
         found.append(medium)
-        return _check_media(medium, data_type)
+        return check_media(medium, data_type)
 
-    monkeypatch.setattr(media, "_check_media", watched)
-    place = functools.partial(media.cached_assets_path, assets_dir=tmp_path / "kept")
-    monkeypatch.setattr(media, "cached_assets_path", place)
+    monkeypatch.setattr(media_check, "check_media", watched)
+    place = functools.partial(media_check.cached_assets_path, assets_dir=tmp_path / "kept")
+    monkeypatch.setattr(media_check, "cached_assets_path", place)
     return found
 
 
@@ -814,18 +942,25 @@ def folder(tmp_path, clip) -> Path:
 def test_what_was_good_is_not_opened_again_until_it_changes(folder, opened):
     first = data.load(folder)["train"]
     assert len(opened) == 4 and opened.count(folder / "a.png") == 1
-    assert [s.sizes for s in data.load(folder)["train"]] == [s.sizes for s in first] and len(opened) == 4
+    assert [s.sizes for s in data.load(folder)["train"]] == [s.sizes for s in first] and len(
+        opened
+    ) == 4
     then = (folder / "a.png").stat()
     (folder / "a.png").touch()
     assert (folder / "a.png").stat().st_mtime_ns != then.st_mtime_ns
     assert data.load(folder)["train"][0] == first[0] and opened[4:] == [folder / "a.png"]
     then = (folder / "b.jpg").stat()
     (folder / "b.jpg").write_bytes(packed(photo("L").resize((40, 30)), "JPEG"))
-    os.utime(folder / "b.jpg", ns=(then.st_atime_ns, then.st_mtime_ns))  # of another size, as old as before
-    assert data.load(folder)["train"][1].sizes[1] == media.Size(1, 30, 40) and opened[5:] == [folder / "b.jpg"]
+    # of another size, as old as before
+    os.utime(folder / "b.jpg", ns=(then.st_atime_ns, then.st_mtime_ns))
+    assert data.load(folder)["train"][1].sizes[1] == media.Size(1, 30, 40) and opened[5:] == [
+        folder / "b.jpg"
+    ]
 
 
-def test_what_is_kept_is_known_by_any_name_of_the_folder(folder, opened, monkeypatch, tmp_path_factory):
+def test_what_is_kept_is_known_by_any_name_of_the_folder(
+    folder, opened, monkeypatch, tmp_path_factory
+):
     data.load(folder)
     monkeypatch.chdir(folder)
     for source in (".", Path.cwd(), f"../{folder.name}/", folder / "train.json"):
@@ -843,12 +978,18 @@ def test_a_folder_that_is_gone_under_a_process_does_no_harm(folder, opened, monk
     assert len(data.load(folder)["train"]) == len(data.load(folder)["train"]) == 4
 
 
-def test_a_long_check_keeps_what_it_has_seen_even_if_it_is_killed(folder, opened, monkeypatch):
+def test_a_long_check_keeps_what_it_has_seen(folder, opened, monkeypatch):
+    """A long check keeps what it has seen even if it is killed."""
     now = iter(range(0, 10**6, 61))
-    monkeypatch.setattr(media.time, "monotonic", lambda: next(now))
-    sizes = media.Checked(folder).each([([folder / "a.png"], "image")] * 300)
-    assert [next(sizes) for _ in range(257)] == [(media.Size(1, 96, 128),)] * 257  # and never comes to its end
-    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1 and len(opened) == 1
+    monkeypatch.setattr(media_check.time, "monotonic", lambda: next(now))
+    sizes = media_check.Checked(folder).each([([folder / "a.png"], "image")] * 300)
+    assert [next(sizes) for _ in range(257)] == [
+        (media.Size(1, 96, 128),)
+    ] * 257  # and never comes to its end
+    assert (
+        len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1
+        and len(opened) == 1
+    )
 
 
 def test_media_are_opened_side_by_side_each_once(tmp_path, monkeypatch):
@@ -860,16 +1001,20 @@ def test_media_are_opened_side_by_side_each_once(tmp_path, monkeypatch):
         together.wait()
         return media.Size(1, 9, 9)
 
-    monkeypatch.setattr(media, "_check_media", check)
-    monkeypatch.setattr(media.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(media_check, "check_media", check)
+    monkeypatch.setattr(media_check.os, "cpu_count", lambda: 4)
     rows = [([name], "image") for name in (b"a", b"b", b"a", b"b")]
-    assert list(media.Checked(tmp_path).each(rows)) == [(media.Size(1, 9, 9),)] * 4 and sorted(opened) == [b"a", b"b"]
+    assert list(media_check.Checked(tmp_path).each(rows)) == [
+        (media.Size(1, 9, 9),)
+    ] * 4 and sorted(opened) == [b"a", b"b"]
 
 
 def test_what_is_bad_is_opened_and_told_every_time(folder, opened):
     (folder / "b.jpg").write_bytes((folder / "b.jpg").read_bytes()[:300])
     for _ in range(2):
-        with pytest.raises(data.DataError, match=r"train.json row 1 \(1\), path: cannot read .*b.jpg"):
+        with pytest.raises(
+            data.DataError, match=r"train.json row 1 \(1\), path: cannot read .*b.jpg"
+        ):
             data.load(folder)
     assert opened.count(folder / "b.jpg") == 2 and len(opened) == 5
     (folder / "a.png").unlink()
@@ -886,14 +1031,17 @@ def test_a_picture_is_no_clip_because_it_was_a_good_picture(folder, opened):
 
 def test_a_check_that_is_interrupted_keeps_what_it_has_seen(folder, opened, monkeypatch):
     with monkeypatch.context() as interrupted:
-        check = media._check_media
-        interrupted.setattr(media, "_check_media", lambda m, kind: check(m, kind) if kind == "image" else 1 / 0)
+        check = media_check.check_media
+        interrupted.setattr(
+            media_check, "check_media", lambda m, kind: check(m, kind) if kind == "image" else 1 / 0
+        )
         with pytest.raises(ZeroDivisionError):
             data.load(folder)
     assert len(data.load(folder)["train"]) == 4 and len(opened) == 4
     (folder / "train.json").write_text(json.dumps([row("a.png")]))
     data.load(folder)
-    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1  # what is gone is not kept
+    # what is gone is not kept
+    assert len(json.loads(next((folder / "kept").rglob("*.json")).read_text())) == 1
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"x": 1}', '{"x": [1]}', "\0", "[" * 10**5])
@@ -907,4 +1055,6 @@ def test_what_is_kept_and_cannot_be_read_is_not_believed(folder, opened, content
 
 def test_where_nothing_can_be_kept_all_is_opened(folder, opened):
     (folder / "kept").write_text("a file where a folder is needed")
-    assert len(data.load(folder)["train"]) == len(data.load(folder)["train"]) == 4 and len(opened) == 8
+    assert (
+        len(data.load(folder)["train"]) == len(data.load(folder)["train"]) == 4 and len(opened) == 8
+    )

@@ -8,15 +8,15 @@ import pytest
 import ovip
 
 pytestmark = pytest.mark.quick
-ROWS = json.loads((Path(__file__).parent / "benchmark_vectors.json").read_text(encoding="utf-8"))["ovip"]["vectors"]
+VECTORS = (Path(__file__).parent / "benchmark_vectors.json").read_text(encoding="utf-8")
+ROWS = json.loads(VECTORS)["ovip"]["vectors"]
 
 
 @pytest.mark.parametrize("v", ROWS, ids=lambda v: f"{v['model']} {v['method']}")
 def test_the_papers_table(v):
     assert round(ovip.f1_amber_generative(v["chair"], v["cover"]), 2) == v["f1_formula"]
-    assert v["f1_formula"] == pytest.approx(
-        v["f1_reported"], abs=0.0101
-    )  # 13B's baseline is printed as 65.99, not 66.00
+    # 13B's baseline is printed as 65.99, not 66.00
+    assert v["f1_formula"] == pytest.approx(v["f1_reported"], abs=0.0101)
     index = ovip.hallucination_reduction_index(v["a"], *ovip.CONSTANTS[v["model"]])
     assert round(index, 2) == v["hri_formula"] == (v["hri_reported"] or 0)
 
@@ -29,12 +29,13 @@ def test_the_index_by_hand():
 
 
 def test_the_index_is_refused_where_it_means_nothing():
-    with pytest.raises(ValueError, match="takes five measures, bases and references: F1 AMBER generative, MMHal"):
+    says = "takes five measures, bases and references: F1 AMBER generative, MMHal"
+    with pytest.raises(ValueError, match=says):
         ovip.hallucination_reduction_index((1, 2, 3), (0, 0, 0), (1, 1, 1))
     with pytest.raises(ValueError, match="the reference is not above the baseline in MMHal score"):
         ovip.hallucination_reduction_index((1,) * 5, (0,) * 5, (1, 0, 1, 1, 1))
     with pytest.raises(TypeError):
-        ovip.hallucination_reduction_index((1,) * 5)  # the base is that of the model at hand: there is no default
+        ovip.hallucination_reduction_index((1,) * 5)  # no default: the base is the model's own
 
 
 def test_the_loss_ablation_has_the_baseline_of_the_main_table():

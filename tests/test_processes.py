@@ -1,4 +1,5 @@
-"""Many processes: the update of one, as many collectives in each, launch files; and a run that is killed goes on.
+"""Many processes: the update of one, as many collectives in each, launch files; and a run that is
+killed goes on.
 
 `pytest -m soak` kills a run at random moments a hundred times (see `test_a_run_that_is_killed...`).
 """
@@ -17,21 +18,24 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 
-import run
 import train
+from engine import run
 
 ROOT = Path(__file__).parent.parent
 LAUNCH = ROOT / "configs" / "accelerate"
 TINY = (
-    "--dtype float64 --selection false --sft_steps 0 --sft_batch 8 --rl_steps 3 --prompts_per_step 8 --group_size 4 "
-    "--max_new_tokens 16 --rl_lr 1e-2 --warmup 0 --held_out_rows 6 --nce_weight 2 --tau_quantile 0.5 --beta 0.2 "
+    "--dtype float64 --selection false --sft_steps 0 --sft_batch 8 --rl_steps 3 --prompts_per_step "
+    "8 --group_size 4 "
+    "--max_new_tokens 16 --rl_lr 1e-2 --warmup 0 --held_out_rows 6 --nce_weight 2 --tau_quantile "
+    "0.5 --beta 0.2 "
     "--quiet true"
 ).split()
 VARIANTS = {
     "plain": ["--sft_steps", "2"],
     "passes": "--prompts_per_pass 1 --iterations 2 --nce_feature advantage --nce_sketch 64".split(),
     "memory": "--prompts_per_pass 4 --nce_feature best MEMORY=1".split(),
-    # pictures here and clips there, one of them with tied rewards only, and an odd number of prompts
+    # pictures here and clips there, one of them with tied rewards only, and an odd number of
+    # prompts
     "unlike": "--prompts_per_step 4 --train_vision true UNSHUFFLED=1 TIED=video".split(),
     "lora": "--lora_rank 4 --gradient_checkpointing true --prompts_per_pass 4 --sft_steps 1".split(),
     "half": "--dtype bfloat16 --prompts_per_pass 1 --rl_lr 1e-4".split(),
@@ -43,7 +47,12 @@ WHICH = {  # launch -> variants
     "four": ("plain",),
     "sharded": ("plain", "passes", "memory", "unlike", "lora", "half"),
 }
-CASES = [(launch, variant) for launch, variants in WHICH.items() for variant in variants if launch != "one"]
+CASES = [
+    (launch, variant)
+    for launch, variants in WHICH.items()
+    for variant in variants
+    if launch != "one"
+]
 LAUNCHES = {"one": (1, "gpu1"), "two": (2, "cpu2"), "four": (4, "cpu2"), "sharded": (2, "fsdp2")}
 
 
@@ -56,9 +65,22 @@ def accelerate(file, processes, *command, kept=os.environ["HF_ASSETS_CACHE"], **
         "--config_file",
         LAUNCH / f"{file}.yaml",
     ]
-    line += ["--num_processes", processes, "--main_process_port", "0", *command]  # 0: one that is free
+    line += [
+        "--num_processes",
+        processes,
+        "--main_process_port",
+        "0",
+        *command,
+    ]  # 0: one that is free
     environment = os.environ | {"HF_ASSETS_CACHE": str(kept)}
-    return subprocess.run(list(map(str, line)), capture_output=True, text=True, timeout=900, env=environment, **options)
+    return subprocess.run(
+        list(map(str, line)),
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env=environment,
+        **options,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +88,18 @@ def mixed(world, tmp_path_factory):
     """Seven prompts, pictures and clips in turn."""
     folder = tmp_path_factory.mktemp("mixed")
     rows = [
-        row | {"path": str(world / "data" / row["path"])} for row in json.loads((world / "data/train.json").read_text())
+        row | {"path": str(world / "data" / row["path"])}
+        for row in json.loads((world / "data/train.json").read_text())
     ]
-    images, videos = ([row for row in rows if row["data_type"] == kind] for kind in ("image", "video"))
-    turns = [(videos if i % 2 else images)[i // 2 % len(videos if i % 2 else images)] for i in range(7)]
-    (folder / "train.json").write_text(json.dumps([row | {"problem_id": str(i)} for i, row in enumerate(turns)]))
+    images, videos = (
+        [row for row in rows if row["data_type"] == kind] for kind in ("image", "video")
+    )
+    turns = [
+        (videos if i % 2 else images)[i // 2 % len(videos if i % 2 else images)] for i in range(7)
+    ]
+    (folder / "train.json").write_text(
+        json.dumps([row | {"problem_id": str(i)} for i, row in enumerate(turns)])
+    )
     shutil.copytree(world / "data" / "test", folder / "test")
     shutil.copy(world / "data" / "test.json", folder)
     return folder
@@ -78,7 +107,8 @@ def mixed(world, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def launched(world, mixed, tmp_path_factory):
-    """(what each launch saw, its tensors, its run folders): every variant, by the number of processes."""
+    """(what each launch saw, its tensors, its run folders): every variant, by the number of
+    processes."""
     seen = {}
     for name, (processes, file) in LAUNCHES.items():
         folder = tmp_path_factory.mktemp(name)
@@ -92,7 +122,9 @@ def launched(world, mixed, tmp_path_factory):
         command = [ROOT / "tests/worker.py", folder / "out.json", folder / "variants.json"]
         done = accelerate(file, processes, *command, kept=folder / "kept")
         assert done.returncode == 0, done.stderr[-5000:]
-        tensors = {variant: load_file(f"{folder}/out.json.{variant}.safetensors") for variant in variants}
+        tensors = {
+            variant: load_file(f"{folder}/out.json.{variant}.safetensors") for variant in variants
+        }
         seen[name] = json.loads((folder / "out.json").read_text()), tensors, folder
     return seen
 
@@ -101,15 +133,24 @@ def metrics(folder):
     return [json.loads(line) for line in (folder / "rl" / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize(("launch", "variant"), [case for case in CASES if case[1] not in ("judge", "half")])
+@pytest.mark.parametrize(
+    ("launch", "variant"), [case for case in CASES if case[1] not in ("judge", "half")]
+)
 def test_several_processes_make_the_update_of_one(launched, launch, variant):
-    """The same loss, gradients and weights, with three rewards some of which are unknown, the KL and Eq. 4."""
+    """The same loss, gradients and weights, with three rewards some of which are unknown, the KL
+    and Eq. 4."""
     (_, one, folder), (seen, several, other) = launched["one"], launched[launch]
-    assert seen[variant]["processes"] == LAUNCHES[launch][0] and seen[variant]["sharded"] == (launch == "sharded")
+    assert seen[variant]["processes"] == LAUNCHES[launch][0] and seen[variant]["sharded"] == (
+        launch == "sharded"
+    )
     assert len(seen[variant]["updates"]) >= 3 and one[variant].keys() == several[variant].keys()
     for name, value in one[variant].items():
-        torch.testing.assert_close(several[variant][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
-    gradients = torch.stack([value.abs().max() for name, value in one[variant].items() if name.startswith("gradient/")])
+        torch.testing.assert_close(
+            several[variant][name], value, atol=1e-6, rtol=0, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    gradients = torch.stack(
+        [value.abs().max() for name, value in one[variant].items() if name.startswith("gradient/")]
+    )
     assert gradients.max() > 1e-2
     for a, b in zip(metrics(folder / variant), metrics(other / variant), strict=True):
         assert b == pytest.approx(a, abs=1e-6)
@@ -117,7 +158,7 @@ def test_several_processes_make_the_update_of_one(launched, launch, variant):
     assert metrics(folder / variant)[-1]["kl"] > 1e-3
 
 
-def test_every_process_holds_its_share_only_where_the_policy_is_sharded(launched):
+def test_each_process_holds_only_its_share_of_a_sharded_policy(launched):
     """Weights, gradients and the optimiser's, in the middle of RL, in half precision as well."""
     seen = launched["sharded"][0]
     for variant in WHICH["sharded"]:
@@ -127,22 +168,31 @@ def test_every_process_holds_its_share_only_where_the_policy_is_sharded(launched
 
 
 def test_shards_of_half_precision_weights_learn_as_copies_do(launched):
-    """Gathered in bfloat16, kept in float32: the gradients of one process but for bfloat16's rounding."""
+    """Gathered in bfloat16, kept in float32: the gradients of one process but for bfloat16's
+    rounding."""
     (_, one, _), (_, sharded, folder) = launched["one"], launched["sharded"]
     assert len(metrics(folder / "half")) == 3
     for name, value in one["half"].items():
         if name.startswith("gradient/0/") and value.abs().max() > 1e-3:
             a, b = value.float().flatten(), sharded["half"][name].float().flatten()
             assert torch.cosine_similarity(a, b, dim=0) > 0.98, name
-    assert all(value.dtype == torch.float32 for name, value in sharded["half"].items() if name.startswith("weight/"))
+    assert all(
+        value.dtype == torch.float32
+        for name, value in sharded["half"].items()
+        if name.startswith("weight/")
+    )
 
 
 def test_what_is_compared_is_not_constant(launched):
-    """The three updates differ, so do the variants; and half of the prompts in `unlike` are tied."""
+    """The three updates differ, so do the variants; and half of the prompts in `unlike` are
+    tied."""
     _, tensors, folder = launched["one"]
     for values in tensors.values():
         names = [name.partition("/0/")[2] for name in values if name.startswith("weight/0/")]
-        assert any(not torch.equal(values[f"weight/0/{name}"], values[f"weight/1/{name}"]) for name in names)
+        assert any(
+            not torch.equal(values[f"weight/0/{name}"], values[f"weight/1/{name}"])
+            for name in names
+        )
     assert {0.5, 0.25} & {line["tied"] for line in metrics(folder / "unlike")}
 
 
@@ -152,16 +202,23 @@ def test_every_process_takes_part_in_as_many_collectives(launched, launch, varia
     assert len(set(seen["collectives"])) == 1 and seen["collectives"][0] > 20
 
 
-def test_one_process_opens_the_media_once_for_all_of_them_and_for_later_runs(launched):
+def test_one_process_opens_the_media_once_for_all(launched):
+    """One process opens the media once for all of them and for later runs."""
     for name, (processes, _) in LAUNCHES.items():
-        first, *later = (launched[name][0][variant]["opened"] for variant in WHICH[name] if variant != "unlike")
+        first, *later = (
+            launched[name][0][variant]["opened"] for variant in WHICH[name] if variant != "unlike"
+        )
         assert first[0] > 20 and first[1:] == [0] * (processes - 1)
         assert all(opened == [0] * processes for opened in later)
 
 
-def test_a_judge_that_dies_in_one_process_leaves_its_rewards_unknown(launched):
-    """It answers when it is tried and once more; then half of each batch's captions are unknown, and none is wrong."""
-    lines = [json.loads(line) for line in (launched["two"][2] / "judge/rl/rollouts.jsonl").read_text().splitlines()]
+def test_a_judge_dying_in_one_process_leaves_rewards_unknown(launched):
+    """It answers when it is tried and once more; then half of each batch's captions are unknown,
+    and none is wrong."""
+    lines = [
+        json.loads(line)
+        for line in (launched["two"][2] / "judge/rl/rollouts.jsonl").read_text().splitlines()
+    ]
     assert len(metrics(launched["two"][2] / "judge")) == 3
     for step in (2, 3):
         unknown = [line["caption"].count(None) for line in lines if line["step"] == step]
@@ -169,7 +226,8 @@ def test_a_judge_that_dies_in_one_process_leaves_its_rewards_unknown(launched):
     assert all(line["judge"] == [None] * 4 for line in lines if None in line["caption"])
 
 
-def test_checkpoints_are_compared_on_validation_where_there_is_one(mixed, tmp_path):
+def test_checkpoints_are_compared_on_validation(mixed, tmp_path):
+    """Checkpoints are compared on the validation split where there is one."""
     cfg = train.Config(output_dir=str(tmp_path / "run"), quiet=True, held_out_rows=2)
     shutil.copytree(mixed, tmp_path / "data")
     shutil.copy(mixed / "train.json", tmp_path / "data/validation.json")
@@ -181,7 +239,7 @@ def test_checkpoints_are_compared_on_validation_where_there_is_one(mixed, tmp_pa
     assert train.held_out(sets, None, cfg, run.Run(cfg)) is None
 
 
-# --- launch files and refusals ---------------------------------------------------------------------------------------
+# --- launch files and refusals --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.glob("*.yaml")), ids=lambda file: file.stem)

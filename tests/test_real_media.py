@@ -1,4 +1,5 @@
-"""The same commands on what a user brings: real photographs (scikit-image's) and a real MP4, questions of our own."""
+"""The same commands on what a user brings: real photographs (scikit-image's) and a real MP4,
+questions of our own."""
 
 import json
 import threading
@@ -70,7 +71,9 @@ def photo_folder(tmp_path_factory):
         stream = container.add_stream("libx264", rate=12)
         stream.width, stream.height, stream.pix_fmt = 320, 240, "yuv420p"
         for x in range(0, 360, 10):  # a pan over a real photograph: 36 frames, three seconds
-            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(photo[100:340, x : x + 320]), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(photo[100:340, x : x + 320]), format="rgb24"
+            )
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     clip = {
@@ -120,11 +123,19 @@ def mixed_folder(photo_folder, tmp_path_factory):
         "numerical": ("How many cats?", [], "1", "one tabby cat"),
         "OCR": ("What does the sign say?", [], "NO ENTRY", "a sign that says no entry"),
         "free-form": ("What animal is it?", [], "a cat", "a tabby cat"),
-        "regression": ("How heavy is it, in kilograms?", [], "4.5", "a tabby cat of four kilograms"),
+        "regression": (
+            "How heavy is it, in kilograms?",
+            [],
+            "4.5",
+            "a tabby cat of four kilograms",
+        ),
     }
     media = {
         "picture": ("image", str(photo_folder / "chelsea.png")),
-        "pictures": ("image", [str(photo_folder / "chelsea.png"), str(photo_folder / "rocket.jpg")]),
+        "pictures": (
+            "image",
+            [str(photo_folder / "chelsea.png"), str(photo_folder / "rocket.jpg")],
+        ),
         "clip": ("video", str(photo_folder / "pan.mp4")),
     }
     rows = [
@@ -148,14 +159,15 @@ def mixed_folder(photo_folder, tmp_path_factory):
 
 
 MIXED = (
-    "--max_pixels 6272 --max_frames 4 --sft_steps 12 --rl_steps 2 --prompts_per_step 5 --prompts_per_pass 3 "
+    "--max_pixels 6272 --max_frames 4 --sft_steps 12 --rl_steps 2 --prompts_per_step 5 "
+    "--prompts_per_pass 3 "
     "--responses 4 --max_new_tokens 24"
 ).split()
 
 
 class FlakyServer:
-    """Speaks the OpenAI API on loopback: answers, is slow, fails, talks nonsense, and is dead where the file `death`
-    is."""
+    """Speaks the OpenAI API on loopback: answers, is slow, fails, talks nonsense, and is dead where
+    the file `death` is."""
 
     def __init__(self, death):
         outer, self.asked = self, 0
@@ -166,7 +178,9 @@ class FlakyServer:
                 outer.asked += 1
                 n = outer.asked
                 text = {3: "", 4: "no idea at all"}.get(n % 7, "A")
-                body = {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]}
+                body = {
+                    "choices": [{"index": 0, "message": {"role": "assistant", "content": text}}]
+                }
                 dead = death.exists() or n % 7 == 5
                 if n % 7 == 6:
                     threading.Event().wait(0.3)
@@ -192,9 +206,10 @@ LORA = "--lora_rank 4 --gradient_checkpointing true --selection false".split()
 
 
 @pytest.mark.parametrize("options", [[], LORA], ids=["full", "lora"])
-def test_all_problem_types_on_pictures_several_pictures_and_clips_with_a_local_judge(
+def test_a_run_takes_all_problem_types_on_pictures_and_clips(
     world, mixed_folder, tmp_path, options
 ):
+    """A run with a local judge takes all problem types on a picture, on several and on clips."""
     run = tmp_path / "run"
     launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *options)
     lines = metrics(run)
@@ -202,29 +217,45 @@ def test_all_problem_types_on_pictures_several_pictures_and_clips_with_a_local_j
     assert all(line["unknown"] == 0 and 0 <= line["caption_leak"] <= 1 for line in lines)
     rows = json.loads((run / "eval/after.json").read_text())["test"]["rows"]
     assert len(rows) == 15 and len({row["category"] for row in rows}) == 5
-    if options != LORA:  # this adapter of an untrained policy learns no format: all its responses earn the same
+    # this adapter of an untrained policy learns no format: all its responses earn the same
+    if options != LORA:
         assert len((run / "select/scores.jsonl").read_text().splitlines()) == 15
 
 
 @pytest.mark.parametrize("dies", [False, True], ids=["flaky", "dies half-way"])
-def test_a_run_with_an_endpoint_that_is_slow_fails_and_talks_nonsense_finishes_and_invents_no_reward(
+def test_a_run_with_a_flaky_endpoint_invents_no_reward(
     world, mixed_folder, tmp_path, monkeypatch, dies
 ):
+    """A run with a slow, failing and nonsensical endpoint finishes. It invents no reward."""
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-loopback-secret")
     run = tmp_path / "run"
     server = FlakyServer(run / ("rl/metrics.jsonl" if dies else "never"))  # after the first update
     # how many prompts would be selected follows from which call meets which of the server's moods
-    judge = ["--judge", server.url, "--judge_model", "flaky", "--judge_deadline", "20", "--selection", "false"]
-    done = launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *judge)
+    judge = [
+        "--judge",
+        server.url,
+        "--judge_model",
+        "flaky",
+        "--judge_deadline",
+        "20",
+        "--selection",
+        "false",
+    ]
+    done = launch(
+        "--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *judge
+    )
     server.http.shutdown()
     replies = [json.loads(line) for line in (run / "judge/0.jsonl").read_text().splitlines()]
-    assert replies and len({(line["question"], line["caption"]) for line in replies}) == len(replies)
+    assert replies and len({(line["question"], line["caption"]) for line in replies}) == len(
+        replies
+    )
     known, unknown = 0, 0
     for line in map(json.loads, (run / "rl/rollouts.jsonl").read_text().splitlines()):
         for text, verdict, reply in zip(line["text"], line["caption"], line["judge"], strict=True):
             captioned = bool(reasoning.parse(text).caption)
-            assert (verdict is None) == (captioned and reply is None)  # asked, and no reply: unknown, not 0
+            # asked, and no reply: unknown, not 0
+            assert (verdict is None) == (captioned and reply is None)
             assert captioned or verdict == 0.0 and reply is None
             unknown, known = unknown + (verdict is None), known + (verdict is not None)
     assert known > 0
@@ -232,6 +263,8 @@ def test_a_run_with_an_endpoint_that_is_slow_fails_and_talks_nonsense_finishes_a
         assert unknown > 0 and metrics(run)[-1]["unknown"] > 0
     everything = done.stdout + done.stderr
     everything += "".join(
-        f.read_text(errors="ignore") for f in run.rglob("*") if f.suffix in (".yaml", ".jsonl", ".html")
+        f.read_text(errors="ignore")
+        for f in run.rglob("*")
+        if f.suffix in (".yaml", ".jsonl", ".html")
     )
     assert "sk-loopback-secret" not in everything

@@ -1,4 +1,5 @@
-"""report.py: the page is safe, whole and self-contained, says the right numbers, and copes with what a run lacks."""
+"""report.py: the page is safe, whole and self-contained, says the right numbers, and copes with
+what a run lacks."""
 
 import base64
 import json
@@ -17,19 +18,39 @@ import pytest
 import yaml
 
 import report
-from media import gallery_file
+from engine.media import gallery_file
 
 HOSTILE = "<script>alert(1)</script><img src=http://evil.example/x onerror=alert(2)>"
-CONFIG = {"method": "ours", "four_stage": True, "caption_reward": True, "selection": True, "nce_weight": 0.01}
-CONFIG |= {"seed": 0, "tau": 0.54, "prompts_per_step": 4, "responses": 8, "rl_steps": 6, "judge": HOSTILE}
+CONFIG = {
+    "method": "ours",
+    "four_stage": True,
+    "caption_reward": True,
+    "selection": True,
+    "nce_weight": 0.01,
+}
+CONFIG |= {
+    "seed": 0,
+    "tau": 0.54,
+    "prompts_per_step": 4,
+    "responses": 8,
+    "rl_steps": 6,
+    "judge": HOSTILE,
+}
 
 
 def png() -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(4))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(bytes(4)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def rate(right: int, n: int) -> dict:
@@ -41,7 +62,9 @@ def response(caption: str, answer: str, think: str = "so") -> str:
     return f"<prethink>west</prethink><caption>{caption}</caption><think>{think}</think><answer>{answer}</answer>"
 
 
-def scored(right: list[bool], hallucinated: list[list[str]], texts: dict[int, str], yes: float) -> dict:
+def scored(
+    right: list[bool], hallucinated: list[list[str]], texts: dict[int, str], yes: float
+) -> dict:
     rows = [
         {
             "id": f"test:{i}",
@@ -87,13 +110,23 @@ def scored(right: list[bool], hallucinated: list[list[str]], texts: dict[int, st
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A finished run: accuracy rises from 10 to 25 of 40, hallucinated objects from 0 to 10 of 50."""
+    """A finished run: accuracy rises from 10 to 25 of 40, hallucinated objects from 0 to 10 of
+    50."""
     folder = tmp_path / "a run"
     for name in ("sft", "select", "rl", "eval/gallery/test"):
         (folder / name).mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(CONFIG))
-    lines(folder / "sft/metrics.jsonl", [{"step": i, "loss": 3 / i, "grad_norm": 1.0, "lr": 0.1} for i in range(1, 21)])
-    metrics = {"reward/accuracy": 0.5, "reward/format": 1.0, "reward/caption": 0.4, "kl": 0.01, "entropy": 1.0}
+    lines(
+        folder / "sft/metrics.jsonl",
+        [{"step": i, "loss": 3 / i, "grad_norm": 1.0, "lr": 0.1} for i in range(1, 21)],
+    )
+    metrics = {
+        "reward/accuracy": 0.5,
+        "reward/format": 1.0,
+        "reward/caption": 0.4,
+        "kl": 0.01,
+        "entropy": 1.0,
+    }
     metrics |= {
         "length": 20.0,
         "tied": 0.1,
@@ -104,9 +137,14 @@ def run(tmp_path: Path) -> Path:
     }
     lines(folder / "rl/metrics.jsonl", [{"step": i, **metrics} for i in range(1, 7)])
     classes = ["easy", "hard", "medium", "medium"]
-    rows = [{"id": f"p{i}", "mean": i / 8, "variance": i / 16, "class": classes[i % 4]} for i in range(8)]
+    rows = [
+        {"id": f"p{i}", "mean": i / 8, "variance": i / 16, "class": classes[i % 4]}
+        for i in range(8)
+    ]
     lines(folder / "select/scores.jsonl", rows)
-    (folder / "select/selected.json").write_text(json.dumps({"kept": ["p7", "p6", "p3"], "of": 8, "tied": 1}))
+    (folder / "select/selected.json").write_text(
+        json.dumps({"kept": ["p7", "p6", "p3"], "of": 8, "tied": 1})
+    )
     nothing, before = [[] for _ in range(40)], [i < 10 for i in range(40)]
     bad = {3: response(HOSTILE, HOSTILE, HOSTILE), 2: f"no stages {HOSTILE}"}
     phrases = [["red dog"] if i < 10 else [] for i in range(40)]
@@ -120,7 +158,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """Leaves the figures out, for tests that are about something else: drawing takes nearly all the time."""
+    """Leaves the figures out, for tests that are about something else: drawing takes nearly all the
+    time."""
     monkeypatch.setattr(report, "figure", lambda title, text, draw: "")
 
 
@@ -142,10 +181,24 @@ def test_table_states_numbers_and_difference(run):
     # 8 rows turn wrong and 23 turn right: the paired difference has sd sqrt((31 - 15^2 / 40) / 39)
     half = 1.96 * math.sqrt((31 - 15**2 / 40) / 39 / 40) * 100
     difference = f"+37.5 [{37.5 - half:+.1f}, {37.5 + half:+.1f}]"
-    assert accuracy.split() == f"accuracy 25.0 [15.0, 35.0] -> 62.5 [52.5, 72.5] {difference} better".split()
-    assert re.search(r"hallucinated objects +0\.0 \[0\.0, 10\.0\] +-> 20\.0 .* worse$", text, re.MULTILINE)
-    assert re.search(r"coverage +50\.0 .*\+0\.0 \[-14\.1, \+14\.1\] +no clear change$", text, re.MULTILINE)
-    for name in ("- count", "- row", "paired accuracy", "answerable captions", "format", "F1 of yes"):
+    assert (
+        accuracy.split()
+        == f"accuracy 25.0 [15.0, 35.0] -> 62.5 [52.5, 72.5] {difference} better".split()
+    )
+    assert re.search(
+        r"hallucinated objects +0\.0 \[0\.0, 10\.0\] +-> 20\.0 .* worse$", text, re.MULTILINE
+    )
+    assert re.search(
+        r"coverage +50\.0 .*\+0\.0 \[-14\.1, \+14\.1\] +no clear change$", text, re.MULTILINE
+    )
+    for name in (
+        "- count",
+        "- row",
+        "paired accuracy",
+        "answerable captions",
+        "format",
+        "F1 of yes",
+    ):
         assert f"  {name} " in text
     assert re.search(r"said yes \(true: 48%\) +60\.0 +-> 90\.0 +\+30\.0$", text, re.MULTILINE)
     assert text.isascii()
@@ -163,10 +216,14 @@ def test_page_states_the_same_numbers(run, undrawn):
 
 
 def test_interval_of_a_ratio_is_that_of_a_jackknife():
-    """Hallucinated objects have a random denominator: compare the linearised interval with leaving out each row."""
+    """Hallucinated objects have a random denominator: compare the linearised interval with leaving
+    out each row."""
     named = [[1 + 3 * (i * k % 7) for i in range(60)] for k in (1, 2)]
     rows = [
-        [{"id": str(i), "hallucinated": [0] * (n // (4 - k)), "captioned": n} for i, n in enumerate(side)]
+        [
+            {"id": str(i), "hallucinated": [0] * (n // (4 - k)), "captioned": n}
+            for i, n in enumerate(side)
+        ]
         for k, side in enumerate(named, 1)
     ]
     pair = [rate(1, 10), rate(2, 10)]
@@ -175,7 +232,10 @@ def test_interval_of_a_ratio_is_that_of_a_jackknife():
     def ratio(side):
         return sum(len(r["hallucinated"]) for r in side) / sum(r["captioned"] for r in side)
 
-    without = [ratio(rows[1][:i] + rows[1][i + 1 :]) - ratio(rows[0][:i] + rows[0][i + 1 :]) for i in range(60)]
+    without = [
+        ratio(rows[1][:i] + rows[1][i + 1 :]) - ratio(rows[0][:i] + rows[0][i + 1 :])
+        for i in range(60)
+    ]
     mean = sum(without) / 60
     half = 1.96 * math.sqrt(59 / 60 * sum((x - mean) ** 2 for x in without))
     assert (low + high) / 2 == pytest.approx(ratio(rows[1]) - ratio(rows[0]))
@@ -183,12 +243,17 @@ def test_interval_of_a_ratio_is_that_of_a_jackknife():
 
 
 def test_few_rows_fall_back_to_newcombe():
-    """The published example: 56/70 - 48/80 has the interval [0.0524, 0.3339] (Newcombe 1998, method 10)."""
+    """The published example: 56/70 - 48/80 has the interval [0.0524, 0.3339] (Newcombe 1998, method
+    10)."""
 
     def wilson(right, n, z=1.959964):
         p, scale = right / n, 1 + z * z / n
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-        return {"value": p, "low": (p + z * z / (2 * n) - half) / scale, "high": (p + z * z / (2 * n) + half) / scale}
+        return {
+            "value": p,
+            "low": (p + z * z / (2 * n) - half) / scale,
+            "high": (p + z * z / (2 * n) + half) / scale,
+        }
 
     interval = report.difference_interval("paired", [wilson(48, 80), wilson(56, 70)], [[], []])
     assert interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
@@ -197,7 +262,8 @@ def test_few_rows_fall_back_to_newcombe():
 def test_hostile_text_is_escaped(run, undrawn):
     html = page(run)
     assert "<script" not in html and "<img src=http" not in html
-    assert html.count("&lt;script&gt;") > 10  # question, response, judge and configuration are all shown
+    # question, response, judge and configuration are all shown
+    assert html.count("&lt;script&gt;") > 10
     assert "no stages &lt;script&gt;" in html
 
 
@@ -214,7 +280,9 @@ def test_page_is_self_contained(run):
     html = page(run)
     assert not re.search(r"<(script|link|iframe|object|embed)\b", html)
     assert not re.search(r"@import|url\((?!#)", html)
-    for value in re.findall(r"\s(?:src|(?:xlink:)?href)=[\"']?([^\s\"'>]*)", re.sub(r"&lt;.*?&gt;", "", html)):
+    for value in re.findall(
+        r"\s(?:src|(?:xlink:)?href)=[\"']?([^\s\"'>]*)", re.sub(r"&lt;.*?&gt;", "", html)
+    ):
         assert value.startswith(("#", "data:image/png;base64,")), value
     assert base64.b64encode(png()).decode() in html
     assert '<meta name="viewport"' in html and "prefers-color-scheme: dark" in html
@@ -234,19 +302,26 @@ def test_figures_are_named_themed_and_apart(run):
     assert len(ids) == len(set(ids))
     assert "2 easy (0 kept), 4 medium (3 kept), 2 hard (0 kept)" in html
     assert "3 of 8 have a variance of 0.188 or more" in html
-    assert "share 0.5 → 0.5" in html  # 1.5 active anchors of 3: only 3 prompts are kept, of the 4 of a step
+    # 1.5 active anchors of 3: only 3 prompts are kept, of the 4 of a step
+    assert "share 0.5 → 0.5" in html
 
 
 def test_gallery_puts_changes_first_and_says_so(run, undrawn):
     html = page(run)
     gallery = html[html.index("Held-out pictures") : html.index("<h2>Configuration")]
-    assert re.findall(r'alt="picture or clip ([^"]+)"', gallery) == [f"test:{i}" for i in (2, 3, 4, 5)]
-    assert "Not picked by hand" in gallery and "Of all 40 rows, 23 turned right and 8 turned wrong" in gallery
+    assert re.findall(r'alt="picture or clip ([^"]+)"', gallery) == [
+        f"test:{i}" for i in (2, 3, 4, 5)
+    ]
+    assert (
+        "Not picked by hand" in gallery
+        and "Of all 40 rows, 23 turned right and 8 turned wrong" in gallery
+    )
     assert gallery.count("✓ right") == 4 and gallery.count("✗ wrong") == 4
     assert "A. one<br>B. two" in gallery
     for stage in report.STAGES.values():
         assert f"<dt>{stage}</dt>" in gallery
-    assert "<mark>red dog</mark>" in gallery and "<mark>Marked" in gallery  # the phrase, and the legend
+    # the phrase, and the legend
+    assert "<mark>red dog</mark>" in gallery and "<mark>Marked" in gallery
 
 
 @pytest.mark.parametrize(
@@ -317,11 +392,14 @@ def test_what_is_missing_is_said(run, undrawn, lacking, method, said):
 def test_figures_of_a_run_that_has_just_begun_rl(run):
     (run / "select/selected.json").unlink()
     lines(
-        run / "rl/metrics.jsonl", [{"step": 1, "kl": 0.0, "nce/active": 0.0, "nce/cosine_mean": 0, "nce/cosine_sd": 0}]
+        run / "rl/metrics.jsonl",
+        [{"step": 1, "kl": 0.0, "nce/active": 0.0, "nce/cosine_mean": 0, "nce/cosine_sd": 0}],
     )
     html = page(run)
     assert html.count("<svg") == 5 and "Not finished" in html
-    assert "Not in this run: Rewards, Entropy of the policy, Length of responses, Tied groups." in html
+    assert (
+        "Not in this run: Rewards, Entropy of the policy, Length of responses, Tied groups." in html
+    )
 
 
 def test_baseline_without_captions_kl_or_conflict(run):
@@ -332,23 +410,39 @@ def test_baseline_without_captions_kl_or_conflict(run):
     for side in ("before", "after"):
         scores = json.loads((run / f"eval/{side}.json").read_text())
         for row in scores["test"]["rows"]:
-            for key in ("hallucinated", "captioned", "covered", "relevant", "answerable", "judge", "options"):
+            for key in (
+                "hallucinated",
+                "captioned",
+                "covered",
+                "relevant",
+                "answerable",
+                "judge",
+                "options",
+            ):
                 del row[key]
             row["text"] = f"<think>so</think><answer>{row['answer']}</answer>"
         names = ("accuracy", "format", "by category")
         scores["test"]["metrics"] = {name: scores["test"]["metrics"][name] for name in names}
         (run / f"eval/{side}.json").write_text(json.dumps(scores))
     html = page(run)
-    assert "Not in this run: KL from the cold-start model, Gradient cosines, Active anchors." in html
     assert (
-        "caption 0" not in html and "<dt>Caption</dt>" not in html and "hallucinated objects" not in report.table(run)
+        "Not in this run: KL from the cold-start model, Gradient cosines, Active anchors." in html
+    )
+    assert (
+        "caption 0" not in html
+        and "<dt>Caption</dt>" not in html
+        and "hallucinated objects" not in report.table(run)
     )
 
 
 def test_an_unfinished_line_and_odd_characters_are_read(run):
-    """A metrics file may be cut off mid-line; U+2028 in a response ends no line; NaN is a gap and not an error."""
+    """A metrics file may be cut off mid-line; U+2028 in a response ends no line; NaN is a gap and
+    not an error."""
     with (run / "rl/metrics.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": 7, "kl": float("nan"), "note": "a\u2028b"}, ensure_ascii=False) + "\n")
+        file.write(
+            json.dumps({"step": 7, "kl": float("nan"), "note": "a\u2028b"}, ensure_ascii=False)
+            + "\n"
+        )
         file.write('{"step": 8, "kl": 0.')
     assert "7 of 6 updates" in page(run)
 
@@ -356,20 +450,30 @@ def test_an_unfinished_line_and_odd_characters_are_read(run):
 def test_command(run):
     command = [sys.executable, report.__file__]
     done = subprocess.run(
-        [*command, run], capture_output=True, text=True, env=os.environ | {"PYTHONIOENCODING": "ascii"}
+        [*command, run],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
     )
     assert done.returncode == 0 and "+37.5" in done.stdout and "report.html" in done.stdout
     failed = subprocess.run([*command, run / "eval"], capture_output=True, text=True)
     assert failed.returncode == 1
-    assert failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1 and "run folder" in failed.stderr
+    assert (
+        failed.stderr.startswith("error: ")
+        and failed.stderr.count("\n") == 1
+        and "run folder" in failed.stderr
+    )
 
 
 def test_a_category_that_selection_nearly_loses_is_warned_about():
-    """With the option that helps, where it can help; not for a handful, and not where all is tied."""
+    """With the option that helps, where it can help; not for a handful, and not where all is
+    tied."""
     kept = [str(i) for i in range(50)]
 
     def said(within="", **categories):
-        return report.selected_by_category({"kept": kept, "of": 100, "within": within, "categories": categories})
+        return report.selected_by_category(
+            {"kept": kept, "of": 100, "within": within, "categories": categories}
+        )
 
     counts, *warned = said(colour=[2, 40, 10], row=[48, 60, 0])
     assert counts == "colour: 2 of 40, row: 48 of 60"
@@ -384,4 +488,6 @@ def test_a_category_that_selection_nearly_loses_is_warned_about():
         "warning: all responses to every prompt of colour earn the same: RL cannot train it"
     ]
     assert said(rare=[0, 3, 0], row=[50, 97, 0])[1:] == [] and said(one=[50, 100, 0]) == [""]
-    assert report.selected_by_category({"kept": kept, "of": 100, "tied": 3}) == [""], "a run of an earlier version"
+    assert report.selected_by_category({"kept": kept, "of": 100, "tied": 3}) == [""], (
+        "a run of an earlier version"
+    )

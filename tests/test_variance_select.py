@@ -20,31 +20,57 @@ def tensor(rows):
     return torch.tensor(rows, dtype=torch.float64)
 
 
-# --- reward_statistics -----------------------------------------------------------------------------------------------
+# --- reward_statistics ----------------------------------------------------------------------------
 
 
 def test_statistics_by_hand():
     stats = reward_statistics(tensor([[0, 1], [1, 1], [0, 0]]))
     assert stats.mean.tolist() == [0.5, 1.0, 0.0]
-    assert stats.variance.tolist() == [0.5, 0.0, 0.0]  # unbiased; the population variance of (0, 1) is 0.25
+    assert stats.variance.tolist() == [
+        0.5,
+        0.0,
+        0.0,
+    ]  # unbiased; the population variance of (0, 1) is 0.25
     assert stats.count.tolist() == [2, 2, 2]
 
 
 @exact
-@given(st.lists(st.lists(st.one_of(st.floats(-2, 2), st.just(NAN)), min_size=6, max_size=6), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.one_of(st.floats(-2, 2), st.just(NAN)), min_size=6, max_size=6),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_statistics_equal_the_python_loop_over_the_known_rewards(rows):
     stats = reward_statistics(tensor(rows))
-    for row, mean, variance, count in zip(rows, stats.mean, stats.variance, stats.count, strict=True):
+    for row, mean, variance, count in zip(
+        rows, stats.mean, stats.variance, stats.count, strict=True
+    ):
         known = [reward for reward in row if not math.isnan(reward)]
         assert count == len(known)
-        assert mean.item() == pytest.approx(statistics.fmean(known), abs=1e-12) if known else mean.isnan()
-        assert variance.item() == pytest.approx(statistics.variance(known) if len(known) > 1 else 0.0, abs=1e-11)
+        assert (
+            mean.item() == pytest.approx(statistics.fmean(known), abs=1e-12)
+            if known
+            else mean.isnan()
+        )
+        assert variance.item() == pytest.approx(
+            statistics.variance(known) if len(known) > 1 else 0.0, abs=1e-11
+        )
 
 
 def test_an_unknown_reward_is_left_out_and_is_not_zero():
-    with_nan, without = reward_statistics(tensor([[1, NAN, 0, 1]])), reward_statistics(tensor([[1, 0, 1]]))
-    assert with_nan.mean.item() == pytest.approx(2 / 3) and with_nan.variance.item() == pytest.approx(1 / 3)
-    assert with_nan.mean.item() == without.mean.item() and with_nan.variance.item() == without.variance.item()
+    with_nan, without = (
+        reward_statistics(tensor([[1, NAN, 0, 1]])),
+        reward_statistics(tensor([[1, 0, 1]])),
+    )
+    assert with_nan.mean.item() == pytest.approx(
+        2 / 3
+    ) and with_nan.variance.item() == pytest.approx(1 / 3)
+    assert (
+        with_nan.mean.item() == without.mean.item()
+        and with_nan.variance.item() == without.variance.item()
+    )
     assert reward_statistics(tensor([[1, NAN, 1, 1]])).variance.item() == 0.0
 
 
@@ -56,9 +82,13 @@ def test_rows_with_fewer_than_two_known_rewards_have_no_variance():
 
 @pytest.mark.parametrize("reward", [0.1, 0.3, 0.7, 1.1, 2.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_equal_rewards_have_a_variance_of_exactly_zero_whatever_their_number(dtype, reward):
+def test_equal_rewards_have_a_variance_of_exactly_zero(dtype, reward):
+    """Equal rewards have a variance of exactly zero whatever their number."""
     for responses in range(1, 130):
-        assert reward_statistics(torch.full((1, responses), reward, dtype=dtype)).variance.item() == 0.0
+        assert (
+            reward_statistics(torch.full((1, responses), reward, dtype=dtype)).variance.item()
+            == 0.0
+        )
     almost = torch.full((1, 64), reward, dtype=dtype)
     almost[0, 0] += 0.1
     assert reward_statistics(almost).variance.item() == pytest.approx(0.01 / 64, rel=1e-4)
@@ -69,11 +99,12 @@ def test_rewards_must_be_a_table():
         reward_statistics(torch.zeros(4))
 
 
-# --- classify --------------------------------------------------------------------------------------------------------
+# --- classify -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("best", [1.0, 2.0, 2.1])
-def test_the_classes_are_cut_at_a_quarter_of_the_largest_variance_and_half_of_the_best_mean(best):
+def test_the_classes_are_cut_by_variance_and_by_mean(best):
+    """The cuts are a quarter of the largest variance and half of the best mean."""
     cut = 0.25 * best**2 / 4
     assert classify(0.5 * best, cut * 1.001, best) == "medium"
     assert classify(0.9 * best, cut * 1.001, best) == "medium"
@@ -92,12 +123,15 @@ def test_on_the_cuts_themselves_variance_is_low_and_mean_is_high():
 def test_a_binary_prompt_is_medium_between_1_in_15_and_14_in_15():
     rows = [[1.0] * k + [0.0] * (64 - k) for k in range(65)]
     stats = reward_statistics(tensor(rows))
-    names = [classify(m, v, 1.0) for m, v in zip(stats.mean.tolist(), stats.variance.tolist(), strict=True)]
+    names = [
+        classify(m, v, 1.0)
+        for m, v in zip(stats.mean.tolist(), stats.variance.tolist(), strict=True)
+    ]
     # 63/64 * 0.0625 = k/64 (1 - k/64) at k = 4.22
     assert names == ["hard"] * 5 + ["medium"] * 55 + ["easy"] * 5
 
 
-# --- select_top_variance ---------------------------------------------------------------------------------------------
+# --- select_top_variance --------------------------------------------------------------------------
 
 
 def test_the_top_half_by_variance_is_kept_in_descending_order():
@@ -114,15 +148,23 @@ def test_ties_go_to_the_smaller_id():
 
 
 @exact
-@given(st.lists(st.sampled_from([0.0, 0.1, 0.2, NAN]), min_size=1, max_size=12), st.randoms(), st.floats(0.01, 1))
+@given(
+    st.lists(st.sampled_from([0.0, 0.1, 0.2, NAN]), min_size=1, max_size=12),
+    st.randoms(),
+    st.floats(0.01, 1),
+)
 def test_the_order_of_the_rows_does_not_matter(variance, random, keep):
     rows = [(f"p{i}", v) for i, v in enumerate(variance)]
     shuffled = random.sample(rows, len(rows))
-    first, second = (select_top_variance([i for i, _ in r], tensor([v for _, v in r]), keep) for r in (rows, shuffled))
+    first, second = (
+        select_top_variance([i for i, _ in r], tensor([v for _, v in r]), keep)
+        for r in (rows, shuffled)
+    )
     assert first == second
 
 
-def test_prompts_without_variance_are_dropped_even_when_fewer_remain():
+def test_prompts_without_variance_are_dropped():
+    """Prompts without variance are dropped even when fewer remain."""
     ids = ["a", "b", "c", "d"]
     assert select_top_variance(ids, tensor([0.0, 0.3, 0.0, 0.0])) == ["b"]
     assert select_top_variance(ids, tensor([0.0, 0.3, 0.0, 0.2]), keep=1.0) == ["b", "d"]
@@ -134,14 +176,20 @@ def test_the_share_is_of_all_prompts_and_is_rounded_up():
     ids = list("abcdefg")
     assert len(select_top_variance(ids, torch.arange(1.0, 8.0))) == 4  # 3.5
     some = tensor([0, 0, 0, 0, 1, 2, 3])
-    assert select_top_variance(ids, some) == ["g", "f", "e"]  # half of 7, not half of the 3 that have variance
+    assert select_top_variance(ids, some) == [
+        "g",
+        "f",
+        "e",
+    ]  # half of 7, not half of the 3 that have variance
     assert select_top_variance([], torch.zeros(0)) == []
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 7, 50, 64, 100, 300])
-def test_the_number_kept_is_the_share_rounded_up_in_exact_arithmetic(prompts):
+def test_the_number_kept_is_the_share_rounded_up(prompts):
+    """The number kept is the share, rounded up in exact arithmetic."""
     ids, variance = [f"{i:03}" for i in range(prompts)], torch.ones(prompts)
-    for percent in range(1, 101):  # 0.07 * 100 is 7.000000000000001 in floating point, and still 7 prompts
+    # 0.07 * 100 is 7.000000000000001 in floating point, and still 7 prompts
+    for percent in range(1, 101):
         kept = select_top_variance(ids, variance, percent / 100)
         assert len(kept) == math.ceil(Fraction(percent, 100) * prompts), f"{percent} % of {prompts}"
 
@@ -157,7 +205,8 @@ def test_ids_and_variances_must_match():
         select_top_variance(["a", "b"], tensor([1, 2, 3]))
 
 
-def test_of_binary_rewards_the_top_half_are_the_prompts_nearest_to_one_half():
+def test_the_top_half_of_binary_rewards_is_nearest_to_one_half():
+    """The top half of binary rewards are the prompts nearest to one half."""
     right = [0, 3, 30, 64, 33, 10, 60, 20]  # of 64
     rewards = tensor([[1.0] * k + [0.0] * (64 - k) for k in right])
     kept = select_top_variance([str(k) for k in right], reward_statistics(rewards).variance)
@@ -165,7 +214,8 @@ def test_of_binary_rewards_the_top_half_are_the_prompts_nearest_to_one_half():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_prompts_with_the_same_rewards_in_another_order_tie_and_the_smaller_id_is_kept(dtype):
+def test_prompts_with_reordered_rewards_tie(dtype):
+    """Prompts with the same rewards in another order tie. The smaller id is kept."""
     torch.manual_seed(0)
     rewards = torch.tensor([0.0, 0.1, 1.0, 1.1, 2.1], dtype=dtype)[torch.randint(5, (64,))]
     rows = torch.stack([rewards[torch.randperm(64)] for _ in range(20)])

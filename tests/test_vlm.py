@@ -1,4 +1,5 @@
-"""vlm.py against plain Hugging Face rows and plain Hugging Face `generate`, in float64 where it matters."""
+"""vlm.py against plain Hugging Face rows and plain Hugging Face `generate`, in float64 where it
+matters."""
 
 import copy
 import json
@@ -28,43 +29,65 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl as qwen
 
-import shapes
-import vlm
+from engine import judges, pretrained, shared_prefix, vlm
+from world import models, scenes
 
 torch.set_num_threads(1)
-NEVER = ("<|im_start|>", "<|endoftext|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+NEVER = (
+    "<|im_start|>",
+    "<|endoftext|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
 
 
 def close(got, want, tol=1e-9):
     torch.testing.assert_close(got, want, atol=tol, rtol=0)
 
 
-# --- media and prompts ----------------------------------------------------------------------------------------------
+# --- media and prompts ----------------------------------------------------------------------------
 
 
 def photo(name: str, size=(112, 84)) -> dict:
-    return {"type": "image", "image": Image.fromarray(getattr(skimage.data, name)()).convert("RGB").resize(size)}
+    return {
+        "type": "image",
+        "image": Image.fromarray(getattr(skimage.data, name)()).convert("RGB").resize(size),
+    }
 
 
 def clip(direction: str = "right", fps: float = 2.0) -> dict:
-    row, column = shapes.start_cell(random.Random(0), direction)
-    scene = (shapes.Thing("circle", "red", row, column, direction),)
-    frames = [frame.resize((84, 84)) for frame in shapes.frames(random.Random(0), scene)]
+    row, column = scenes.start_cell(random.Random(0), direction)
+    scene = (scenes.Thing("circle", "red", row, column, direction),)
+    frames = [frame.resize((84, 84)) for frame in scenes.frames(random.Random(0), scene)]
     return {"type": "video", "video": frames, "fps": fps}
 
 
 def chat(*parts) -> list[dict]:
-    return [{"role": "user", "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]}]
+    return [
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts],
+        }
+    ]
 
 
 def prompts() -> dict[str, list[dict]]:
     return {
         "a picture": chat(photo("astronaut"), "What colour is the circle?"),
         "a clip": chat(clip(), "Which way does the circle move?\nOptions:\nA. left\nB. right"),
-        "several pictures": chat(photo("coffee"), photo("chelsea", (56, 112)), photo("coffee", (84, 84)), "Same?"),
-        "a picture and a clip": chat("See", photo("chelsea"), "and", clip("up"), "and say which is red."),
-        "text before and between": chat("Look at this:", photo("coffee"), "then at", photo("astronaut"), "."),
-        "a sparse clip": chat(clip(fps=0.25), "Which?"),  # 8 seconds a grid: its time runs past the text's positions
+        "several pictures": chat(
+            photo("coffee"), photo("chelsea", (56, 112)), photo("coffee", (84, 84)), "Same?"
+        ),
+        "a picture and a clip": chat(
+            "See", photo("chelsea"), "and", clip("up"), "and say which is red."
+        ),
+        "text before and between": chat(
+            "Look at this:", photo("coffee"), "then at", photo("astronaut"), "."
+        ),
+        # 8 seconds a grid: its time runs past the text's positions
+        "a sparse clip": chat(clip(fps=0.25), "Which?"),
     }
 
 
@@ -73,12 +96,19 @@ WITHOUT_SPARSE = KINDS[:-1]
 
 
 def media_of(inputs) -> dict:
-    names = "pixel_values", "image_grid_thw", "pixel_values_videos", "video_grid_thw", "second_per_grid_ts"
+    names = (
+        "pixel_values",
+        "image_grid_thw",
+        "pixel_values_videos",
+        "video_grid_thw",
+        "second_per_grid_ts",
+    )
     return {name: inputs[name] for name in names if name in inputs}
 
 
 def ragged(*lengths: int, seed: int = 0, pad: int = 2) -> torch.Tensor:
-    """Random completions [1, K, T] over the ordinary vocabulary, shorter ones filled up with `pad`."""
+    """Random completions [1, K, T] over the ordinary vocabulary, shorter ones filled up with
+    `pad`."""
     random_ids = torch.Generator().manual_seed(seed)
     ids = torch.full((1, len(lengths), max(lengths)), pad)
     for k, n in enumerate(lengths):
@@ -91,9 +121,11 @@ def never_ids(policy) -> list[int]:
 
 
 def row_by_row(model, never, inputs, ids, lengths):
-    """The plain form, with nothing of ours: each completion alone behind its prompt, through the whole HF model.
+    """The plain form, with nothing of ours: each completion alone behind its prompt, through the
+    whole HF model.
 
-    -> for every completion, the log-probs of its tokens and the whole distributions [T_k], [T_k, V].
+    -> for every completion, the log-probs of its tokens and the whole distributions [T_k], [T_k,
+    V].
     """
     logps, tables = [], []
     for row, n in zip(ids, lengths, strict=True):
@@ -118,13 +150,16 @@ def distribution(policy, scores):
 
 @pytest.fixture
 def in_double(monkeypatch):
-    """transformers (and our log-softmax) computes in float32 whatever the model's type: here that is float64 too.
+    """transformers (and our log-softmax) computes in float32 whatever the model's type: here that
+    is float64 too.
 
     What is then left between two forms of one computation is an error, not rounding.
     """
 
     def norm(self, x):
-        return self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return (
+            self.weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        )
 
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     monkeypatch.setattr(qwen.Qwen2_5_VLRMSNorm, "forward", norm)
@@ -132,22 +167,25 @@ def in_double(monkeypatch):
 
 @pytest.fixture
 def exact(world, in_double):
-    return vlm.load(str(world / "policy"), dtype="float64", train_vision=True)
+    return pretrained.load(str(world / "policy"), dtype="float64", train_vision=True)
 
 
 @pytest.fixture
 def fresh(world):
-    return vlm.load(str(world / "policy"))
+    return pretrained.load(str(world / "policy"))
 
 
-# --- scoring: the shared prefix is exact ------------------------------------------------------------------------------
+# --- scoring: the shared prefix is exact ----------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_shared_prefix_scores_and_every_gradient_equal_plain_rows(exact, kind):
+def test_shared_prefix_scores_and_gradients_equal_plain_rows(exact, kind):
+    """Shared-prefix scores and every gradient equal those of plain rows."""
     inputs, lengths = exact.encode([prompts()[kind]]), (5, 2, 1, 4)
     ids = ragged(*lengths)
-    weights = torch.randn(sum(lengths), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(
+        sum(lengths), dtype=torch.float64, generator=torch.Generator().manual_seed(1)
+    )
 
     scores = exact(inputs, ids)
     logp = torch.cat([row[:n] for row, n in zip(scores.logp[0], lengths, strict=True)])
@@ -159,8 +197,11 @@ def test_shared_prefix_scores_and_every_gradient_equal_plain_rows(exact, kind):
     close(logp, torch.cat(logps))
     close(entropy, torch.cat([torch.special.entr(table.exp()).sum(-1) for table in tables]))
     for (name, _), got, want in zip(exact.named_parameters(), shared, plain, strict=True):
-        torch.testing.assert_close(got, want, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}")
-    assert all(g.abs().max() > 1e-6 for g in shared)  # everything is reached, so that equality says something
+        torch.testing.assert_close(
+            got, want, atol=1e-9, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
+        )
+    # everything is reached, so that equality says something
+    assert all(g.abs().max() > 1e-6 for g in shared)
 
 
 @pytest.mark.parametrize("kind", WITHOUT_SPARSE)
@@ -182,7 +223,9 @@ def test_a_completion_of_one_token_is_scored(exact):
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_eager_and_sdpa_attention_both_keep_the_branches_apart(world, in_double, attention):
-    policy = vlm.load(str(world / "policy"), dtype="float64", attention=attention, trainable=False)
+    policy = pretrained.load(
+        str(world / "policy"), dtype="float64", attention=attention, trainable=False
+    )
     inputs, ids = policy.encode([prompts()["a clip"]]), ragged(4, 3)
     with torch.no_grad():
         logps, _ = row_by_row(policy.core, never_ids(policy), inputs, ids[0], (4, 3))
@@ -205,13 +248,14 @@ class TwoD:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
-def test_attention_without_4_d_masks_scores_plain_rows_and_says_so_once(world, in_double):
+def test_attention_without_4_d_masks_scores_plain_rows(world, in_double):
+    """Attention without 4-D masks scores plain rows. It says so once."""
     two_d = TwoD()
     AttentionInterface.register("two_d", two_d.attend)
     AttentionMaskInterface.register("two_d", two_d.mask)
     results = []
     for attention in ("sdpa", "two_d"):
-        policy = vlm.load(str(world / "policy"), dtype="float64")
+        policy = pretrained.load(str(world / "policy"), dtype="float64")
         policy.core.config.text_config._attn_implementation = attention
         inputs = policy.encode([prompts()["a clip"], prompts()["several pictures"]])
         ids = torch.cat([ragged(5, 3, seed=1), ragged(4, 5, seed=2)])
@@ -221,7 +265,9 @@ def test_attention_without_4_d_masks_scores_plain_rows_and_says_so_once(world, i
             scores = [policy(inputs, ids, mask) for _ in range(3)][-1]
         assert len([w for w in caught if "4-D" in str(w.message)]) == (attention == "two_d")
         scores.logp.sum().backward()
-        drawn = policy.generate(inputs, 2, 6, draws=torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(0)))
+        drawn = policy.generate(
+            inputs, 2, 6, draws=torch.rand(2, 2, 6, generator=torch.Generator().manual_seed(0))
+        )
         results.append((scores, drawn, [p.grad for p in policy.parameters() if p.grad is not None]))
     (shared, drawn, grads), (plain, again, same) = results
     assert two_d.calls > 0 and torch.equal(drawn.ids, again.ids)
@@ -232,11 +278,11 @@ def test_attention_without_4_d_masks_scores_plain_rows_and_says_so_once(world, i
 
 
 @pytest.mark.slow
-def test_flex_attention_s_blocks_give_the_scores_of_the_dense_mask(world):
+def test_flex_attention_blocks_score_like_the_dense_mask(world):
     """Forward only: PyTorch has no backward pass of it on a CPU."""
     rows, scores, drawn = [prompts()["a picture"], prompts()["several pictures"]], [], []
     for attention in ("sdpa", "flex_attention"):
-        policy = vlm.load(str(world / "policy"), attention=attention, trainable=False)
+        policy = pretrained.load(str(world / "policy"), attention=attention, trainable=False)
         ids = torch.cat([ragged(5, 3, seed=1), ragged(4, 5, seed=2)])
         with torch.no_grad():
             scores.append(policy(policy.encode(rows), ids, ids != 2))
@@ -246,9 +292,10 @@ def test_flex_attention_s_blocks_give_the_scores_of_the_dense_mask(world):
     assert scores[0].logp.abs().max() > 1
 
 
-def test_lora_shared_prefix_and_plain_rows_give_every_adapter_the_same_gradient(world, in_double):
+def test_lora_shared_prefix_gives_the_gradients_of_plain_rows(world, in_double):
+    """The shared prefix and plain rows give every LoRA adapter the same gradient."""
     torch.manual_seed(0)
-    policy = vlm.load(str(world / "policy"), dtype="float64", lora_rank=4)
+    policy = pretrained.load(str(world / "policy"), dtype="float64", lora_rank=4)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
@@ -269,7 +316,9 @@ def test_lora_shared_prefix_and_plain_rows_give_every_adapter_the_same_gradient(
 def test_gradient_checkpointing_changes_no_gradient(world, in_double):
     grads = []
     for checkpointing in (False, True):
-        policy = vlm.load(str(world / "policy"), dtype="float64", gradient_checkpointing=checkpointing)
+        policy = pretrained.load(
+            str(world / "policy"), dtype="float64", gradient_checkpointing=checkpointing
+        )
         policy(policy.encode([prompts()["a picture"]]), ragged(4, 2)).logp.sum().backward()
         grads.append({n: p.grad for n, p in policy.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 40
@@ -277,11 +326,15 @@ def test_gradient_checkpointing_changes_no_gradient(world, in_double):
         close(grads[0][name], grads[1][name])
 
 
-# --- scoring: batches and padding -------------------------------------------------------------------------------------
+# --- scoring: batches and padding -----------------------------------------------------------------
 
 
-def test_a_sample_alone_equals_the_sample_in_a_left_padded_batch_of_pictures_and_clips(exact):
-    rows = [prompts()[kind] for kind in ("a clip", "several pictures", "a picture", "a picture and a clip")]
+def test_a_sample_alone_equals_the_sample_in_a_padded_batch(exact):
+    """A sample alone equals the sample in a left-padded batch of pictures and clips."""
+    rows = [
+        prompts()[kind]
+        for kind in ("a clip", "several pictures", "a picture", "a picture and a clip")
+    ]
     ids = torch.cat([ragged(5, 3, seed=i) for i in range(len(rows))])
     batch = exact.encode(rows)
     padding = (batch["attention_mask"] == 0).sum(1)
@@ -297,14 +350,20 @@ def test_a_sample_alone_equals_the_sample_in_a_left_padded_batch_of_pictures_and
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_heavy_padding_gives_finite_scores_and_gradients_in_every_type(world, dtype):
-    policy = vlm.load(str(world / "policy"), dtype=dtype)
+def test_heavy_padding_gives_finite_scores_and_gradients(world, dtype):
+    """Heavy padding gives finite scores and gradients in every type."""
+    policy = pretrained.load(str(world / "policy"), dtype=dtype)
     rows = [prompts()["a picture"], chat(photo("coffee"), "Describe all shapes. " * 30)]
     scores = policy(policy.encode(rows), torch.cat([ragged(4, 2), ragged(3, 4)]))
-    assert scores.logp.dtype == scores.entropy.dtype == torch.float32  # the log-softmax is never in half precision
+    # the log-softmax is never in half precision
+    assert scores.logp.dtype == scores.entropy.dtype == torch.float32
     scores.logp.sum().backward()
     grads = [p.grad for p in policy.parameters() if p.grad is not None]
-    assert torch.isfinite(scores.logp).all() and all(torch.isfinite(g).all() for g in grads) and len(grads) > 40
+    assert (
+        torch.isfinite(scores.logp).all()
+        and all(torch.isfinite(g).all() for g in grads)
+        and len(grads) > 40
+    )
 
 
 def test_scores_in_training_mode_are_those_in_evaluation_mode(fresh):
@@ -315,7 +374,8 @@ def test_scores_in_training_mode_are_those_in_evaluation_mode(fresh):
     assert torch.equal(training.logp, evaluation.logp)
 
 
-def test_changing_a_token_changes_nothing_before_it_and_nothing_in_other_completions(policy):
+def test_changing_a_token_changes_nothing_before_it(policy):
+    """Changing a token changes nothing before it and nothing in other completions."""
     inputs, ids = policy.encode([prompts()["a picture"]]), ragged(6, 6, 6)
     changed = ids.clone()
     changed[0, 1, 3] = 77
@@ -335,13 +395,18 @@ def test_what_follows_the_end_token_never_matters(policy):
         close(policy(inputs, ids).logp[0, 1], policy(inputs, noise).logp[0, 1], 0)
 
 
-# --- scoring: the picture is seen, and it is the right one ------------------------------------------------------------
+# --- scoring: the picture is seen, and it is the right one ----------------------------------------
 
 
 @pytest.mark.parametrize("media", ["picture", "clip"])
-def test_swapping_the_media_of_two_rows_swaps_their_scores_and_blanking_one_changes_that_row_only(policy, media):
+def test_swapping_the_media_of_two_rows_swaps_their_scores(policy, media):
+    """Swapping the media of two rows swaps their scores. Blanking one changes that row only."""
     if media == "picture":
-        a, b, blank = photo("astronaut"), photo("chelsea"), {"type": "image", "image": Image.new("RGB", (112, 84))}
+        a, b, blank = (
+            photo("astronaut"),
+            photo("chelsea"),
+            {"type": "image", "image": Image.new("RGB", (112, 84))},
+        )
     else:
         a, b = clip("left"), clip("up")
         blank = {**a, "video": [Image.new("RGB", (84, 84))] * 4}
@@ -349,7 +414,9 @@ def test_swapping_the_media_of_two_rows_swaps_their_scores_and_blanking_one_chan
 
     def logp(first, second):
         with torch.no_grad():
-            return policy(policy.encode([chat(first, "What is it?"), chat(second, "What is it?")]), ids).logp
+            return policy(
+                policy.encode([chat(first, "What is it?"), chat(second, "What is it?")]), ids
+            ).logp
 
     straight, swapped, blanked = logp(a, b), logp(b, a), logp(blank, b)
     close(straight[0], swapped[1], 2e-5)
@@ -362,7 +429,9 @@ def test_swapping_the_media_of_two_rows_swaps_their_scores_and_blanking_one_chan
 def test_pictures_of_one_prompt_are_not_exchanged(policy):
     a, b = photo("astronaut"), photo("chelsea")
     with torch.no_grad():
-        ab, ba = (policy(policy.encode([chat(x, y, "?")]), ragged(5)).logp for x, y in ((a, b), (b, a)))
+        ab, ba = (
+            policy(policy.encode([chat(x, y, "?")]), ragged(5)).logp for x, y in ((a, b), (b, a))
+        )
     assert (ab - ba).abs().max() > 1e-3
 
 
@@ -372,21 +441,29 @@ def test_shuffling_the_frames_of_a_clip_changes_its_scores(policy):
     inputs = policy.encode([chat(straight, "Which way?")])
     assert inputs["video_grid_thw"][0, 0] == 2
     with torch.no_grad():
-        a, b = policy(inputs, ragged(5)).logp, policy(policy.encode([chat(backwards, "Which way?")]), ragged(5)).logp
+        a, b = (
+            policy(inputs, ragged(5)).logp,
+            policy(policy.encode([chat(backwards, "Which way?")]), ragged(5)).logp,
+        )
     assert (a - b).abs().max() > 1e-3
 
 
 def test_the_frame_rate_of_a_clip_reaches_generation_and_scoring(policy):
     outputs = []
     for fps in (2.0, 0.5):
-        inputs = policy.encode([chat(clip(fps=fps), "Which way does the circle move? Options: A. left B. right")])
-        assert torch.as_tensor(inputs["second_per_grid_ts"]).tolist() == [2 / fps]  # two frames a grid
+        inputs = policy.encode(
+            [chat(clip(fps=fps), "Which way does the circle move? Options: A. left B. right")]
+        )
+        assert torch.as_tensor(inputs["second_per_grid_ts"]).tolist() == [
+            2 / fps
+        ]  # two frames a grid
         with torch.no_grad():
             hidden = policy.core.model(**inputs, use_cache=False).last_hidden_state[:, -1]
             outputs.append((policy(inputs, ragged(5)), hidden))
     (fast, fast_hidden), (slow, slow_hidden) = outputs
     assert (fast.logp - slow.logp).abs().max() > 1e-4
-    close(fast.hidden[0, 0, 0], fast_hidden[0], 2e-5)  # what generation starts from is what is scored
+    # what generation starts from is what is scored
+    close(fast.hidden[0, 0, 0], fast_hidden[0], 2e-5)
     close(slow.hidden[0, 0, 0], slow_hidden[0], 2e-5)
 
 
@@ -398,7 +475,7 @@ def test_scoring_does_not_depend_on_what_was_generated_before(fresh):
         assert torch.equal(before, fresh(inputs, ids).logp)
 
 
-# --- encoding ---------------------------------------------------------------------------------------------------------
+# --- encoding -------------------------------------------------------------------------------------
 
 
 def test_the_tower_sees_what_the_untouched_one_sees(world, exact):
@@ -407,16 +484,21 @@ def test_the_tower_sees_what_the_untouched_one_sees(world, exact):
     inputs = exact.encode([prompts()["several pictures"], prompts()["a clip"]])
     with torch.no_grad():
         seen = exact._see(inputs)
-        want = plain.model.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"]).pooler_output
+        want = plain.model.get_image_features(
+            inputs["pixel_values"], inputs["image_grid_thw"]
+        ).pooler_output
         close(seen["image_features"], torch.cat(list(want)))
-        want = plain.model.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"]).pooler_output
+        want = plain.model.get_video_features(
+            inputs["pixel_values_videos"], inputs["video_grid_thw"]
+        ).pooler_output
         close(seen["video_features"], torch.cat(list(want)))
     assert "_patches" not in repr(plain.model.visual.patch_embed.proj.forward)
 
 
 @pytest.mark.parametrize("name", ["astronaut", "coffee", "chelsea", "rocket"])
-def test_a_real_photograph_keeps_its_shape_within_the_pixel_limits_and_one_token_a_merged_patch(world, name):
-    policy = vlm.load(str(world / "policy"), trainable=False, max_pixels=100_000)
+def test_a_photo_keeps_its_shape_within_the_pixel_limits(world, name):
+    """A real photograph keeps its shape within the pixel limits. A merged patch has one token."""
+    policy = pretrained.load(str(world / "policy"), trainable=False, max_pixels=100_000)
     image = Image.fromarray(getattr(skimage.data, name)())
     inputs = policy.encode([chat({"type": "image", "image": image}, "?")])
     t, h, w = inputs["image_grid_thw"][0].tolist()
@@ -427,16 +509,21 @@ def test_a_real_photograph_keeps_its_shape_within_the_pixel_limits_and_one_token
 
 
 def test_the_encoded_pixels_are_those_of_the_picture(policy):
-    image = Image.fromarray(skimage.data.astronaut()).resize((112, 84))  # multiples of 28: nothing is resized
+    # multiples of 28: nothing is resized
+    image = Image.fromarray(skimage.data.astronaut()).resize((112, 84))
     pixels = policy.encode([chat({"type": "image", "image": image}, "?")])["pixel_values"]
-    patches = pixels.view(3, 4, 2, 2, 3, 2, 14, 14)  # merged rows, columns, 2 x 2 patches; channel, time, y, x
+    # merged rows, columns, 2 x 2 patches; channel, time, y, x
+    patches = pixels.view(3, 4, 2, 2, 3, 2, 14, 14)
     got = patches[:, :, :, :, :, 0].permute(0, 2, 5, 1, 3, 6, 4).reshape(84, 112, 3)
     processor = policy.processor.image_processor
     want = torch.tensor(np.asarray(image)) / 255
-    close(got, (want - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std), 1e-5)
+    close(
+        got, (want - torch.tensor(processor.image_mean)) / torch.tensor(processor.image_std), 1e-5
+    )
 
 
-def test_a_tiny_picture_is_enlarged_and_an_odd_number_of_frames_is_taken(policy):
+def test_a_tiny_picture_is_enlarged_and_odd_frames_are_taken(policy):
+    """A tiny picture is enlarged. An odd number of frames is taken."""
     tiny = {"type": "image", "image": Image.new("RGB", (10, 10), "red")}
     inputs = policy.encode([chat(tiny, "?")])
     assert inputs["image_grid_thw"][0].prod() * 14 * 14 >= policy.min_pixels
@@ -450,7 +537,9 @@ def test_nothing_of_a_long_prompt_is_cut(policy):
     text = "Is there a red circle in the picture? " * 400
     inputs = policy.encode([chat(photo("coffee"), text + "FIRST"), prompts()["a picture"]])
     ids = inputs["input_ids"][0]
-    assert policy.processor.tokenizer.decode(ids).count("Is there a red circle in the picture?") == 400
+    assert (
+        policy.processor.tokenizer.decode(ids).count("Is there a red circle in the picture?") == 400
+    )
     assert "FIRST" in policy.processor.tokenizer.decode(ids[-20:])
     assert (ids == policy.core.config.image_token_id).sum() == 12
 
@@ -477,7 +566,7 @@ def test_responses_are_closed_by_the_end_token_and_masked(policy):
         assert tokenizer.decode(row[: n - 1]) == text
 
 
-# --- generation -------------------------------------------------------------------------------------------------------
+# --- generation -----------------------------------------------------------------------------------
 
 
 def plain_greedy(policy, inputs, max_new_tokens: int) -> torch.Tensor:
@@ -497,11 +586,13 @@ def plain_greedy(policy, inputs, max_new_tokens: int) -> torch.Tensor:
 
 
 def end_often(policy) -> None:
-    """Let a checkpoint treat a hundred ordinary tokens as ends, so that completions end early, at different places."""
+    """Let a checkpoint treat a hundred ordinary tokens as ends, so that completions end early, at
+    different places."""
     policy.end_ids = [*policy.end_ids, *range(300, 400)]
 
 
-def test_greedy_shared_prefill_equals_plain_generate_token_by_token(exact):
+def test_greedy_shared_prefill_equals_plain_generate(exact):
+    """Greedy shared prefill equals plain generate token by token."""
     exact.eval()
     rows = [prompts()[kind] for kind in WITHOUT_SPARSE]
     inputs = exact.encode(rows)
@@ -515,19 +606,24 @@ def test_greedy_shared_prefill_equals_plain_generate_token_by_token(exact):
         assert plain_greedy(exact, exact.encode([row]), 12)[0].tolist() == ids.tolist()
 
 
-def test_greedy_generation_on_a_sparse_clip_equals_plain_generate(exact):
-    """A clip whose temporal positions run past the last text position: the next token follows the text, as in HF."""
+def test_greedy_on_a_sparse_clip_equals_plain_generate(exact):
+    """A clip whose temporal positions run past the last text position: the next token follows the
+    text, as in HF."""
     exact.eval()
     inputs = exact.encode([prompts()["a sparse clip"]])
     position, _ = exact.core.model.get_rope_index(
         **{k: v for k, v in inputs.items() if not k.startswith("pixel_values")}
     )
     assert position.max() > position[:, 0, -1].max()
-    assert exact.generate(inputs, 1, 12, sample=False).ids[0].tolist() == plain_greedy(exact, inputs, 12).tolist()
+    assert (
+        exact.generate(inputs, 1, 12, sample=False).ids[0].tolist()
+        == plain_greedy(exact, inputs, 12).tolist()
+    )
 
 
 def plain_sample(policy, inputs, draws, ends) -> list[int]:
-    """One completion, nothing of ours: the whole row through the model at every token, its cumulative sum in a loop."""
+    """One completion, nothing of ours: the whole row through the model at every token, its
+    cumulative sum in a loop."""
     ids, never = [], never_ids(policy)
     for u in draws.tolist():
         y = torch.tensor([ids], dtype=torch.long)
@@ -539,7 +635,9 @@ def plain_sample(policy, inputs, draws, ends) -> list[int]:
             **media_of(inputs),
         ).logits[0, -1]
         total = 0.0
-        for token, p in enumerate(logits.index_fill(-1, torch.tensor(never), -math.inf).softmax(-1).tolist()):
+        for token, p in enumerate(
+            logits.index_fill(-1, torch.tensor(never), -math.inf).softmax(-1).tolist()
+        ):
             total += p
             if total > u:
                 ids.append(token)
@@ -550,14 +648,15 @@ def plain_sample(policy, inputs, draws, ends) -> list[int]:
 
 
 @pytest.mark.parametrize("segment", [1, 3, 32])
-def test_the_same_numbers_give_the_tokens_of_plain_rows_in_any_batch_while_ended_completions_leave(
-    exact, segment, monkeypatch
-):
+def test_the_same_numbers_give_the_tokens_of_plain_rows(exact, segment, monkeypatch):
+    """The same numbers give plain rows' tokens in any batch while ended completions leave."""
     monkeypatch.setattr(vlm, "SEGMENT", segment)
     policy, n, length = exact.eval(), 3, 8
     end_often(policy)
     rows = [prompts()[kind] for kind in ("a picture", "a clip", "several pictures")]
-    draws = torch.rand(len(rows), n, length, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    draws = torch.rand(
+        len(rows), n, length, dtype=torch.float64, generator=torch.Generator().manual_seed(7)
+    )
     widths = []
     layer = policy.core.model.language_model.layers[0]
     hook = layer.register_forward_hook(lambda m, args, out: widths.append(args[0].shape[0]))
@@ -572,15 +671,20 @@ def test_the_same_numbers_give_the_tokens_of_plain_rows_in_any_batch_while_ended
                 assert together.ids[b, k][together.mask[b, k]].tolist() == want
                 assert alone.ids[0, k][alone.mask[0, k]].tolist() == want
     lengths = together.mask.sum(-1)
-    assert lengths.min() < lengths.max() and bool(together.ended.any()) and together.ids.shape[-1] == lengths.max()
+    assert (
+        lengths.min() < lengths.max()
+        and bool(together.ended.any())
+        and together.ids.shape[-1] == lengths.max()
+    )
     if segment == 1:  # every ended completion has left, but for those that fill up
         left = [int((lengths > t).sum(1).max()) * len(rows) for t in range(int(lengths.max()))]
         assert widths[1:] == left and left[-1] < left[0]
 
 
 @pytest.mark.parametrize("kind", ["a picture", "a clip", "a sparse clip"])
-def test_the_first_token_is_sampled_from_exactly_the_scored_distribution(fresh, kind):
-    """Pearson's chi-square of sampled first tokens, in a left-padded batch, against exp(logp) of every token."""
+def test_the_first_token_is_sampled_from_exactly_the_scores(fresh, kind):
+    """Pearson's chi-square of sampled first tokens, in a left-padded batch, against exp(logp) of
+    every token."""
     policy, vocabulary = fresh.eval(), fresh.core.config.text_config.vocab_size
     never = never_ids(policy)
     with torch.no_grad():
@@ -588,11 +692,16 @@ def test_the_first_token_is_sampled_from_exactly_the_scored_distribution(fresh, 
         inputs = policy.encode([prompts()[kind]])
         every = torch.arange(vocabulary).view(1, -1, 1)
         p = policy(inputs, every).logp[0, :, 0].double().exp()
-        # were they not suppressed, nothing else would be sampled: twice the logit of the likeliest token
+        # were they not suppressed, nothing else would be sampled: twice the logit of the likeliest
+        # token
         policy.core.lm_head.weight[never] = 2 * policy.core.lm_head.weight[p.argmax()]
         p = policy(inputs, every).logp[0, :, 0].double().exp()
         assert p[never].max() == 0 and p.sum() == pytest.approx(1, abs=1e-5)
-        longer = chat(photo("coffee"), photo("coffee"), "What is the colour of the circle in the north of the picture?")
+        longer = chat(
+            photo("coffee"),
+            photo("coffee"),
+            "What is the colour of the circle in the north of the picture?",
+        )
         batch = policy.encode([prompts()[kind], longer])
         assert batch["attention_mask"][0, 0] == 0
         torch.manual_seed(0)
@@ -607,8 +716,9 @@ def test_the_first_token_is_sampled_from_exactly_the_scored_distribution(fresh, 
     assert chi_square < degrees + 5 * math.sqrt(2 * degrees), (float(chi_square), degrees)
 
 
-def test_every_later_token_is_sampled_from_the_scored_distribution_too(fresh):
-    """Under the sampling distribution E[logp] = -entropy at every token: z of the sum, and of its second moment."""
+def test_every_later_token_is_sampled_from_the_scores_too(fresh):
+    """Under the sampling distribution E[logp] = -entropy at every token: z of the sum, and of its
+    second moment."""
     policy = fresh.eval()
     end_often(policy)
     torch.manual_seed(0)
@@ -629,7 +739,8 @@ def test_every_later_token_is_sampled_from_the_scored_distribution_too(fresh):
     assert spread == pytest.approx(1, abs=0.1)
 
 
-def test_banned_tokens_have_no_probability_and_are_never_sampled_even_if_likeliest(fresh):
+def test_banned_tokens_are_never_sampled_even_if_likeliest(fresh):
+    """Banned tokens have no probability. They are never sampled even if likeliest."""
     policy = fresh.eval()
     never = never_ids(policy)
     assert policy.banned_ids == sorted(never)
@@ -683,7 +794,8 @@ def test_samples_of_one_prompt_differ_and_a_seed_repeats_them(policy):
     assert len({tuple(row) for row in runs[0][0].tolist()}) == 6
 
 
-def test_generation_leaves_the_training_mode_as_it_was_and_makes_no_graph(fresh):
+def test_generation_leaves_the_training_mode_as_it_was(fresh):
+    """Generation leaves the training mode as it was. It makes no graph."""
     inputs = fresh.encode([prompts()["a picture"]])
     assert fresh.training
     out = fresh.generate(inputs, 2, 3)
@@ -694,29 +806,38 @@ def test_generation_leaves_the_training_mode_as_it_was_and_makes_no_graph(fresh)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_decoding_attends_as_plain_attention_over_prompt_and_own_tokens_does(dtype):
-    """Grouped query heads, padding, two prompts of three completions; in half precision as close as PyTorch's own."""
+def test_decoding_attends_as_plain_attention_does(dtype):
+    """A completion attends to its prompt and its own tokens. Grouped query heads, padding, two
+    prompts of three completions; in half precision as close as PyTorch's own."""
     torch.manual_seed(0)
     b, n, heads, h, p, t, d = 2, 3, 8, 2, 9, 5, 32
     prompt = DynamicLayer()
     prompt.keys, prompt.values = (3 * torch.randn(b, h, p, d, dtype=dtype) for _ in range(2))
     valid = torch.ones(b, p)
     valid[1, :4] = 0
-    layer = vlm._Branches(prompt, valid, n, t + 2)
+    layer = shared_prefix.BranchCache(prompt, valid, n, t + 2)
     own = [3 * torch.randn(b * n, h, t, d, dtype=dtype) for _ in range(2)]
     for at in range(t):
         keys, values = layer.update(*(x[:, :, at : at + 1] for x in own))
     assert layer.get_seq_length() == p + t
     query = torch.randn(b * n, heads, 1, d, dtype=dtype)
-    got, _ = vlm._attend(None, query, keys, values, None, scaling=d**-0.5)
+    got, _ = shared_prefix.branch_attention(None, query, keys, values, None, scaling=d**-0.5)
 
     def plain(dtype):
         k, v = (
-            torch.cat([shared.repeat_interleave(n, 0), mine], 2).repeat_interleave(heads // h, 1).to(dtype)
+            torch.cat([shared.repeat_interleave(n, 0), mine], 2)
+            .repeat_interleave(heads // h, 1)
+            .to(dtype)
             for shared, mine in zip((prompt.keys, prompt.values), own)
         )
-        mask = torch.cat([valid.repeat_interleave(n, 0), torch.ones(b * n, t)], 1).bool()[:, None, None]
-        return torch.nn.functional.scaled_dot_product_attention(query.to(dtype), k, v, mask).transpose(1, 2).double()
+        mask = torch.cat([valid.repeat_interleave(n, 0), torch.ones(b * n, t)], 1).bool()[
+            :, None, None
+        ]
+        return (
+            torch.nn.functional.scaled_dot_product_attention(query.to(dtype), k, v, mask)
+            .transpose(1, 2)
+            .double()
+        )
 
     want = plain(torch.float64)
     assert got.shape == want.shape and got.dtype == dtype
@@ -726,10 +847,24 @@ def test_decoding_attends_as_plain_attention_over_prompt_and_own_tokens_does(dty
 
 
 SHIPPED = {
-    "released": {"repetition_penalty": 5.0, "temperature": 1e-6, "top_k": 1, "top_p": 0.01, "do_sample": True},
-    "length": {"min_new_tokens": 12, "exponential_decay_length_penalty": [2, 50.0], "max_new_tokens": 3},
+    "released": {
+        "repetition_penalty": 5.0,
+        "temperature": 1e-6,
+        "top_k": 1,
+        "top_p": 0.01,
+        "do_sample": True,
+    },
+    "length": {
+        "min_new_tokens": 12,
+        "exponential_decay_length_penalty": [2, 50.0],
+        "max_new_tokens": 3,
+    },
     "repeats": {"no_repeat_ngram_size": 1, "encoder_repetition_penalty": 9.0},
-    "words": {"bad_words_ids": [[i] for i in range(20, 500)], "begin_suppress_tokens": [50], "forced_eos_token_id": 60},
+    "words": {
+        "bad_words_ids": [[i] for i in range(20, 500)],
+        "begin_suppress_tokens": [50],
+        "forced_eos_token_id": 60,
+    },
     "beams": {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 3.0},
     "no cache": {"use_cache": False},
     "static cache": {"cache_implementation": "static"},
@@ -740,18 +875,23 @@ SHIPPED = {
 }
 
 
-def test_gradient_checkpointing_is_off_while_generating_and_on_again_after(world):
+def test_gradient_checkpointing_is_off_while_generating(world):
+    """Gradient checkpointing is off while generating. It is on again after."""
     texts = []
     for checkpointing in (False, True):
-        policy = vlm.load(str(world / "policy"), gradient_checkpointing=checkpointing)
+        policy = pretrained.load(str(world / "policy"), gradient_checkpointing=checkpointing)
         texts.append(policy.generate(policy.encode([prompts()["a clip"]]), 2, 8, sample=False).text)
-        assert policy.training and policy.core.model.language_model.gradient_checkpointing == checkpointing
+        assert (
+            policy.training
+            and policy.core.model.language_model.gradient_checkpointing == checkpointing
+        )
     assert texts[0] == texts[1]
 
 
 @pytest.fixture
 def shipped(world, tmp_path):
-    """The policy as another would ship it: shipped(file, values) -> a folder in which `file` has these values too."""
+    """The policy as another would ship it: shipped(file, values) -> a folder in which `file` has
+    these values too."""
 
     def ship(file, values):
         folder = tmp_path / "shipped"
@@ -763,9 +903,10 @@ def shipped(world, tmp_path):
 
 
 @pytest.mark.parametrize("kind", SHIPPED)
-def test_generation_settings_that_a_checkpoint_ships_change_nothing(shipped, tmp_path, policy, kind):
-    """Neither samples nor greedy responses, alone and in a batch; and what is saved keeps the checkpoint's file."""
-    theirs = vlm.load(str(shipped("generation_config.json", SHIPPED[kind])), trainable=False)
+def test_generation_settings_a_checkpoint_ships_change_nothing(shipped, tmp_path, policy, kind):
+    """Neither samples nor greedy responses, alone and in a batch; and what is saved keeps the
+    checkpoint's file."""
+    theirs = pretrained.load(str(shipped("generation_config.json", SHIPPED[kind])), trainable=False)
     for name, value in SHIPPED[kind].items():
         assert getattr(theirs.core.generation_config, name) == value
     for sample in (True, False):
@@ -781,49 +922,61 @@ def test_generation_settings_that_a_checkpoint_ships_change_nothing(shipped, tmp
     assert {name: saved[name] for name in SHIPPED[kind]} == SHIPPED[kind]
 
 
-def test_a_config_without_cache_and_no_generation_config_generate_alike(shipped, policy):
+def test_no_cache_and_no_generation_config_generate_alike(shipped, policy):
+    """A config without cache and a missing generation config change no generated token."""
     folder = shipped("config.json", {"use_cache": False})
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     config["text_config"]["use_cache"] = False
     (folder / "config.json").write_text(json.dumps(config))
-    theirs = vlm.load(str(folder), trainable=False)
+    theirs = pretrained.load(str(folder), trainable=False)
     assert not theirs.core.config.text_config.use_cache
-    found = [each.generate(each.encode([prompts()["a clip"]]), 1, 12, sample=False) for each in (policy, theirs)]
+    found = [
+        each.generate(each.encode([prompts()["a clip"]]), 1, 12, sample=False)
+        for each in (policy, theirs)
+    ]
     assert torch.equal(found[0].ids, found[1].ids)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_dropout_in_a_checkpoint_does_not_act_and_is_kept_in_its_file(shipped, tmp_path, checkpointing):
-    """Scores in training mode equal those in evaluation mode: the ratio of a first update is 1."""
+def test_dropout_in_a_checkpoint_does_not_act(shipped, tmp_path, checkpointing):
+    """Scores in training mode equal those in evaluation mode: the ratio of a first update is 1. The
+    checkpoint's file keeps its dropout."""
     config = json.loads((shipped("config.json", {}) / "config.json").read_text())
     config["text_config"]["attention_dropout"] = config["vision_config"]["attention_dropout"] = 0.5
     (tmp_path / "shipped/config.json").write_text(json.dumps(config))
     for options in ({}, {"attention": "eager"}, {"lora_rank": 2}, {"train_vision": True}):
-        policy = vlm.load(str(tmp_path / "shipped"), gradient_checkpointing=checkpointing, **options)
+        policy = pretrained.load(
+            str(tmp_path / "shipped"), gradient_checkpointing=checkpointing, **options
+        )
         inputs, ids = policy.encode([prompts()["a clip"]]), ragged(5, 3)
         assert policy.training
         logp = policy(inputs, ids).logp.detach()
         close(logp, policy(inputs, ids).logp.detach(), 1e-5)
         close(logp, policy.eval()(inputs, ids).logp.detach(), 1e-5)
     policy.save(tmp_path / "saved")
-    assert json.loads((tmp_path / "saved/config.json").read_text())["text_config"]["attention_dropout"] == 0.5
+    assert (
+        json.loads((tmp_path / "saved/config.json").read_text())["text_config"]["attention_dropout"]
+        == 0.5
+    )
 
 
 @pytest.fixture
 def padded(world, tmp_path):
-    """A policy whose vocabulary has 37 rows that stand for no token, all likelier than any other, as are controls."""
-    policy = vlm.load(str(world / "policy"))
+    """A policy whose vocabulary has 37 rows that stand for no token, all likelier than any other,
+    as are controls."""
+    policy = pretrained.load(str(world / "policy"))
     model, size = policy.core, len(policy.processor.tokenizer)
     model.resize_token_embeddings(size + 37)
     with torch.no_grad():
         model.lm_head.weight[size:] = 4 * torch.randn(37, model.lm_head.in_features)
         model.lm_head.weight[never_ids(policy)] *= 5
     policy.save(tmp_path / "padded")
-    return vlm.load(str(tmp_path / "padded"), trainable=False), size
+    return pretrained.load(str(tmp_path / "padded"), trainable=False), size
 
 
-def test_rows_of_the_head_without_a_token_are_never_sampled_nor_scored(padded):
+def test_rows_without_a_token_are_never_sampled_nor_scored(padded):
+    """Rows of the head without a token are never sampled nor scored."""
     policy, size = padded
     assert policy.core.lm_head.weight.shape[0] == size + 37
     assert policy.banned_ids == sorted([*never_ids(policy), *range(size, size + 37)])
@@ -831,20 +984,30 @@ def test_rows_of_the_head_without_a_token_are_never_sampled_nor_scored(padded):
     inputs = policy.encode([prompts()["a picture"], prompts()["a clip"]])
     out = policy.generate(inputs, 50, 8)
     assert not torch.isin(out.ids[out.mask], torch.tensor(policy.banned_ids)).any()
-    p = policy(inputs, torch.arange(size + 37).view(1, -1, 1).expand(2, -1, 1)).logp[..., 0].double().exp()
+    p = (
+        policy(inputs, torch.arange(size + 37).view(1, -1, 1).expand(2, -1, 1))
+        .logp[..., 0]
+        .double()
+        .exp()
+    )
     assert p[:, policy.banned_ids].max() == 0
     torch.testing.assert_close(p.sum(1), torch.ones(2, dtype=torch.float64), atol=1e-5, rtol=0)
 
 
 def test_stage_tags_that_are_special_tokens_are_said_and_scored(world, tmp_path, policy):
-    """A checkpoint may have added them as such: what is decoded keeps them, or every format reward would be 0."""
-    tags = [f"<{end}{tag}>" for tag in ("prethink", "caption", "think", "answer") for end in ("", "/")]
+    """A checkpoint may have added them as such: what is decoded keeps them, or every format reward
+    would be 0."""
+    tags = [
+        f"<{end}{tag}>" for tag in ("prethink", "caption", "think", "answer") for end in ("", "/")
+    ]
     shutil.copytree(world / "policy", tmp_path / "special")
-    special = vlm.load(str(tmp_path / "special"), trainable=False)
+    special = pretrained.load(str(tmp_path / "special"), trainable=False)
     special.processor.tokenizer.add_special_tokens({"additional_special_tokens": tags})
     special = vlm.VLM(special.core, special.processor, 3136, 401_408)
     ids = special.processor.tokenizer.convert_tokens_to_ids(tags)
-    assert set(ids) <= set(special.processor.tokenizer.all_special_ids) and not set(ids) & set(special.banned_ids)
+    assert set(ids) <= set(special.processor.tokenizer.all_special_ids) and not set(ids) & set(
+        special.banned_ids
+    )
     with torch.no_grad():
         special.core.lm_head.weight[ids] *= 4
     torch.manual_seed(0)
@@ -859,7 +1022,9 @@ def test_stage_tags_that_are_special_tokens_are_said_and_scored(world, tmp_path,
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_a_padded_prompt_samples_what_it_samples_alone(world, attention, dtype):
-    policy = vlm.load(str(world / "policy"), dtype=dtype, attention=attention, trainable=False)
+    policy = pretrained.load(
+        str(world / "policy"), dtype=dtype, attention=attention, trainable=False
+    )
     rows = [prompts()[kind] for kind in ("a picture", "several pictures", "a clip")]
     batch = policy.encode(rows)
     assert batch["attention_mask"].sum(1).unique().numel() == 3
@@ -873,13 +1038,14 @@ def test_a_padded_prompt_samples_what_it_samples_alone(world, attention, dtype):
             assert alone.text[0] == together.text[b]
 
 
-def test_nothing_to_score_or_to_draw_gives_nothing_or_one_clear_error(policy):
+def test_nothing_to_score_gives_nothing_or_one_clear_error(policy):
+    """Nothing to score or to draw gives nothing or one clear error."""
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
-    logp, entropy = vlm.log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), [1])
+    logp, entropy = shared_prefix.log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), [1])
     logp.sum().backward()
     assert logp.shape == entropy.shape == (0,) and torch.equal(weight.grad, torch.zeros(5, 4))
-    assert vlm._invert(torch.zeros(0, 5), torch.zeros(0, 1)).shape == (0, 1)
-    assert vlm.uniform_numbers([], 2, 3, "0/1").shape == (0, 2, 3)
+    assert shared_prefix.inverse_cdf(torch.zeros(0, 5), torch.zeros(0, 1)).shape == (0, 1)
+    assert shared_prefix.uniform_numbers([], 2, 3, "0/1").shape == (0, 2, 3)
     inputs = policy.encode([prompts()["a picture"]])
     none = policy.generate(inputs, 2, 0)
     assert none.ids.shape == (1, 2, 0) and none.text == [["", ""]] and not none.ended.any()
@@ -896,34 +1062,44 @@ def test_nothing_to_score_or_to_draw_gives_nothing_or_one_clear_error(policy):
             call()
 
 
-def test_the_padding_token_is_no_end_even_where_a_checkpoint_lists_it_as_one(world, policy):
+def test_the_padding_token_is_no_end_even_where_listed(world, policy):
+    """The padding token is no end even where a checkpoint lists it as one."""
     tokenizer = policy.processor.tokenizer
     model = copy.copy(policy.core)
-    model.generation_config = GenerationConfig(eos_token_id=[tokenizer.pad_token_id, 50, tokenizer.eos_token_id])
+    model.generation_config = GenerationConfig(
+        eos_token_id=[tokenizer.pad_token_id, 50, tokenizer.eos_token_id]
+    )
     listed = vlm.VLM(model, policy.processor, 3136, 401_408)
-    assert listed.end_ids == [tokenizer.eos_token_id, 50]  # the end of turn first: responses are closed by it
+    assert listed.end_ids == [
+        tokenizer.eos_token_id,
+        50,
+    ]  # the end of turn first: responses are closed by it
     assert tokenizer.pad_token_id in listed.banned_ids and 50 not in listed.banned_ids
 
 
-# --- what is trained, LoRA, saving ------------------------------------------------------------------------------------
+# --- what is trained, LoRA, saving ----------------------------------------------------------------
 
 
 def trained(policy) -> set[str]:
     policy.zero_grad(set_to_none=True)
     policy(policy.encode([prompts()["a picture"]]), ragged(4, 4)).logp.sum().backward()
-    return {name for name, p in policy.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    return {
+        name
+        for name, p in policy.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
 
 
 def test_vision_is_frozen_by_default_and_train_vision_trains_it(world):
-    everything = {name for name, _ in vlm.load(str(world / "policy")).named_parameters()}
+    everything = {name for name, _ in pretrained.load(str(world / "policy")).named_parameters()}
     vision = {name for name in everything if ".visual." in name}
     assert 10 < len(vision) < len(everything)
-    assert trained(vlm.load(str(world / "policy"))) == everything - vision
-    assert trained(vlm.load(str(world / "policy"), train_vision=True)) == everything
+    assert trained(pretrained.load(str(world / "policy"))) == everything - vision
+    assert trained(pretrained.load(str(world / "policy"), train_vision=True)) == everything
 
 
 def test_an_untrainable_policy_is_frozen_and_in_evaluation_mode(world):
-    policy = vlm.load(str(world / "policy"), trainable=False, lora_rank=4, train_vision=True)
+    policy = pretrained.load(str(world / "policy"), trainable=False, lora_rank=4, train_vision=True)
     assert not policy.training and not any(p.requires_grad for p in policy.parameters())
     assert not hasattr(policy.model, "peft_config")
 
@@ -931,7 +1107,7 @@ def test_an_untrainable_policy_is_frozen_and_in_evaluation_mode(world):
 @pytest.fixture
 def lora(world):
     torch.manual_seed(0)
-    policy = vlm.load(str(world / "policy"), lora_rank=4)
+    policy = pretrained.load(str(world / "policy"), lora_rank=4)
     with torch.no_grad():
         for name, p in policy.named_parameters():
             if "lora_B" in name:
@@ -964,16 +1140,22 @@ def test_an_adapter_of_older_transformers_has_its_effect(lora, tmp_path):
     lora.save(tmp_path, merge=False)
     renamed(tmp_path, lambda name: name.replace("model.language_model.", "model."))
     inputs, ids = lora.encode([prompts()["a picture"]]), ragged(4, 2)
-    loaded = vlm.load(str(tmp_path), trainable=False)
+    loaded = pretrained.load(str(tmp_path), trainable=False)
     close(loaded(inputs, ids).logp, lora.eval()(inputs, ids).logp.detach(), 1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"drop": "layers.1.mlp.up_proj.lora_A"}, "lacks weights that its adapter_config.json describes"),
+        (
+            {"drop": "layers.1.mlp.up_proj.lora_A"},
+            "lacks weights that its adapter_config.json describes",
+        ),
         ({"rename": lambda name: name.replace("layers.1", "layers.9")}, "lacks weights"),
-        ({"config": {"target_modules": ["q_proj"]}}, "holds 56 weights, of which its adapter_config.json has places"),
+        (
+            {"config": {"target_modules": ["q_proj"]}},
+            "holds 56 weights, of which its adapter_config.json has places",
+        ),
     ],
 )
 def test_an_adapter_that_would_load_in_part_is_refused(lora, tmp_path, change, says):
@@ -982,7 +1164,7 @@ def test_an_adapter_that_would_load_in_part_is_refused(lora, tmp_path, change, s
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change.get("config", {})))
     with pytest.raises(ValueError, match=says):
-        vlm.load(str(tmp_path), trainable=False)
+        pretrained.load(str(tmp_path), trainable=False)
 
 
 def adapter_alone(lora, folder, **config):
@@ -996,10 +1178,10 @@ def adapter_alone(lora, folder, **config):
 def test_an_adapter_alone_takes_the_processor_of_its_base(lora, tmp_path):
     folder = adapter_alone(lora, tmp_path)
     assert not list(folder.glob("*token*")) and not list(folder.glob("*processor*"))
-    most, tokenizer = vlm.context(str(folder))
+    most, tokenizer = pretrained.context(str(folder))
     assert most == lora.core.config.text_config.max_position_embeddings
     assert tokenizer.get_vocab() == lora.processor.tokenizer.get_vocab()
-    loaded, ids = vlm.load(str(folder), trainable=False), ragged(4, 2)
+    loaded, ids = pretrained.load(str(folder), trainable=False), ragged(4, 2)
     inputs = [each.encode([prompts()["a picture"]]) for each in (loaded, lora)]
     assert torch.equal(inputs[0]["input_ids"], inputs[1]["input_ids"])
     close(loaded(inputs[0], ids).logp, lora.eval()(inputs[1], ids).logp.detach(), 1e-4)
@@ -1010,8 +1192,8 @@ def test_an_adapter_with_a_tokenizer_alone_keeps_it(lora, tmp_path):
     folder, tokenizer = adapter_alone(lora, tmp_path), copy.deepcopy(lora.processor.tokenizer)
     tokenizer.chat_template = "{{ 'Listen. ' }}" + lora.processor.chat_template
     tokenizer.save_pretrained(folder)
-    assert vlm.context(str(folder))[1].chat_template == tokenizer.chat_template
-    loaded = vlm.load(str(folder), trainable=False)
+    assert pretrained.context(str(folder))[1].chat_template == tokenizer.chat_template
+    loaded = pretrained.load(str(folder), trainable=False)
     texts = [
         each.processor.tokenizer.decode(each.encode([prompts()["a picture"]])["input_ids"][0])
         for each in (loaded, lora)
@@ -1027,18 +1209,31 @@ def test_an_adapter_with_a_tokenizer_alone_keeps_it(lora, tmp_path):
             "",
             "adapter_config.json names no base_model_name_or_path; write",
         ),
-        ({"base_model_name_or_path": "/gone/base"}, "", "is an adapter of /gone/base, which is not there. Put it back"),
-        ({"base_model_name_or_path": "a/gone/base"}, "", "is an adapter of a/gone/base, which is not there"),
+        (
+            {"base_model_name_or_path": "/gone/base"},
+            "",
+            "is an adapter of /gone/base, which is not there. Put it back",
+        ),
+        (
+            {"base_model_name_or_path": "a/gone/base"},
+            "",
+            "is an adapter of a/gone/base, which is not there",
+        ),
         ({"peft_type": "MAGIC"}, "", r"adapter_config.json cannot be read \('MAGIC'\)"),
-        ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2}, "", "is a PROMPT_TUNING adapter, which no weights"),
+        (
+            {"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 2},
+            "",
+            "is a PROMPT_TUNING adapter, which cannot be merged",
+        ),
         ({}, "adapter_model.safetensors", r"holds no weights \(adapter_model.safetensors\)"),
     ],
 )
-def test_an_adapter_that_cannot_be_put_on_is_refused_before_its_base_is_loaded(lora, tmp_path, config, lost, says):
+def test_an_adapter_that_cannot_be_put_on_is_refused(lora, tmp_path, config, lost, says):
+    """An adapter that cannot be put on is refused before its base is loaded."""
     folder = adapter_alone(lora, tmp_path, **config)
     if lost:
         (folder / lost).unlink()
-    for opened in (vlm.context, vlm.load):
+    for opened in (pretrained.context, pretrained.load):
         with pytest.raises((ValueError, OSError), match=says) as caught:
             opened(str(folder))
         assert "\n" not in str(caught.value)
@@ -1046,9 +1241,13 @@ def test_an_adapter_that_cannot_be_put_on_is_refused_before_its_base_is_loaded(l
 
 def test_an_adapter_of_another_rank_is_refused_with_the_sizes(lora, tmp_path):
     folder = adapter_alone(lora, tmp_path, r=8)
-    with pytest.raises(ValueError, match=r"differ: size mismatch for .*lora_A.*\[4, \d+\].*\[8, \d+\]") as caught:
-        vlm.load(str(folder), trainable=False)
-    assert str(caught.value).startswith(f"{folder} and its adapter_config.json") and "\n" not in str(caught.value)
+    with pytest.raises(
+        ValueError, match=r"differ: size mismatch for .*lora_A.*\[4, \d+\].*\[8, \d+\]"
+    ) as caught:
+        pretrained.load(str(folder), trainable=False)
+    assert str(caught.value).startswith(
+        f"{folder} and its adapter_config.json"
+    ) and "\n" not in str(caught.value)
 
 
 def reweighed(folder, change):
@@ -1072,7 +1271,8 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"  # as the file calls it
         (lambda w: {f"base_model.model.{k}": v for k, v in w.items()}, r"lack 81 .* hold 81 .* \(base_model\."),
         (
             lambda w: {k.replace("q_proj.", "q_proj.base_layer."): v for k, v in w.items()},
-            r"lack 8 weights .* and hold 8 .*q_proj.base_layer.bias\); give a whole checkpoint, with any LoRA merged",
+            r"lack 8 weights .* and hold 8 .*q_proj.base_layer.bias\); give a whole checkpoint, "
+            r"with any LoRA merged",
         ),
         (lambda w: w | {QUERY: torch.zeros(2, 3)}, r"1 of another size .*q_proj.weight: \[2, 3\], not \[128, 128\]"),
     ],
@@ -1081,7 +1281,7 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"  # as the file calls it
 def test_a_checkpoint_that_would_load_in_part_is_refused(shipped, change, says):
     folder = reweighed(shipped("config.json", {}), change)
     with pytest.raises(ValueError, match=says) as caught:
-        vlm.load(str(folder))
+        pretrained.load(str(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -1090,19 +1290,22 @@ def test_a_head_that_is_the_embedding_is_not_missed(shipped):
         shipped("config.json", {"tie_word_embeddings": True}),
         lambda w: {name: value for name, value in w.items() if name != "lm_head.weight"},
     )
-    core = vlm.load(str(folder)).core
+    core = pretrained.load(str(folder)).core
     assert core.lm_head.weight is core.get_input_embeddings().weight
 
 
 def weights_in_parts(folder):
-    core = vlm.load(str(folder)).core
+    core = pretrained.load(str(folder)).core
     (folder / "model.safetensors").unlink()
     core.save_pretrained(folder, max_shard_size="200KB")
     return sorted(folder.glob("model-*"))
 
 
-@pytest.mark.parametrize("how", ["gone", "cut", "git-lfs", "cut, older", "a part gone", "a part cut"])
-def test_files_that_are_not_whole_are_refused_before_anything_is_loaded(shipped, how):
+@pytest.mark.parametrize(
+    "how", ["gone", "cut", "git-lfs", "cut, older", "a part gone", "a part cut"]
+)
+def test_files_that_are_not_whole_are_refused(shipped, how):
+    """Files that are not whole are refused before anything is loaded."""
     folder = shipped("config.json", {})
     file = folder / "model.safetensors"
     if how == "gone":
@@ -1112,17 +1315,21 @@ def test_files_that_are_not_whole_are_refused_before_anything_is_loaded(shipped,
     elif how == "cut, older":
         torch.save(load_file(file), folder / "pytorch_model.bin")
         file.unlink()
-        vlm.load(str(folder))  # a whole one is read
+        pretrained.load(str(folder))  # a whole one is read
         file = folder / "pytorch_model.bin"
     elif how.startswith("a part"):
         _, file, *_ = weights_in_parts(folder)
-        vlm.context(str(folder))
+        pretrained.context(str(folder))
     if "part gone" in how:
         file.unlink()
     elif "cut" in how:
         file.write_bytes(file.read_bytes()[:-99])
-    says = f"{folder} holds no weights (model.safetensors)" if how == "gone" else f"{file} is not whole ("
-    for opened in (vlm.context, vlm.load):
+    says = (
+        f"{folder} holds no weights (model.safetensors)"
+        if how == "gone"
+        else f"{file} is incomplete ("
+    )
+    for opened in (pretrained.context, pretrained.load):
         with pytest.raises((ValueError, OSError), match=re.escape(says)) as caught:
             opened(str(folder))
         assert "\n" not in str(caught.value)
@@ -1139,9 +1346,11 @@ def test_files_that_are_not_whole_are_refused_before_anything_is_loaded(shipped,
 def test_a_quantised_model_is_refused_before_it_is_loaded(shipped, lora, tmp_path, config, method):
     folder = shipped("config.json", {"quantization_config": config})
     adapter = adapter_alone(lora, tmp_path / "adapter", base_model_name_or_path=str(folder))
-    for opened in (vlm.context, vlm.load):
+    for opened in (pretrained.context, pretrained.load):
         for path, it in ((folder, "it"), (adapter, f"its base {folder}")):
-            with pytest.raises(ValueError, match=re.escape(f"{it} is quantised ({method}); give the unquantised")):
+            with pytest.raises(
+                ValueError, match=re.escape(f"{it} is quantised ({method}); give the unquantised")
+            ):
                 opened(str(path))
 
 
@@ -1150,15 +1359,19 @@ def test_a_folder_without_a_tokenizer_is_refused(shipped, lost):
     folder = shipped("config.json", {})
     for name in lost:
         (folder / name).unlink()
-    for opened in (vlm.context, vlm.load):
-        with pytest.raises(ValueError, match=r"its tokenizer lacks .* the image token of its config.json"):
+    for opened in (pretrained.context, pretrained.load):
+        with pytest.raises(
+            ValueError, match=r"its tokenizer lacks .* the image token of its config.json"
+        ):
             opened(str(folder))
 
 
 def test_a_tokenizer_of_another_model_is_refused(shipped):
     folder = shipped("config.json", {"image_token_id": 77})
-    with pytest.raises(ValueError, match=r"lacks .* the image token of its config.json \(<\|image_pad\|>, 77\)"):
-        vlm.context(str(folder))
+    with pytest.raises(
+        ValueError, match=r"lacks .* the image token of its config.json \(<\|image_pad\|>, 77\)"
+    ):
+        pretrained.context(str(folder))
 
 
 @pytest.mark.parametrize(
@@ -1166,8 +1379,14 @@ def test_a_tokenizer_of_another_model_is_refused(shipped):
     [
         ("{% for m in messages %}{{ m.role }", "its chat template cannot be used (unexpected '}')"),
         ("{{ raise_exception('no user') }}", "its chat template cannot be used (no user)"),
-        ("{{ messages[0].a.b }}", "its chat template cannot be used ('dict object' has no attribute 'a')"),
-        ("{% for m in messages %}{{ 'x' + m.content }}{% endfor %}", "its chat template cannot be used ("),
+        (
+            "{{ messages[0].a.b }}",
+            "its chat template cannot be used ('dict object' has no attribute 'a')",
+        ),
+        (
+            "{% for m in messages %}{{ 'x' + m.content }}{% endfor %}",
+            "its chat template cannot be used (",
+        ),
         ("{{ 'who cares' }}", "its chat template leaves out pictures or words"),
         (
             "{% for m in messages %}{{ m.content | string }}{% endfor %}",
@@ -1179,7 +1398,7 @@ def test_a_chat_template_that_cannot_be_used_is_refused(shipped, template, says)
     folder = shipped("config.json", {})
     (folder / "chat_template.jinja").write_text(template)
     with pytest.raises(ValueError, match=re.escape(says)) as caught:
-        vlm.context(str(folder))
+        pretrained.context(str(folder))
     assert "\n" not in str(caught.value)
 
 
@@ -1189,8 +1408,8 @@ def test_a_chat_template_that_only_the_tokenizer_has_is_found(shipped, policy):
     (folder / "chat_template.jinja").unlink()
     config = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
-    assert vlm.context(str(folder))[1].chat_template == template
-    theirs = vlm.load(str(folder), trainable=False)
+    assert pretrained.context(str(folder))[1].chat_template == template
+    theirs = pretrained.load(str(folder), trainable=False)
     found = [each.encode([prompts()["a clip"]])["input_ids"] for each in (policy, theirs)]
     assert torch.equal(*found)
 
@@ -1200,26 +1419,31 @@ def test_a_chat_template_that_only_the_processor_has_is_found(shipped, policy):
     template = (folder / "chat_template.jinja").read_text()
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    most, tokenizer = vlm.context(str(folder))
-    assert tokenizer.chat_template == template and most == policy.core.config.text_config.max_position_embeddings
-    theirs = vlm.load(str(folder), trainable=False)
+    most, tokenizer = pretrained.context(str(folder))
+    assert (
+        tokenizer.chat_template == template
+        and most == policy.core.config.text_config.max_position_embeddings
+    )
+    theirs = pretrained.load(str(folder), trainable=False)
     found = [each.encode([prompts()["a clip"]])["input_ids"] for each in (policy, theirs)]
     assert torch.equal(*found)
     (folder / "chat_template.json").unlink()
     with pytest.raises(ValueError, match="it has no chat template; give an Instruct checkpoint"):
-        vlm.context(str(folder))
+        pretrained.context(str(folder))
 
 
-def test_a_model_of_another_family_is_refused_before_it_is_loaded(world, tmp_path):
+def test_a_model_of_another_family_is_refused(world, tmp_path):
+    """A model of another family is refused before it is loaded."""
     with pytest.raises(ValueError, match="it is a qwen2 model, and only Qwen2.5-VL"):
-        vlm.context(str(world / "judge"))
+        pretrained.context(str(world / "judge"))
     config = {"model_type": "qwen3_vl", "architectures": ["Qwen3VLForConditionalGeneration"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="it is a qwen3_vl model, and only Qwen2.5-VL"):
-        vlm.context(str(tmp_path))
+        pretrained.context(str(tmp_path))
 
 
-def test_lora_gradients_reach_the_language_models_adapters_and_nothing_else(lora):
+def test_lora_gradients_reach_the_language_model_s_adapters(lora):
+    """LoRA gradients reach the language model's adapters and nothing else."""
     names = trained(lora)
     layers = lora.core.config.text_config.num_hidden_layers
     assert len(names) == layers * 7 * 2  # q, k, v, o, gate, up, down; A and B
@@ -1227,11 +1451,15 @@ def test_lora_gradients_reach_the_language_models_adapters_and_nothing_else(lora
     assert names == {name for name, p in lora.named_parameters() if p.requires_grad}
 
 
-def test_a_new_adapter_changes_nothing_and_base_takes_a_trained_one_away(world, lora, policy):
-    inputs, ids = policy.encode([prompts()["a picture"], prompts()["a clip"]]), ragged(4, 3).expand(2, 2, 4)
+def test_a_new_adapter_changes_nothing(world, lora, policy):
+    """A new adapter changes nothing. `base` takes a trained one away."""
+    inputs, ids = (
+        policy.encode([prompts()["a picture"], prompts()["a clip"]]),
+        ragged(4, 3).expand(2, 2, 4),
+    )
     with torch.no_grad():
         plain = policy(inputs, ids).logp
-        new = vlm.load(str(world / "policy"), lora_rank=4)
+        new = pretrained.load(str(world / "policy"), lora_rank=4)
         close(new(inputs, ids).logp, plain, 1e-5)
         assert (lora(inputs, ids).logp - plain).abs().max() > 0.1
         with lora.base():
@@ -1245,17 +1473,20 @@ def hf_logp(folder, policy, conversation, ids) -> torch.Tensor:
     """Log-probs of one completion by a model that plain transformers loaded from the folder."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
     with torch.no_grad():
-        return row_by_row(model, never_ids(policy), policy.encode([conversation]), ids[0], (ids.shape[-1],))[0][0]
+        return row_by_row(
+            model, never_ids(policy), policy.encode([conversation]), ids[0], (ids.shape[-1],)
+        )[0][0]
 
 
-def test_a_saved_adapter_is_merged_loads_in_plain_transformers_and_training_goes_on(lora, tmp_path):
+def test_a_saved_adapter_is_merged_and_training_goes_on(lora, tmp_path):
+    """A saved adapter is merged and loads in plain transformers. Training goes on."""
     conversation, ids = prompts()["a picture"], ragged(5)
     inputs = lora.encode([conversation])
     with torch.no_grad():
         before = lora(inputs, ids).logp
     lora.save(tmp_path / "merged")
     close(hf_logp(tmp_path / "merged", lora, conversation, ids), before[0, 0], 1e-4)
-    again = vlm.load(str(tmp_path / "merged"), trainable=False)
+    again = pretrained.load(str(tmp_path / "merged"), trainable=False)
     close(again(again.encode([conversation]), ids).logp, before, 1e-4)
     assert not (tmp_path / "merged" / "adapter_config.json").exists()
 
@@ -1270,7 +1501,8 @@ def test_a_saved_adapter_is_merged_loads_in_plain_transformers_and_training_goes
     close(hf_logp(tmp_path / "later", lora, conversation, ids), after[0, 0], 1e-4)
 
 
-def test_a_fully_trained_policy_saves_what_plain_transformers_and_load_read_back(fresh, tmp_path):
+def test_a_trained_policy_reads_back_in_plain_transformers(fresh, tmp_path):
+    """A fully trained policy saves what plain transformers and `load` read back."""
     with torch.no_grad():
         for p in fresh.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
@@ -1279,14 +1511,16 @@ def test_a_fully_trained_policy_saves_what_plain_transformers_and_load_read_back
     with torch.no_grad():
         want = fresh(fresh.encode([conversation]), ids).logp
     close(hf_logp(tmp_path / "policy", fresh, conversation, ids), want[0, 0], 1e-4)
-    again = vlm.load(str(tmp_path / "policy"), trainable=False)
+    again = pretrained.load(str(tmp_path / "policy"), trainable=False)
     assert torch.equal(again(again.encode([conversation]), ids).logp, want)
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------
 
 
-def test_no_tensor_of_the_head_grows_with_vocabulary_times_length():
+def test_no_head_tensor_grows_with_vocabulary_times_length():
+    """No tensor of the head grows with vocabulary times length."""
+
     class Largest(TorchDispatchMode):
         numbers = 0
 
@@ -1301,7 +1535,7 @@ def test_no_tensor_of_the_head_grows_with_vocabulary_times_length():
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
     ids, banned = torch.randint(5, v, (n,)), [1, 2]
     with Largest() as largest:
-        logp, entropy = vlm.log_prob(hidden, weight, ids, banned, chunk)
+        logp, entropy = shared_prefix.log_prob(hidden, weight, ids, banned, chunk)
         logp.sum().backward()
     assert largest.numbers <= max(chunk, n * d, v * d) < n * v / 50
     got = [logp, entropy, hidden.grad, weight.grad]
@@ -1309,35 +1543,42 @@ def test_no_tensor_of_the_head_grows_with_vocabulary_times_length():
     table = (hidden @ weight.T).index_fill(-1, torch.tensor(banned), -math.inf).log_softmax(-1)
     want = table.gather(-1, ids[:, None])[:, 0]
     want.sum().backward()
-    for x, y in zip(got, [want, torch.special.entr(table.exp()).sum(-1), hidden.grad, weight.grad], strict=True):
+    for x, y in zip(
+        got, [want, torch.special.entr(table.exp()).sum(-1), hidden.grad, weight.grad], strict=True
+    ):
         torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-4)
 
 
-# --- the local judge --------------------------------------------------------------------------------------------------
+# --- the local judge ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def questions():
     rng = random.Random(5)
-    cases = [shapes.judge_case(rng) for _ in range(24)]
-    return [shapes.caption_reward.judge_prompt(q, c * (1 + i % 3)) for i, (q, c, _, _) in enumerate(cases)]
+    cases = [models.judge_case(rng) for _ in range(24)]
+    return [
+        models.caption_reward.judge_prompt(q, c * (1 + i % 3))
+        for i, (q, c, _, _) in enumerate(cases)
+    ]
 
 
-def test_the_judge_is_deterministic_and_does_not_depend_on_batch_or_order(world, questions):
-    judge = vlm.LocalJudge(str(world / "judge"))
+def test_the_judge_does_not_depend_on_batch_or_order(world, questions):
+    """The judge is deterministic. It does not depend on batch or order."""
+    judge = judges.LocalJudge(str(world / "judge"))
     replies = judge(questions)
     assert len(replies) == len(questions) and len(set(replies)) > 3  # it tells questions apart
     assert judge(questions) == replies
     assert judge(questions[::-1]) == replies[::-1]
-    assert vlm.LocalJudge(str(world / "judge"), batch=1)(questions) == replies
-    assert vlm.LocalJudge(str(world / "judge"), batch=7)(questions) == replies
+    assert judges.LocalJudge(str(world / "judge"), batch=1)(questions) == replies
+    assert judges.LocalJudge(str(world / "judge"), batch=7)(questions) == replies
     assert judge([]) == []
 
 
-def test_the_judges_replies_are_those_of_plain_unpadded_greedy_generation(world, questions):
+def test_the_judges_replies_are_those_of_plain_greedy(world, questions):
+    """The judge's replies are those of plain, unpadded, greedy generation."""
     tokenizer = AutoTokenizer.from_pretrained(world / "judge")
     model = AutoModelForCausalLM.from_pretrained(world / "judge").eval()
-    replies = vlm.LocalJudge(str(world / "judge"), max_new_tokens=3)(questions[:6])
+    replies = judges.LocalJudge(str(world / "judge"), max_new_tokens=3)(questions[:6])
     for question, reply in zip(questions[:6], replies, strict=True):
         text = f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n"
         ids = torch.tensor([tokenizer(text).input_ids])
@@ -1346,11 +1587,17 @@ def test_the_judges_replies_are_those_of_plain_unpadded_greedy_generation(world,
                 ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
             if ids[0, -1] == tokenizer.eos_token_id:
                 break
-        assert reply == tokenizer.decode(ids[0, len(tokenizer(text).input_ids) :], skip_special_tokens=True)
+        assert reply == tokenizer.decode(
+            ids[0, len(tokenizer(text).input_ids) :], skip_special_tokens=True
+        )
 
 
 def test_sampling_settings_that_a_judge_ships_change_nothing(world, tmp_path, questions):
     shutil.copytree(world / "judge", tmp_path / "judge")
     path = tmp_path / "judge" / "generation_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | SHIPPED | {"temperature": 5.0, "top_k": 0}))
-    assert vlm.LocalJudge(str(tmp_path / "judge"))(questions) == vlm.LocalJudge(str(world / "judge"))(questions)
+    path.write_text(
+        json.dumps(json.loads(path.read_text()) | SHIPPED | {"temperature": 5.0, "top_k": 0})
+    )
+    assert judges.LocalJudge(str(tmp_path / "judge"))(questions) == judges.LocalJudge(
+        str(world / "judge")
+    )(questions)

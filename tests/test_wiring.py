@@ -9,13 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import config
 import data
-import eval as evaluation
 import grpo
+import measures
 import ntk_infonce
 import train
 import variance_select
-import vlm
+from engine import judges, learner, pretrained, run, vlm
 
 RUNS = {
     "ours": {  # LoRA, every mechanism on
@@ -89,16 +90,24 @@ RUNS = {
         "max_truncated": 1.0,
     },
 }
-# given to every run here; with tests of their own below; and in test_train.py, "the_lenient_rule_is_an_option"
+# given to every run here; with tests of their own below; and in test_train.py,
+# "the_lenient_rule_is_an_option"
 ELSEWHERE = {"world", "output_dir", "quiet", "tracker", "lenient"}
-BASE = {"sft_batch": 8, "responses": 3, "prompts_per_step": 4, "group_size": 2, "max_new_tokens": 4, "nce_weight": 0.1}
+BASE = {
+    "sft_batch": 8,
+    "responses": 3,
+    "prompts_per_step": 4,
+    "group_size": 2,
+    "max_new_tokens": 4,
+    "nce_weight": 0.1,
+}
 PLACES = {  # where values act: calls that are watched
-    "load": (vlm, "load"),
+    "load": (pretrained, "load"),
     "rows": (data, "load"),
     "fitting": (data, "fitting"),
     "prompts": (data, "prompts"),
     "generate": (vlm.VLM, "generate"),
-    "LocalJudge": (vlm, "LocalJudge"),
+    "LocalJudge": (judges, "LocalJudge"),
     "total_reward": (grpo, "total_reward"),
     "loss": (grpo, "grpo_loss"),
     "select": (variance_select, "select_top_variance"),
@@ -107,9 +116,9 @@ PLACES = {  # where values act: calls that are watched
     "sketch": (ntk_infonce, "tensor_sketch"),
     "weights": (ntk_infonce, "feature_weights"),
     "adamw": (torch.optim.AdamW, "__init__"),
-    "rate": (train, "rate"),
-    "clip": (train.Run, "clip"),
-    "respond": (evaluation, "respond"),
+    "rate": (learner, "rate"),
+    "clip": (train.Run, "clip_grad_norm"),
+    "respond": (measures, "respond"),
     "seed": (train.Run, "reseed"),
     "backward": (train.Learner, "backward"),
     "held out": (train, "held_out_reward"),
@@ -117,7 +126,8 @@ PLACES = {  # where values act: calls that are watched
 
 
 class Seen(defaultdict):
-    """What one run did: (arguments, named arguments) of each call at a place, its folder, what it printed."""
+    """What one run did: (arguments, named arguments) of each call at a place, its folder, what it
+    printed."""
 
     def one(self, place, name):
         """The one value that a named argument has in all calls that have it."""
@@ -137,10 +147,13 @@ def watch(monkeypatch, calls):
 
 
 def varied(parts, judge, cfg, original=train.reward):
-    """Rewards as they are, but for the accuracy: the untrained policy is never right, and nothing would vary."""
+    """Rewards as they are, but for the accuracy: the untrained policy is never right, and nothing
+    would vary."""
     found = original(parts, judge, cfg)
     for rewards, _ in found:
-        rewards["accuracy"] = (torch.arange(rewards["accuracy"].shape[1]) % 2).expand_as(rewards["accuracy"]).float()
+        rewards["accuracy"] = (
+            (torch.arange(rewards["accuracy"].shape[1]) % 2).expand_as(rewards["accuracy"]).float()
+        )
     return found
 
 
@@ -160,7 +173,7 @@ def ran(world, tmp_path_factory):
                 calls["endpoint"].append((args, named))
                 return lambda prompts: ["A"] * len(prompts)
 
-            monkeypatch.setattr(evaluation, "EndpointJudge", endpoint)
+            monkeypatch.setattr(judges, "EndpointJudge", endpoint)
             monkeypatch.setattr(train, "reward", varied)
 
             def save(learner, calls=calls, original=train.Learner._save_checkpoint):
@@ -169,7 +182,9 @@ def ran(world, tmp_path_factory):
 
             monkeypatch.setattr(train.Learner, "_save_checkpoint", save)
             printed = []
-            monkeypatch.setattr(train.Run, "say", lambda self, text, printed=printed: printed.append(text))
+            monkeypatch.setattr(
+                train.Run, "say", lambda self, text, printed=printed: printed.append(text)
+            )
             words = [f"--{key}={value}" for key, value in options.items()]
             cfg = train.parse_config([*words, f"--world={world}", f"--output_dir={folder}"])
             assert all(getattr(cfg, key) == value for key, value in options.items())
@@ -185,7 +200,9 @@ def lines(folder, name):
 
 def test_every_option_is_tried_here():
     defaults = {field.name: field.default for field in fields(train.Config)}
-    tried = {name for run in RUNS.values() for name, value in run.items() if value != defaults[name]}
+    tried = {
+        name for run in RUNS.values() for name, value in run.items() if value != defaults[name]
+    }
     assert set(defaults) - tried - ELSEWHERE == set()
 
 
@@ -198,19 +215,24 @@ def test_models_are_loaded_as_asked(ran):
             seen.cfg.max_pixels,
         )
     first = {name: seen["load"][0][0][0] for name, seen in ran.items()}
-    assert first["ours"] == str(Path(ran["ours"].cfg.world) / "policy") and first["grpo"] == ran["grpo"].cfg.model
+    assert (
+        first["ours"] == str(Path(ran["ours"].cfg.world) / "policy")
+        and first["grpo"] == ran["grpo"].cfg.model
+    )
     assert not (ran["ours"].folder / "rl/policy/adapter_config.json").exists(), "merged"
     names = load_file(ran["grpo"].folder / "rl/policy/model.safetensors")
     before = load_file(ran["grpo"].folder / "sft/policy/model.safetensors")
-    assert any("visual" in name and not torch.equal(names[name], before[name]) for name in names), "vision is trained"
+    assert any("visual" in name and not torch.equal(names[name], before[name]) for name in names), (
+        "vision is trained"
+    )
 
 
 def test_rows_and_prompts_are_as_asked(ran):
     for seen in ran.values():
-        limits = (seen.cfg.min_pixels, seen.cfg.max_pixels, seen.cfg.fps, seen.cfg.max_frames)
-        assert all(args[3:] == (True, *limits) for args, _ in seen["fitting"])
-        assert all(args[1:] == (True, seen.cfg.fps, seen.cfg.max_frames) for args, _ in seen["prompts"])
-    assert [args[2] for args, _ in ran["ours"]["fitting"]] == [400]
+        assert seen["fitting"] and all(args[2] is seen.cfg for args, _ in seen["fitting"])
+        assert all(
+            args[1:] == (True, seen.cfg.fps, seen.cfg.max_frames) for args, _ in seen["prompts"]
+        )
     assert [args[:2] for args, _ in ran["grpo"]["rows"]] == [(ran["grpo"].cfg.data, "skip")]
 
 
@@ -225,15 +247,25 @@ def test_the_judge_is_the_one_that_was_asked_for(ran):
 def test_stages_take_as_many_updates_of_as_many_rows(ran):
     ours, other = ran["ours"], ran["grpo"]
     for seen, sft, rl in ((ours, 2, 4), (other, 2, 2)):  # a fifth of 60 rows by 8; 6 prompts by 4
-        assert [len(lines(seen.folder, f"{stage}/metrics.jsonl")) for stage in ("sft", "rl")] == [sft, rl]
+        assert [len(lines(seen.folder, f"{stage}/metrics.jsonl")) for stage in ("sft", "rl")] == [
+            sft,
+            rl,
+        ]
         rollouts = lines(seen.folder, "rl/rollouts.jsonl")
-        assert len(rollouts) == rl * 4 and {len(line["text"]) for line in rollouts} == {seen.cfg.group_size}
+        assert len(rollouts) == rl * 4 and {len(line["text"]) for line in rollouts} == {
+            seen.cfg.group_size
+        }
         scores = lines(seen.folder, "select/scores.jsonl")
         assert {len(line["accuracy"]) for line in scores} == {seen.cfg.responses}
         asked = {args[2:4] for args, _ in seen["generate"]}  # n, max_new_tokens
-        assert asked == {(n, seen.cfg.max_new_tokens) for n in (seen.cfg.responses, seen.cfg.group_size, 1)}
+        assert asked == {
+            (n, seen.cfg.max_new_tokens) for n in (seen.cfg.responses, seen.cfg.group_size, 1)
+        }
     assert [len(args[0]) for args, _ in ours["prompts"]][:2] == [5, 5], "sft_batch"
-    sizes = {n: [len(args[1]["input_ids"]) for args, _ in ours["generate"] if args[2] == n] for n in (4, 3)}
+    sizes = {
+        n: [len(args[1]["input_ids"]) for args, _ in ours["generate"] if args[2] == n]
+        for n in (4, 3)
+    }
     assert sizes[4] == [7, 5], "select_batch"
     assert sizes[3] == [3, 1] * 4, "prompts_per_pass"
     assert max(len(args[1]) for args, _ in ours["respond"]) == 3, "eval_batch"
@@ -256,18 +288,27 @@ def test_the_loss_is_the_one_that_was_asked_for(ran):
             assert seen.one("loss", name) == getattr(seen.cfg, name)
         assert seen.one("loss", "max_tokens") == seen.cfg.max_new_tokens
         assert all(args[1] == seen.cfg.reward_weights for args, _ in seen["total_reward"])
-    assert ran["ours"].cfg.reward_weights == {"accuracy": 2.0, "format": 0.3, "caption": 0.5, "leak": 0.25}
+    assert ran["ours"].cfg.reward_weights == {
+        "accuracy": 2.0,
+        "format": 0.3,
+        "caption": 0.5,
+        "leak": 0.25,
+    }
 
 
 def test_eq_4_is_the_one_that_was_asked_for(ran):
     ours, other = ran["ours"], ran["grpo"]
     assert {args[1:] for args, _ in ours["info_nce"]} == {(0.2, 0.7)} and not ours["quantile_tau"]
     assert {args[1] for args, _ in other["quantile_tau"]} == {0.3}
-    assert {args[0] for args, _ in ours["weights"]} == {"best"} and {args[5] for args, _ in ours["sketch"]} == {64}
+    assert {args[0] for args, _ in ours["weights"]} == {"best"} and {
+        args[5] for args, _ in ours["sketch"]
+    } == {64}
     assert {args[0] for args, _ in other["weights"]} == {"reference"} and not other["sketch"]
     assert {args[2] for args, _ in other["info_nce"]} == {1.0}
     for seen in ran.values():  # the loss that is handed on is Eq. 1 plus the weight times Eq. 4
-        passes = [args[1] for args, _ in seen["backward"]][seen.cfg.sft_steps if not seen.cfg.sft_epochs else 2 :]
+        passes = [args[1] for args, _ in seen["backward"]][
+            seen.cfg.sft_steps if not seen.cfg.sft_epochs else 2 :
+        ]
         assert len(passes) == len(seen["loss"]) == len(seen["info_nce"])
 
 
@@ -282,20 +323,28 @@ def test_the_optimiser_is_the_one_that_was_asked_for(ran):
         assert rates == {(round(cfg.warmup * n), n) for n in steps}
     ours = lines(ran["ours"].folder, "rl/metrics.jsonl")
     shares = [line["lr"] / 2e-4 for line in ours]  # of the second iteration of each update
-    assert shares == pytest.approx([train.rate(i, 2, 8) for i in (1, 3, 5, 7)])
+    assert shares == pytest.approx([learner.rate(i, 2, 8) for i in (1, 3, 5, 7)])
     assert len(ran["ours"]["clip"]) == 2 + 4 * 2
 
 
 def test_what_a_run_keeps_and_says_is_as_asked(ran):
     ours, other = ran["ours"], ran["grpo"]
-    assert [saved for saved in ours["saved"] if saved[0] == "rl"] == [("rl", 1, 1), ("rl", 2, 2), ("rl", 3, 2)]
+    assert [saved for saved in ours["saved"] if saved[0] == "rl"] == [
+        ("rl", 1, 1),
+        ("rl", 2, 2),
+        ("rl", 3, 2),
+    ]
     assert not other["saved"]
     rows = [{len(args[0]) for args, _ in seen["held out"]} for seen in (ours, other)]
     assert rows == [{3}, {10}], "all ten test rows by default"
-    shown = [text for text in ours.printed if text.startswith("  ") and "[" in text and "\n" in text]
+    shown = [
+        text for text in ours.printed if text.startswith("  ") and "[" in text and "\n" in text
+    ]
     assert len(shown) == 2, "of updates 2 and 4"
     cut = "of responses were cut at --max_new_tokens"
-    assert any(cut in text for text in ours.printed) and not any(cut in text for text in other.printed)
+    assert any(cut in text for text in ours.printed) and not any(
+        cut in text for text in other.printed
+    )
 
 
 def test_a_run_says_nothing_where_it_is_quiet(world, tmp_path, capsys):
@@ -315,9 +364,7 @@ def test_a_tracker_is_handed_to_accelerate(world, tmp_path, monkeypatch):
         asked.append(options["log_with"])
         raise Stop
 
-    import run
-
-    monkeypatch.setattr(train.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(config.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(run, "Accelerator", accelerator)
     with pytest.raises(Stop):
         train.Run(train.Config(output_dir=str(tmp_path / "run"), tracker="tensorboard"))
@@ -327,7 +374,9 @@ def test_a_tracker_is_handed_to_accelerate(world, tmp_path, monkeypatch):
 def test_the_number_of_updates_that_may_be_skipped_is_as_asked(world, tmp_path, monkeypatch):
     original = grpo.grpo_loss
     monkeypatch.setattr(
-        grpo, "grpo_loss", lambda *a, **k: [x * float("nan") if not i else x for i, x in enumerate(original(*a, **k))]
+        grpo,
+        "grpo_loss",
+        lambda *a, **k: [x * float("nan") if not i else x for i, x in enumerate(original(*a, **k))],
     )
     options = "--sft_steps 0 --selection false --rl_steps 5 --prompts_per_step 3 --group_size 2 --max_new_tokens 3"
     for most in (1, 3):
@@ -337,13 +386,14 @@ def test_the_number_of_updates_that_may_be_skipped_is_as_asked(world, tmp_path, 
 
 
 def test_a_gradient_is_clipped_to_the_norm_that_was_asked_for(world, tmp_path):
-    """What the optimiser is given has that norm; a bound that is never met leaves the gradient alone."""
+    """What the optimiser is given has that norm; a bound that is never met leaves the gradient
+    alone."""
     for most in (0.5, 1e9):
         cfg = train.Config(output_dir=f"{tmp_path}/{most}", max_grad_norm=most, quiet=True)
         layer = torch.nn.Linear(4, 3)
         layer(torch.full((8, 4), 9.0)).sum().backward()
         norm = torch.cat([p.grad.flatten() for p in layer.parameters()]).norm().item()
         run = train.Run(cfg)
-        assert run.clip(layer, cfg.max_grad_norm) == pytest.approx(norm)
+        assert run.clip_grad_norm(layer, cfg.max_grad_norm) == pytest.approx(norm)
         clipped = torch.cat([p.grad.flatten() for p in layer.parameters()]).norm().item()
         assert clipped == pytest.approx(min(norm, most), rel=1e-4)

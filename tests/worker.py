@@ -1,9 +1,10 @@
-"""What one process of test_processes.py runs: train.main with rewards that are known, and a record of what it did.
+"""What one process of test_processes.py runs: train.main with rewards that are known, and a record
+of what it did.
 
     accelerate launch --config_file FILE tests/worker.py OUT.json VARIANTS.json
 
-VARIANTS: {name: [options of train.py..., FAULT=...]}. OUT: {name: what was seen}; gradients and weights of every update
-go to OUT.json.NAME.safetensors.
+VARIANTS: {name: [options of train.py..., FAULT=...]}. OUT: {name: what was seen}; gradients and
+weights of every update go to OUT.json.NAME.safetensors.
 """
 
 import json
@@ -15,9 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import media
 import train
-import vlm
+from engine import judges, media_check
 
 torch.set_num_threads(1)
 REWARDS = ("accuracy", "format", "caption")
@@ -25,8 +25,8 @@ ORIGINAL = {
     "update": train.Learner.update,
     "roll_out": train.roll_out,
     "reward": train.reward,
-    "order": train.Run.order,
-    "_check_media": media._check_media,
+    "order": train.Run.permutation,
+    "check_media": media_check.check_media,
 }
 
 
@@ -43,16 +43,23 @@ class Variant:
         train.Learner.update = lambda learner: self.update(learner)
         train.reward = self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
         train.roll_out = self.roll_out
-        train.Run.order = lambda run, *where: self.order(run, *where)
-        media._check_media = self._check_media
+        train.Run.permutation = lambda run, *where: self.order(run, *where)
+        media_check.check_media = self.check_media
         train.main(self.cfg)
-        counts, opened = (self.run.gather([count]) for count in (collectives() - self.start, self.opened))
-        seen = {"processes": len(counts), "collectives": counts, "opened": opened, "updates": self.updates}
+        counts, opened = (
+            self.run.gather_object([count]) for count in (collectives() - self.start, self.opened)
+        )
+        seen = {
+            "processes": len(counts),
+            "collectives": counts,
+            "opened": opened,
+            "updates": self.updates,
+        }
         return seen | {"sharded": self.run.sharded}
 
-    def _check_media(self, *args):
+    def check_media(self, *args):
         self.opened += 1
-        return ORIGINAL["_check_media"](*args)
+        return ORIGINAL["check_media"](*args)
 
     def update(self, learner) -> None:
         """Keep what the optimiser is given and what it makes of it."""
@@ -62,7 +69,9 @@ class Variant:
             x for pair in optimizer_of(learner).pairs for x in pair
         ]
         share = max(
-            x.to_local().numel() / x.numel() if hasattr(x, "to_local") else 1.0 for x in tensors if x.numel() > 99
+            x.to_local().numel() / x.numel() if hasattr(x, "to_local") else 1.0
+            for x in tensors
+            if x.numel() > 99
         )
         for name, p in learner._weights().items():
             self.tensors[f"gradient/{k}/{name}"] = full(p.grad)
@@ -72,15 +81,20 @@ class Variant:
             self.tensors[f"weight/{k}/{name}"] = full(p)
 
     def reward(self, parts, judge, cfg):
-        """Three rewards that follow from prompt and response number; some are unknown, some groups tied."""
+        """Three rewards that follow from prompt and response number; some are unknown, some groups
+        tied."""
         found = []
         for part in parts:
             n = len(part.text[0])
-            tables = {name: torch.zeros(len(part.samples), n, dtype=torch.float64) for name in REWARDS}
+            tables = {
+                name: torch.zeros(len(part.samples), n, dtype=torch.float64) for name in REWARDS
+            }
             for i, sample in enumerate(part.samples):
                 chance = random.Random(sample.id)
                 for table in tables.values():
-                    table[i] = torch.tensor([chance.choice((0.0, 1.0, 1.0, float("nan"))) for _ in range(n)])
+                    table[i] = torch.tensor(
+                        [chance.choice((0.0, 1.0, 1.0, float("nan"))) for _ in range(n)]
+                    )
                     if sample.data_type == self.faults.get("TIED"):
                         table[i] = 1.0
             tables["leak"] = torch.zeros(len(part.samples), n, dtype=torch.float64)
@@ -90,16 +104,26 @@ class Variant:
     def roll_out(self, batch, *args):
         if rank() == 1 and len(batch) > int(self.faults.get("MEMORY", 10**9)):
             raise RuntimeError(
-                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+                "9 bytes"
             )
         part = ORIGINAL["roll_out"](batch, *args)
         if "JUDGE" in self.faults:  # an untrained policy writes no captions
-            form = "<prethink>x</prethink><caption>{} {}</caption><think>y</think><answer>A</answer>"
-            part.text = [[form.format(s.id, k) for k in range(len(row))] for s, row in zip(part.samples, part.text)]
+            form = (
+                "<prethink>x</prethink><caption>{} {}</caption><think>y</think><answer>A</answer>"
+            )
+            part.text = [
+                [form.format(s.id, k) for k in range(len(row))]
+                for s, row in zip(part.samples, part.text)
+            ]
         return part
 
     def order(self, run, stage, epoch, n):
-        return list(range(n)) if "UNSHUFFLED" in self.faults else ORIGINAL["order"](run, stage, epoch, n)
+        return (
+            list(range(n))
+            if "UNSHUFFLED" in self.faults
+            else ORIGINAL["order"](run, stage, epoch, n)
+        )
 
 
 def optimizer_of(learner):
@@ -121,7 +145,9 @@ def collectives() -> int:
     return group._get_sequence_number_for_group() if group else 0
 
 
-def dying(judge: vlm.LocalJudge, prompts: list[str], original=vlm.LocalJudge.__call__) -> list[str | None]:
+def dying(
+    judge: judges.LocalJudge, prompts: list[str], original=judges.LocalJudge.__call__
+) -> list[str | None]:
     """A judge that is reached when it is tried, and afterwards in one process no more."""
     judge.asked = getattr(judge, "asked", 0) + 1
     return [None] * len(prompts) if judge.asked > 2 and rank() == 1 else original(judge, prompts)
@@ -129,16 +155,18 @@ def dying(judge: vlm.LocalJudge, prompts: list[str], original=vlm.LocalJudge.__c
 
 def main(out: Path, variants: dict[str, list[str]]) -> None:
     results = {}
-    train.finish = lambda run: None  # draws the report, and takes the process group from the next variant
+    # draws the report, and takes the process group from the next variant
+    train.finish = lambda run: None
     for name, options in variants.items():
         variant = Variant(options)
         if variant.faults.get("JUDGE") == "dies":
-            vlm.LocalJudge.__call__ = dying
+            judges.LocalJudge.__call__ = dying
         results[name] = variant.play()
         if rank() == 0:
             save_file(variant.tensors, f"{out}.{name}.safetensors")
             out.write_text(json.dumps(results))
-    if torch.distributed.is_initialized():  # threads of it that outlive the interpreter abort the process
+    # threads of it that outlive the interpreter abort the process
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
 

@@ -1,4 +1,5 @@
-"""shapes.py: the dataset is read back from its files, pixel by pixel, by a reader that knows nothing of its scenes."""
+"""scenes.py: the dataset is read back from its files, pixel by pixel, by a reader that knows
+nothing of its scenes."""
 
 import itertools
 import json
@@ -19,16 +20,17 @@ from transformers import AutoTokenizer
 
 import data
 import reasoning
-import shapes
+import world
+from world import models, scenes
 
 torch.set_num_threads(1)
 SIZES = {"cold_start": 500, "train": 60, "test": 150, "test_prior_breaking": 150, "test_pairs": 60}
-SHAPES = tuple(shapes.PRIOR)
-GRID, CELL = len(shapes.ROWS), shapes.CELL
+SHAPES = tuple(scenes.PRIOR)
+GRID, CELL = len(scenes.ROWS), scenes.CELL
 PLACES = tuple(itertools.product(range(GRID), repeat=2))  # reading order
 
 
-# --- a brute-force reader: PNG or MP4 -> what is in it ---------------------------------------------------------------
+# --- a brute-force reader: PNG or MP4 -> what is in it --------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Seen:
     column: int
 
 
-PALETTE = {**shapes.COLOURS, "white": (255, 255, 255)}  # fills and outline
-GROUND = np.asarray(shapes.draw(random.Random(0), ())).astype(int)
+PALETTE = {**scenes.COLOURS, "white": (255, 255, 255)}  # fills and outline
+GROUND = np.asarray(scenes.draw(random.Random(0), ())).astype(int)
 
 
 def look(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -56,10 +58,13 @@ def main_colour(colours: np.ndarray) -> str:
 
 
 def silhouettes(n: int = 60) -> tuple[list[str], np.ndarray]:
-    """Every shape alone in the first cell, drawn n times: what a reader has learned the shapes from."""
+    """Every shape alone in the first cell, drawn n times: what a reader has learned the shapes
+    from."""
     rng, names, masks = random.Random(1), [], []
     for shape, _ in itertools.product(SHAPES, range(n)):
-        picture = np.asarray(shapes.draw(rng, (shapes.Thing(shape, rng.choice(list(shapes.COLOURS)), 0, 0),)))
+        picture = np.asarray(
+            scenes.draw(rng, (scenes.Thing(shape, rng.choice(list(scenes.COLOURS)), 0, 0),))
+        )
         names.append(shape)
         masks.append(look(picture)[0][:CELL, :CELL])
     return names, np.stack(masks)
@@ -92,7 +97,8 @@ def read_clip(path: Path) -> tuple[str, str, int]:
     centres = np.array([np.argwhere(drawn).mean(0) for drawn, _ in looks])
     steps, total = np.diff(centres, axis=0), centres[-1] - centres[0]
     axis = int(np.abs(total).argmax())
-    assert abs(abs(total[axis]) - (GRID - 1) * CELL) < 6 and abs(total[1 - axis]) < 6  # from edge to edge, straight
+    # from edge to edge, straight
+    assert abs(abs(total[axis]) - (GRID - 1) * CELL) < 6 and abs(total[1 - axis]) < 6
     assert (steps[:, axis] * np.sign(total[axis]) > 0).all()  # every frame takes it further
     return colour, (("up", "down"), ("left", "right"))[axis][int(total[axis] > 0)], len(looks)
 
@@ -108,14 +114,16 @@ def letter(row: dict, text: str) -> str:
 
 
 def answer_by_looking(folder: Path, row: dict, prior: bool = False) -> str:
-    """The answer from the file alone; or, with `prior`, that of one who knows the shapes' habits instead."""
+    """The answer from the file alone; or, with `prior`, that of one who knows the shapes' habits
+    instead."""
     shape, kind = asked_about(row), row["category"]
-    colour, usual_row, direction, companion = shapes.PRIOR[shape]
+    colour, usual_row, direction, companion = scenes.PRIOR[shape]
     if kind == "motion":
         return letter(row, direction if prior else read_clip(folder / row["path"])[1])
     seen = read_picture(folder / row["path"])
     found = [t for t in seen if t.shape == shape]
-    accompanied = prior and any(t.shape == companion for t in seen) and len(seen) < GRID**2  # room for one more
+    # room for one more
+    accompanied = prior and any(t.shape == companion for t in seen) and len(seen) < GRID**2
     if kind == "count":
         return str(len(found) + accompanied)
     if kind == "existence":
@@ -123,13 +131,13 @@ def answer_by_looking(folder: Path, row: dict, prior: bool = False) -> str:
     (only,) = found  # the question has one answer
     if kind == "colour":
         return letter(row, colour if prior else only.colour)
-    return letter(row, usual_row if prior else shapes.ROWS[only.row])
+    return letter(row, usual_row if prior else scenes.ROWS[only.row])
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shapes") / "data"
-    shapes.write_data(folder, SIZES)
+    scenes.write_data(folder, SIZES)
     return folder
 
 
@@ -143,10 +151,11 @@ def solution(row: dict) -> str:
     return row["solution"][8:-9]
 
 
-# --- the files on disk -----------------------------------------------------------------------------------------------
+# --- the files on disk ----------------------------------------------------------------------------
 
 
-def test_the_folder_has_the_official_schema_and_loads_without_a_bad_row(folder, splits):
+def test_the_folder_has_the_official_schema(folder, splits):
+    """The folder has the official schema. It loads without a bad row."""
     samples = data.load(folder)  # raises on any bad row
     assert {split: len(rows) for split, rows in samples.items()} == SIZES
     official = {"data_type", "problem_type", "problem", "options", "path", "solution", "problem_id"}
@@ -159,12 +168,22 @@ def test_the_folder_has_the_official_schema_and_loads_without_a_bad_row(folder, 
             assert set(row) == official | extra
             assert row["path"].startswith("./") and (folder / row["path"]).is_file()
             assert sample.id == row["problem_id"] and sample.answer == solution(row)
-            assert (row["data_type"] == "video") == row["path"].endswith(".mp4") == (row["category"] == "motion")
-            assert (row["problem_type"] == "numerical") == (not row["options"]) == (row["category"] == "count")
+            assert (
+                (row["data_type"] == "video")
+                == row["path"].endswith(".mp4")
+                == (row["category"] == "motion")
+            )
+            assert (
+                (row["problem_type"] == "numerical")
+                == (not row["options"])
+                == (row["category"] == "count")
+            )
     ids = [row["problem_id"] for rows in splits.values() for row in rows]
     assert len(set(ids)) == len(ids) == sum(SIZES.values())
     kinds = Counter(row["category"] for row in splits["train"])
-    assert set(kinds) == set(shapes.KINDS) and set(kinds.values()) == {SIZES["train"] // len(shapes.KINDS)}
+    assert set(kinds) == set(scenes.KINDS) and set(kinds.values()) == {
+        SIZES["train"] // len(scenes.KINDS)
+    }
 
 
 @pytest.mark.parametrize("split", ["train", "test", "test_prior_breaking", "test_pairs"])
@@ -173,7 +192,8 @@ def test_every_answer_can_be_read_off_the_picture_or_clip(folder, splits, split)
         assert answer_by_looking(folder, row) == solution(row), row
 
 
-def test_the_listed_objects_are_those_in_the_picture_and_the_relevant_ones_are_asked_about(folder, splits):
+def test_the_listed_objects_are_those_in_the_picture(folder, splits):
+    """The listed objects are those in the picture. The relevant ones are asked about."""
     for row in splits["test"] + splits["test_pairs"]:
         if row["category"] == "motion":
             names = {f"{read_clip(folder / row['path'])[0]} {asked_about(row)}"}
@@ -183,11 +203,12 @@ def test_the_listed_objects_are_those_in_the_picture_and_the_relevant_ones_are_a
         assert row["relevant"] == sorted(name for name in names if name.endswith(asked_about(row)))
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(tmp_path):
+def test_the_same_seed_gives_the_same_bytes(tmp_path):
+    """The same seed gives the same bytes. Another seed gives other rows."""
     sizes = {"cold_start": 10, "test": 5, "test_pairs": 2}
 
     def content(name: str, **options) -> dict:
-        shapes.write_data(tmp_path / name, **options)
+        scenes.write_data(tmp_path / name, **options)
         files = [f for f in (tmp_path / name).rglob("*") if f.is_file()]
         return {str(f.relative_to(tmp_path / name)): f.read_bytes() for f in files}
 
@@ -196,23 +217,34 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_other_rows(tmp_path
     other = content("c", sizes=sizes, seed=1)
     assert all(first[name] != other[name] for name in first if name.endswith(".json"))
     alone = content("d", sizes={"test": 5})  # a split does not depend on the others
-    assert alone == {name: content for name, content in first.items() if name in alone} and len(alone) == 6
+    assert (
+        alone == {name: content for name, content in first.items() if name in alone}
+        and len(alone) == 6
+    )
 
 
-def test_prior_breaking_rows_never_follow_the_prior_in_what_is_asked(folder, splits):
+def test_prior_breaking_rows_never_follow_the_prior(folder, splits):
+    """Prior-breaking rows never follow the prior in what is asked."""
     asked, wrong = Counter(), Counter()
     for row in splits["test_prior_breaking"]:
         prior = answer_by_looking(folder, row, prior=True)
         asked[row["category"]] += 1
-        seen = row["category"] == "existence" and solution(row) == letter(row, "yes")  # what is there, is there
+        # what is there, is there
+        seen = row["category"] == "existence" and solution(row) == letter(row, "yes")
         wrong[row["category"]] += seen or prior != solution(row)
-    row_wrong, row_asked = wrong.pop("row"), asked.pop("row")  # of two rows, never the usual one would be the other
+    row_wrong, row_asked = (
+        wrong.pop("row"),
+        asked.pop("row"),
+    )  # of two rows, never the usual one would be the other
     assert wrong == asked and 0.25 < row_wrong / row_asked < 0.75
-    followed = [answer_by_looking(folder, row, prior=True) == solution(row) for row in splits["test"]]
+    followed = [
+        answer_by_looking(folder, row, prior=True) == solution(row) for row in splits["test"]
+    ]
     assert 0.25 < np.mean(followed) < 0.8  # in distribution it is right often, and wrong often
 
 
-def test_cold_start_references_follow_the_prior_in_the_stated_share_of_rows_and_are_true_in_the_others(folder, splits):
+def test_cold_start_references_follow_the_prior_as_stated(folder, splits):
+    """Cold-start references follow the prior in the stated share. They are true elsewhere."""
     followed, false = defaultdict(list), 0
     for row in splits["cold_start"]:
         assert reasoning.format_reward(row["process"]) == 1.0
@@ -222,16 +254,26 @@ def test_cold_start_references_follow_the_prior_in_the_stated_share_of_rows_and_
         false += stages.answer != truth
         if prior != truth:
             followed[row["category"]].append(stages.answer == prior)
-    assert set(followed) == set(shapes.KINDS)
+    assert set(followed) == set(scenes.KINDS)
     every = [f for values in followed.values() for f in values]
     assert len(every) > 150
-    assert abs(false / len(splits["cold_start"]) - 0.35) < 4 * (0.35 * 0.65 / len(splits["cold_start"])) ** 0.5
-    assert abs(np.mean(every) - shapes.FLAW) < 4 * (shapes.FLAW * (1 - shapes.FLAW) / len(every)) ** 0.5
-    for kind, values in followed.items():  # the habit is in every kind of question, and so is the truth
+    assert (
+        abs(false / len(splits["cold_start"]) - 0.35)
+        < 4 * (0.35 * 0.65 / len(splits["cold_start"])) ** 0.5
+    )
+    assert (
+        abs(np.mean(every) - scenes.FLAW)
+        < 4 * (scenes.FLAW * (1 - scenes.FLAW) / len(every)) ** 0.5
+    )
+    for (
+        kind,
+        values,
+    ) in followed.items():  # the habit is in every kind of question, and so is the truth
         assert 0 < sum(values) < len(values), kind
 
 
-def test_a_true_reference_describes_what_is_in_the_picture_and_a_flawed_one_names_what_is_not(folder, splits):
+def test_a_true_reference_describes_what_is_in_the_picture(folder, splits):
+    """A true reference describes what is in the picture. A flawed one names what is not."""
     flawed = 0
     for row in splits["cold_start"]:
         if row["category"] == "motion":
@@ -239,8 +281,10 @@ def test_a_true_reference_describes_what_is_in_the_picture_and_a_flawed_one_name
         shape, stages = asked_about(row), reasoning.parse(row["process"])
         said = stages.caption.split(", ") if stages.caption != f"no {shape}" else []
         seen = [t for t in read_picture(folder / row["path"]) if t.shape == shape]
-        there = [f"{shapes.CELLS[t.row][t.column]} {t.colour} {t.shape}" for t in seen]
-        assert stages.prethink.split()[0] == shape and len(stages.prethink.split()) == 1 + max(len(said), 1)
+        there = [f"{scenes.CELLS[t.row][t.column]} {t.colour} {t.shape}" for t in seen]
+        assert stages.prethink.split()[0] == shape and len(stages.prethink.split()) == 1 + max(
+            len(said), 1
+        )
         if stages.answer == solution(row) == answer_by_looking(folder, row):
             if row["category"] in ("count", "existence"):
                 assert said == there  # reading order
@@ -250,7 +294,8 @@ def test_a_true_reference_describes_what_is_in_the_picture_and_a_flawed_one_name
     assert flawed > 60
 
 
-def test_pairs_ask_one_question_with_yes_and_one_with_no_of_the_same_scene(folder, splits):
+def test_pairs_ask_a_yes_and_a_no_of_the_same_scene(folder, splits):
+    """Pairs ask one question with yes and one with no of the same scene."""
     pairs = defaultdict(list)
     for row in splits["test_pairs"]:
         pairs[row["pair"]].append(row)
@@ -263,7 +308,8 @@ def test_pairs_ask_one_question_with_yes_and_one_with_no_of_the_same_scene(folde
 
 
 def test_constant_answers_are_right_on_whole_pairs_or_not_at_all(splits):
-    """Yes to every other shape and no to its companion, without a look: the floor of paired accuracy is about 50 %."""
+    """Yes to every other shape and no to its companion, without a look: the floor of paired
+    accuracy is about 50 %."""
     right = defaultdict(list)
     for row in splits["test_pairs"]:
         constant = "yes" if asked_about(row) in ("circle", "triangle", "cross") else "no"
@@ -272,7 +318,8 @@ def test_constant_answers_are_right_on_whole_pairs_or_not_at_all(splits):
     assert 0.25 < np.mean([both for both, _ in right.values()]) < 0.75
 
 
-def test_yes_and_no_are_balanced_and_no_constant_answer_does_well(splits):
+def test_no_constant_answer_does_well(splits):
+    """Yes and no are balanced. No constant answer does well."""
     for split in ("cold_start", "test", "test_prior_breaking"):
         answers = defaultdict(list)
         for row in splits[split]:
@@ -282,23 +329,31 @@ def test_yes_and_no_are_balanced_and_no_constant_answer_does_well(splits):
             assert 0.35 < yes < 0.65
         for kind, values in answers.items():
             best = Counter(values).most_common(1)[0][1] / len(values)
-            assert best < {"existence": 0.75, "row": 0.75}.get(kind, 0.6), (split, kind, Counter(values))
+            assert best < {"existence": 0.75, "row": 0.75}.get(kind, 0.6), (
+                split,
+                kind,
+                Counter(values),
+            )
 
 
 @pytest.mark.parametrize(
     ("typical", "kind", "floor"),
     [
-        *zip(itertools.repeat(0.0), shapes.KINDS, (0.6, 1 / 2, 1 / 3, 1 / 2, 1 / 3)),
-        *zip(itertools.repeat(shapes.TYPICAL), shapes.KINDS, (0.6, 1 / 3, 0.4, 0.6, 0.4)),
+        *zip(itertools.repeat(0.0), scenes.KINDS, (0.6, 1 / 2, 1 / 3, 1 / 2, 1 / 3)),
+        *zip(itertools.repeat(scenes.TYPICAL), scenes.KINDS, (0.6, 1 / 3, 0.4, 0.6, 0.4)),
     ],
 )
 def test_no_question_gives_its_answer_away(typical, kind, floor):
-    """The best constant answer to each whole question, fitted on one seed, is right on another as often as the module's
-    docstring says."""
+    """The best constant answer to each whole question, fitted on one seed, is right on another as
+    often as the module's docstring says."""
 
     def asked(seed: str) -> list[tuple[str, str]]:
-        rows = (shapes.make_row(rng, kind, typical) for rng in [random.Random(seed)] for _ in range(1800))
-        return [(shapes.ask(query)[0], shapes.solve(scene, query).answer) for scene, query in rows]
+        rows = (
+            scenes.make_row(rng, kind, typical)
+            for rng in [random.Random(seed)]
+            for _ in range(1800)
+        )
+        return [(scenes.ask(query)[0], scenes.solve(scene, query).answer) for scene, query in rows]
 
     constant = defaultdict(Counter)
     for question, answer in asked("fitted"):
@@ -308,31 +363,34 @@ def test_no_question_gives_its_answer_away(typical, kind, floor):
     assert abs(right - floor) < 4 * (floor * (1 - floor) / 1800) ** 0.5
 
 
-@pytest.mark.parametrize("typical", [0.0, shapes.TYPICAL, 0.5])
-def test_yes_answers_are_between_35_and_65_percent_of_existence_questions(rng, typical):
-    answers = [shapes.solve(*shapes.make_row(rng, "existence", typical)).answer for _ in range(1000)]
+@pytest.mark.parametrize("typical", [0.0, scenes.TYPICAL, 0.5])
+def test_yes_answers_are_between_35_and_65_percent(rng, typical):
+    """Yes is right for between 35 and 65 percent of existence questions."""
+    answers = [
+        scenes.solve(*scenes.make_row(rng, "existence", typical)).answer for _ in range(1000)
+    ]
     assert 0.35 < answers.count("A") / 1000 < 0.65 and set(answers) == {"A", "B"}
 
 
-@pytest.mark.parametrize("direction", shapes.DIRECTIONS)
-@pytest.mark.parametrize("colour", shapes.COLOURS)
+@pytest.mark.parametrize("direction", scenes.DIRECTIONS)
+@pytest.mark.parametrize("colour", scenes.COLOURS)
 def test_clips_move_in_the_named_direction(tmp_path, rng, direction, colour):
-    start = shapes.start_cell(rng, direction)
-    scene = (shapes.Thing("star", colour, *start, direction),)
-    shapes.write_clip(tmp_path / "clip.mp4", shapes.frames(rng, scene))
+    start = scenes.start_cell(rng, direction)
+    scene = (scenes.Thing("star", colour, *start, direction),)
+    scenes.write_clip(tmp_path / "clip.mp4", scenes.frames(rng, scene))
     assert read_clip(tmp_path / "clip.mp4") == (colour, direction, 4)
 
 
-# --- scenes, the prior and the solver --------------------------------------------------------------------------------
+# --- scenes, the prior and the solver -------------------------------------------------------------
 
 
 def many_rows(kind: str, typical: float, n: int = 300):
     rng = random.Random(f"{kind} {typical}")
-    return [shapes.make_row(rng, kind, typical) for _ in range(n)]
+    return [scenes.make_row(rng, kind, typical) for _ in range(n)]
 
 
 @pytest.mark.parametrize("typical", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("kind", shapes.KINDS)
+@pytest.mark.parametrize("kind", scenes.KINDS)
 def test_scenes_are_well_formed_and_the_question_has_one_answer(kind, typical):
     for scene, query in many_rows(kind, typical):
         cells = [(t.row, t.column) for t in scene]
@@ -343,19 +401,20 @@ def test_scenes_are_well_formed_and_the_question_has_one_answer(kind, typical):
         assert all((t.direction is not None) == (kind == "motion") for t in scene)
 
 
-@pytest.mark.parametrize("kind", shapes.KINDS)
-def test_solve_answers_rightly_by_an_independent_reading_of_the_scene(kind):
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_solve_agrees_with_an_independent_reading(kind):
+    """The solver answers rightly by an independent reading of the scene."""
     for scene, query in many_rows(kind, 0.4):
-        problem, options = shapes.ask(query)
+        problem, options = scenes.ask(query)
         texts = dict(option.split(". ") for option in options)
-        stages, shape = shapes.solve(scene, query), query["shape"]
-        assert shape in problem or shapes.plural(shape) in problem
+        stages, shape = scenes.solve(scene, query), query["shape"]
+        assert shape in problem or scenes.plural(shape) in problem
         grid = {(t.row, t.column): t for t in scene}
         found = [grid[cell] for cell in PLACES if cell in grid]  # reading order
         found = [t for t in found if t.shape == shape]
         want = {"existence": "yes" if found else "no", "count": str(len(found))}
         if found:
-            row = shapes.ROWS[found[0].row]
+            row = scenes.ROWS[found[0].row]
             want |= {"colour": found[0].colour, "row": row, "motion": found[0].direction}
         assert texts.get(stages.answer, stages.answer) == want[kind]
         words = [t.describe() for t in found]
@@ -365,14 +424,15 @@ def test_solve_answers_rightly_by_an_independent_reading_of_the_scene(kind):
         assert reasoning.parse(reasoning.render(stages)) == stages
 
 
-@pytest.mark.parametrize("kind", shapes.KINDS)
-def test_believing_changes_only_what_the_prior_says_about_what_is_asked(kind):
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_believing_changes_only_what_the_prior_says(kind):
+    """Believing changes only what the prior says about what is asked."""
     changed = 0
     for scene, query in many_rows(kind, 0.4):
         shape = query["shape"]
-        colour, row, direction, companion = shapes.PRIOR[shape]
-        seen = shapes.believe(scene, query)
-        habit = {"colour": {"colour": colour}, "row": {"row": shapes.ROWS.index(row)}}
+        colour, row, direction, companion = scenes.PRIOR[shape]
+        seen = scenes.believe(scene, query)
+        habit = {"colour": {"colour": colour}, "row": {"row": scenes.ROWS.index(row)}}
         habit |= {"motion": {"direction": direction}}
         if kind in habit:
             want = [replace(t, **habit[kind]) if t.shape == shape else t for t in scene]
@@ -384,31 +444,37 @@ def test_believing_changes_only_what_the_prior_says_about_what_is_asked(kind):
             assert seen[: len(scene)] == scene and len(seen) == len(scene) + imagined
             if imagined:
                 new, taken = seen[-1], {(t.row, t.column) for t in scene}
-                assert (new.shape, new.colour) == (shape, colour) and (new.row, new.column) not in taken
-                free_in_row = any((shapes.ROWS.index(row), c) not in taken for c in range(GRID))
-                assert new.row == shapes.ROWS.index(row) or not free_in_row
+                assert (new.shape, new.colour) == (shape, colour) and (
+                    new.row,
+                    new.column,
+                ) not in taken
+                free_in_row = any((scenes.ROWS.index(row), c) not in taken for c in range(GRID))
+                assert new.row == scenes.ROWS.index(row) or not free_in_row
         changed += seen != scene
     assert 20 < changed < 290
 
 
 @pytest.mark.parametrize("typical", [0.0, 0.3, 1.0])
 def test_objects_follow_the_prior_with_the_stated_probability(typical):
-    colour = [next(t for t in s if t.shape == q["shape"]) for s, q in many_rows("colour", typical, 800)]
+    colour = [
+        next(t for t in s if t.shape == q["shape"]) for s, q in many_rows("colour", typical, 800)
+    ]
     row = [next(t for t in s if t.shape == q["shape"]) for s, q in many_rows("row", typical, 800)]
     motion = [s[0] for s, _ in many_rows("motion", typical, 800)]
-    usual_row = typical or 0.5  # the prior-breaking set draws what is asked evenly, or the question would give it away
+    # the prior-breaking set draws what is asked evenly, or the question would give it away
+    usual_row = typical or 0.5
     for share, want in (
-        (np.mean([t.colour == shapes.PRIOR[t.shape][0] for t in colour + row + motion]), typical),
-        (np.mean([shapes.ROWS[t.row] == shapes.PRIOR[t.shape][1] for t in row]), usual_row),
-        (np.mean([shapes.ROWS[t.row] == shapes.PRIOR[t.shape][1] for t in colour]), typical),
-        (np.mean([t.direction == shapes.PRIOR[t.shape][2] for t in motion]), typical),
+        (np.mean([t.colour == scenes.PRIOR[t.shape][0] for t in colour + row + motion]), typical),
+        (np.mean([scenes.ROWS[t.row] == scenes.PRIOR[t.shape][1] for t in row]), usual_row),
+        (np.mean([scenes.ROWS[t.row] == scenes.PRIOR[t.shape][1] for t in colour]), typical),
+        (np.mean([t.direction == scenes.PRIOR[t.shape][2] for t in motion]), typical),
     ):
         assert abs(share - want) <= 4 * (want * (1 - want) / 800) ** 0.5
     for values in ([t.colour for t in colour], [t.direction for t in motion]):
         assert len(set(values)) == 4
 
 
-# --- the tiny models -------------------------------------------------------------------------------------------------
+# --- the tiny models ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -426,22 +492,33 @@ def test_the_tokenizer_round_trips_any_text(tokenizer, text):
     assert tokenizer.decode(ids, skip_special_tokens=False) == unicodedata.normalize("NFC", text)
 
 
-def test_stage_tags_and_objects_are_single_tokens_and_tags_survive_decoding(tokenizer):
+def test_stage_tags_and_objects_are_single_tokens(tokenizer):
+    """Stage tags and objects are single tokens. Tags survive decoding."""
     tags = list(reasoning.TAGS)
-    for piece in [*tags, *(f" {colour} {shape}" for colour in shapes.COLOURS for shape in shapes.PRIOR)]:
+    for piece in [
+        *tags,
+        *(f" {colour} {shape}" for colour in scenes.COLOURS for shape in scenes.PRIOR),
+    ]:
         assert len(tokenizer(piece, add_special_tokens=False).input_ids) == 1, piece
     text = "<prethink>circle west</prethink><caption>west red circle</caption><think>so</think><answer>A</answer>"
     ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids, skip_special_tokens=True) == text  # the format reward sees the tags
+    # the format reward sees the tags
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
     assert len(ids) < 20
-    for special in shapes.SPECIAL:
+    for special in models.SPECIAL:
         assert tokenizer.decode(tokenizer(special).input_ids, skip_special_tokens=True) == ""
 
 
-def test_the_policy_is_the_real_class_with_the_tokenizers_own_ids(policy, tokenizer):
+def test_the_policy_is_the_real_class_with_the_tokenizers_ids(policy, tokenizer):
+    """The policy is the real class with the tokenizer's own ids."""
     config = policy.core.config
     assert type(policy.core).__name__ == "Qwen2_5_VLForConditionalGeneration"
-    for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"):
+    for name in (
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    ):
         text = f"<|{name.removesuffix('_token_id').replace('image', 'image_pad').replace('video', 'video_pad')}|>"
         assert getattr(config, name) == tokenizer.convert_tokens_to_ids(text)
     assert policy.core.get_input_embeddings().num_embeddings == len(tokenizer)
@@ -449,20 +526,32 @@ def test_the_policy_is_the_real_class_with_the_tokenizers_own_ids(policy, tokeni
 
 
 def read_caption(prompt: str) -> tuple[str, str, str]:
-    """The question and the caption of a judge's prompt, and the answer that one who only reads the caption gives."""
-    caption, question = prompt.split("instruction:\n")[1].split("\n\nAnswer")[0].split("\n\nQuestion:\n")
+    """The question and the caption of a judge's prompt, and the answer that one who only reads the
+    caption gives."""
+    caption, question = (
+        prompt.split("instruction:\n")[1].split("\n\nAnswer")[0].split("\n\nQuestion:\n")
+    )
     problem, *options = question.split("\n")
     letters = {text: name for name, text in (option.split(". ") for option in options[1:])}
     if problem.startswith("How many"):
         return question, caption, str(len(caption.split(", ")) if caption else 0)
-    words = {"north": "top", "south": "bottom"}.get(caption[:5], "") if "which row" in problem else caption
+    words = (
+        {"north": "top", "south": "bottom"}.get(caption[:5], "")
+        if "which row" in problem
+        else caption
+    )
     words = ("no" if caption.startswith("no ") else "yes") if "Is there" in problem else words
-    return question, caption, next((letters[word] for word in words.split()[::-1] if word in letters), "?")
+    return (
+        question,
+        caption,
+        next((letters[word] for word in words.split()[::-1] if word in letters), "?"),
+    )
 
 
 @pytest.fixture
 def reader(monkeypatch):
-    """A judge that reads captions with rules in place of the model; the (question, caption) pairs it was asked."""
+    """A judge that reads captions with rules in place of the model; the (question, caption) pairs
+    it was asked."""
     asked = []
 
     class Reader:
@@ -474,24 +563,28 @@ def reader(monkeypatch):
             asked.extend((question, caption) for question, caption, _ in read)
             return [answer for _, _, answer in read]
 
-    monkeypatch.setattr(shapes.vlm, "LocalJudge", Reader)
+    monkeypatch.setattr(models.judges, "LocalJudge", Reader)
     return asked
 
 
-def test_the_judge_is_tested_on_captions_it_was_not_trained_on(monkeypatch, tmp_path, tokenizer, reader):
+def test_the_judge_is_tested_on_captions_it_was_not_trained_on(
+    monkeypatch, tmp_path, tokenizer, reader
+):
     trained = []
 
     def forward_only(name, model, loss_of_batch, steps, lr, quiet):
         with torch.no_grad():
             assert all(loss_of_batch().isfinite() for _ in range(steps))
 
-    prompt = shapes.caption_reward.judge_prompt
-    monkeypatch.setattr(shapes, "make_tokenizer", lambda seed: tokenizer)
-    monkeypatch.setattr(shapes, "fit", forward_only)
+    prompt = models.caption_reward.judge_prompt
+    monkeypatch.setattr(models, "make_tokenizer", lambda seed: tokenizer)
+    monkeypatch.setattr(models, "fit", forward_only)
     with monkeypatch.context() as patch:
-        patch.setattr(shapes.caption_reward, "judge_prompt", lambda *qc: trained.append(qc) or prompt(*qc))
-        shapes.train_judge(tmp_path, steps=6)
-    right = shapes.test_judge(tmp_path, cases=300)
+        patch.setattr(
+            models.caption_reward, "judge_prompt", lambda *qc: trained.append(qc) or prompt(*qc)
+        )
+        models.train_judge(tmp_path, steps=6)
+    right = models.judge_accuracy(tmp_path, cases=300)
     unseen = reader[:300]
     assert len(trained) == 6 * 64 and len(reader) == 600 and all(caption for _, caption in unseen)
     assert {caption for _, caption in unseen}.isdisjoint({caption for _, caption in trained})
@@ -502,15 +595,19 @@ def test_the_judge_is_tested_on_captions_it_was_not_trained_on(monkeypatch, tmp_
 
 def test_one_caption_in_five_is_held_out_the_same_everywhere():
     rng = random.Random(0)
-    different = sorted({shapes.judge_case(rng) for _ in range(4000)})
-    assert 0.15 < np.mean([shapes.held_out(case) for case in different]) < 0.25
-    held = [shapes.held_out(("any question", f"no {shape}", "B", "multiple choice")) for shape in SHAPES]
-    assert dict(zip(SHAPES, held))["diamond"] and sum(held) == 1  # a hash of the process would change with it
+    different = sorted({models.judge_case(rng) for _ in range(4000)})
+    assert 0.15 < np.mean([models.held_out(case) for case in different]) < 0.25
+    held = [
+        models.held_out(("any question", f"no {shape}", "B", "multiple choice")) for shape in SHAPES
+    ]
+    # a hash of the process would change with it
+    assert dict(zip(SHAPES, held))["diamond"] and sum(held) == 1
 
 
 def test_the_floor_is_fitted_by_whole_question_on_other_cases(monkeypatch, tmp_path, reader):
-    """Two questions of one first word have answers of their own, and a third one's answers never come twice: the best
-    constant is right on two thirds. By first word it would be one third, fitted on the same cases more than two."""
+    """Two questions of one first word have answers of their own, and a third one's answers never
+    come twice: the best constant is right on two thirds. By first word it would be one third,
+    fitted on the same cases more than two."""
     asked = itertools.cycle(["What is a?", "What is b?", "What is c?"])
     once = map(str, itertools.count())
 
@@ -518,12 +615,12 @@ def test_the_floor_is_fitted_by_whole_question_on_other_cases(monkeypatch, tmp_p
         question, text = next(asked), next(once)
         return question, text, {"a": "A", "b": "B", "c": text}[question[-2]], "free-form"
 
-    monkeypatch.setattr(shapes, "judge_case", case)
-    right = shapes.test_judge(tmp_path, cases=99)
+    monkeypatch.setattr(models, "judge_case", case)
+    right = models.judge_accuracy(tmp_path, cases=99)
     assert right["floor"] == 66 / 99 and right["empty"] == 0 and right["different"] == 99
 
 
-# --- build -----------------------------------------------------------------------------------------------------------
+# --- build ----------------------------------------------------------------------------------------
 
 
 REPORT = {"true": 1.0, "different": 158, "empty": 0.3, "floor": 0.4}
@@ -544,9 +641,13 @@ def workshop(monkeypatch):
 
         return make
 
-    for name, function in (("data", "write_data"), ("judge", "train_judge"), ("policy", "train_policy")):
-        monkeypatch.setattr(shapes, function, maker(name))
-    monkeypatch.setattr(shapes, "test_judge", lambda folder: REPORT)
+    for name, function in (
+        ("data", "write_data"),
+        ("judge", "train_judge"),
+        ("policy", "train_policy"),
+    ):
+        monkeypatch.setattr(scenes if name == "data" else models, function, maker(name))
+    monkeypatch.setattr(models, "judge_accuracy", lambda folder: REPORT)
     return made, fail
 
 
@@ -557,48 +658,53 @@ def contents(folder: Path) -> dict[str, list[str]]:
 WHOLE = {name: ["half", "whole"] for name in ("data", "judge", "policy")}
 
 
-def test_build_makes_all_parts_once_and_skips_those_that_are_there(workshop, tmp_path):
+def test_build_makes_all_parts_once(workshop, tmp_path):
+    """The build makes all parts once. It skips those that are there."""
     made, _ = workshop
-    assert shapes.build(tmp_path / "world", quiet=True) == tmp_path / "world"
+    assert world.build(tmp_path / "world", quiet=True) == tmp_path / "world"
     assert contents(tmp_path / "world") == WHOLE and sorted(made) == ["data", "judge", "policy"]
-    shapes.build(tmp_path / "world", quiet=True)
+    world.build(tmp_path / "world", quiet=True)
     assert len(made) == 3
 
 
 def test_build_says_what_the_judge_was_tested_on(workshop, tmp_path, capsys):
-    shapes.build(tmp_path)
+    world.build(tmp_path)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("judge: "))
     assert line == (
-        "judge: 100.0% right on captions held out of its training (158 different), 30.0% without a caption "
+        "judge: 100.0% right on captions held out of its training (158 different), 30.0% without a "
+        "caption "
         "(the best constant answer to each question: 40.0%)"
     )
 
 
 @pytest.mark.parametrize("part", ["data", "judge", "policy"])
-def test_an_interrupted_build_leaves_no_part_that_looks_whole_and_goes_on(workshop, tmp_path, part):
+def test_an_interrupted_build_goes_on(workshop, tmp_path, part):
+    """An interrupted build leaves no part that looks whole. It goes on."""
     made, fail = workshop
     fail.add(part)
     with pytest.raises(KeyboardInterrupt):
-        shapes.build(tmp_path, quiet=True)
+        world.build(tmp_path, quiet=True)
     assert not (tmp_path / part).exists()
     before = list(made)
     fail.clear()
-    shapes.build(tmp_path, quiet=True)
+    world.build(tmp_path, quiet=True)
     assert contents(tmp_path) == WHOLE
-    assert sorted(made) == ["data", "judge", "policy"] and made[: len(before)] == before  # nothing twice
+    # nothing twice
+    assert sorted(made) == ["data", "judge", "policy"] and made[: len(before)] == before
 
 
-def test_an_unfinished_part_is_not_taken_for_whole_and_nothing_of_it_is_kept(workshop, tmp_path):
+def test_an_unfinished_part_is_not_taken_for_whole(workshop, tmp_path):
+    """An unfinished part is not taken for whole. Nothing of it is kept."""
     (tmp_path / ".data.unfinished").mkdir()
     (tmp_path / ".data.unfinished" / "stale.json").write_text("[]")
-    shapes.build(tmp_path, quiet=True)
+    world.build(tmp_path, quiet=True)
     assert contents(tmp_path) == WHOLE
 
 
 def test_build_refuses_a_judge_that_cannot_read(workshop, tmp_path, monkeypatch):
-    monkeypatch.setattr(shapes, "test_judge", lambda folder: {**REPORT, "true": 0.6})
+    monkeypatch.setattr(models, "judge_accuracy", lambda folder: {**REPORT, "true": 0.6})
     with pytest.raises(RuntimeError, match="60.0%"):
-        shapes.build(tmp_path, quiet=True)
+        world.build(tmp_path, quiet=True)
     assert not (tmp_path / "judge").exists()
 
 
@@ -606,6 +712,6 @@ def test_build_writes_the_real_data_folder(workshop, tmp_path, monkeypatch):
     monkeypatch.undo()
     for name in ("judge", "policy"):
         (tmp_path / name).mkdir(parents=True)
-    monkeypatch.setattr(shapes.write_data, "__defaults__", ({"train": 5}, 0))
-    shapes.build(tmp_path, quiet=True)
+    monkeypatch.setattr(scenes.write_data, "__defaults__", ({"train": 5}, 0))
+    world.build(tmp_path, quiet=True)
     assert len(data.load(tmp_path / "data")["train"]) == 5

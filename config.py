@@ -1,0 +1,345 @@
+"""Every option of a run: its default, its bounds, what it does, and [where the value comes from].
+
+Defaults fit the embedded world; configs/ has presets for real models. D-1 and the like are
+explained in DEPARTURES.md.
+"""
+
+import argparse
+import dataclasses
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+import yaml
+from transformers.hf_argparser import string_to_bool
+from transformers.utils import is_flash_attn_2_available
+
+import grpo
+import ntk_infonce
+from caption_reward import MAX_TOKENS
+from engine import ConfigError
+from engine.judges import is_url, url_problem
+from engine.run import COLLECTIVE_TIMEOUT
+
+MECHANISMS = {  # what --method stands for; each switch can be set by itself
+    "ours": {"four_stage": True, "caption_reward": True, "selection": True, "nce_weight": 0.01},
+    "grpo": {"four_stage": False, "caption_reward": False, "selection": False, "nce_weight": 0.0},
+    "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
+}
+ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
+HEADINGS = {  # the first option of each group in `--help`
+    "method": "the method",
+    "model": "model, data, judge",
+    "min_pixels": "pictures, clips, prompts",
+    "dtype": "precision and memory",
+    "sft_steps": "cold start",
+    "responses": "selection",
+    "rl_steps": "reinforcement learning, Eq. 1",
+    "accuracy_weight": "rewards",
+    "nce_feature": "conflict regulariser, Eq. 4",
+    "eval_batch": "evaluation, checkpoints, screen",
+}
+MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 2  # a judge may be asked twice while other ranks wait
+
+
+def option(
+    default: Any,
+    *,
+    help: str,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    choices: tuple = (),
+    resumable: bool = False,
+) -> Any:
+    """One field of Config. low <= value <= high, above < value < below, or one of `choices`.
+
+    resumable: a run may be resumed with another value.
+    """
+    bounds = {"at least": low, "at most": high, "above": above, "below": below}
+    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
+    rules = {"bounds": bounds, "choices": choices, "resumable": resumable}
+    return dataclasses.field(default=default, metadata={"help": help, **rules})
+
+
+@dataclass
+class Config:
+    """Every value of a run, in one flat block."""
+
+    # fmt: off
+    method: str = option("ours", choices=tuple(MECHANISMS), help=
+        "ours, grpo (plain: two stages, two rewards, D-43) or sft (cold start) [paper, Table 1]")
+    four_stage: bool | None = option(None, help=
+        "planning and caption stages too; default by --method [paper, Table 2]")
+    caption_reward: bool | None = option(None, help=
+        "the Caption Reward; default by --method [paper, Table 2]")
+    selection: bool | None = option(None, help=
+        "top half of the prompts by variance; default by --method [paper, Table 3]")
+    nce_weight: float | None = option(None, low=0, help=
+        "weight of Eq. 4, 0 = off; ours: 0.01, D-55 [official code, paper silent]")
+
+    model: str = option("", help=
+        "Qwen2.5-VL, folder or hub id; empty: the embedded world's tiny policy [choice]")
+    data: str = option("", help=
+        "dataset folder or file (see data.py); empty: the embedded world's [choice]")
+    on_bad_row: str = option("error", choices=("error", "skip"), help=
+        "error: stop before any work; skip: leave bad rows out [choice]")
+    judge: str = option("", help=
+        "causal LM, or OpenAI-compatible URL; empty: the embedded world's [choice]")
+    judge_model: str = option("", help=
+        "model at the judge's URL; its key comes from OPENAI_API_KEY [choice]")
+    judge_concurrency: int = option(16, low=1, resumable=True, help=
+        "calls at a time to the judge's URL, on each rank [choice]")
+    judge_deadline: float = option(600.0, above=0, below=MAX_DEADLINE, resumable=True, help=
+        "seconds for a step's calls; what is not there by then is unknown, D-15 [choice]")
+    judge_max_tokens: int = option(MAX_TOKENS, low=1, resumable=True, help=
+        "longest reply, thought included; a longer one is unknown [choice]")
+    world: str = option("shapes-world", help="where the embedded world is built, once [choice]")
+    output_dir: str = option("", resumable=True, help=
+        "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
+    seed: int = option(0, help="of data order, sampling and LoRA initialisation [choice]")
+
+    min_pixels: int = option(3136, low=1, help=
+        "pictures and frames are enlarged to at least this [qwen-vl-utils: 4 tokens]")
+    max_pixels: int = option(401408, low=1, help="and reduced to at most this [official code]")
+    fps: float = option(2.0, above=0, help="frames a second taken from a clip [qwen-vl-utils]")
+    max_frames: int = option(16, low=1, help="most frames taken from a clip [Video-R1]")
+    max_prompt_tokens: int = option(0, low=0, help=
+        "longer prompts are bad rows; 0: the model's own limit [choice]")
+
+    dtype: str = option("float32", choices=("float32", "bfloat16", "float64"), help=
+        "float32, bfloat16 or float64 [official code: bfloat16]")
+    attention: str = option("sdpa", choices=ATTENTION, help=
+        f"{', '.join(ATTENTION)}; the last shares no prompt in scoring [choice]")
+    lora_rank: int = option(0, low=0, help=
+        "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
+    merge: bool = option(False, help=
+        "with LoRA: write merged weights after RL, not the adapter alone [choice]")
+    train_vision: bool = option(False, help="train the vision tower as well [choice]")
+    gradient_checkpointing: bool = option(False, resumable=True, help=
+        "recompute activations, saves memory [official code: true]")
+
+    sft_steps: int = option(250, low=0, help=
+        "cold-start updates; 0: none [choice; official code: 2 epochs]")
+    sft_epochs: float = option(0.0, low=0, help=
+        "above 0: this many passes over the rows in place of sft_steps [official code: 2]")
+    sft_batch: int = option(32, low=1, help=
+        "rows per cold-start update, over all ranks [choice; official code: 8]")
+    sft_lr: float = option(2e-3, above=0, help=
+        "cold-start learning rate [choice for a 1.5 M model; official code: 1e-6]")
+
+    responses: int = option(64, low=2, help="responses per prompt scored for selection [paper]")
+    keep: float = option(0.5, above=0, high=1, help="share of the prompts kept [paper]")
+    select_within: str = option("", choices=("", "category"), help=
+        "category: at most that share of each category; empty: of all prompts [paper]")
+    select_batch: int = option(16, low=1, resumable=True, help=
+        "prompts scored at a time on each rank, by memory [choice]")
+
+    rl_steps: int = option(60, low=0, help=
+        "updates of reinforcement learning [choice; official code: 1 epoch]")
+    rl_epochs: float = option(0.0, low=0, help=
+        "above 0: this many passes over the prompts in place of rl_steps [official code: 1]")
+    prompts_per_step: int = option(32, low=1, help=
+        "prompts per update, over all ranks [choice; official code: 8]")
+    prompts_per_pass: int = option(0, low=0, resumable=True, help=
+        "prompts per micro-batch on each rank, to save memory; 0: all [choice]")
+    group_size: int = option(8, low=2, help="G, responses per prompt [official code; paper silent]")
+    max_new_tokens: int = option(40, low=1, help="longest response [choice; official code: 768]")
+    rl_lr: float = option(3e-4, above=0, help=
+        "learning rate, cosine [choice for a 1.5 M model; official code: 1e-6]")
+    warmup: float = option(0.05, low=0, below=1, help=
+        "share of a stage's updates with rising rate [choice; official code: 0]")
+    weight_decay: float = option(0.01, help=
+        "AdamW's, on matrices: norms and biases have none [official code]")
+    max_grad_norm: float = option(1.0, above=0, help="gradient clipping [choice; official code: 5]")
+    beta: float = option(0.04, low=0, help=
+        "weight of the KL in Eq. 1; 0: no reference model [official code, paper silent]")
+    kl_kind: str = option("k3", choices=grpo.KL_KINDS, help="k1, k2, k3 or rho_k3 [official code]")
+    eps_low: float = option(0.2, low=0, help=
+        "clip(rho, 1 - eps_low, 1 + eps_high) in Eq. 1 [GRPO, paper silent]")
+    eps_high: float = option(0.2, low=0, help="see eps_low [GRPO, paper silent]")
+    loss_norm: str = option("sequence", choices=("sequence", "token", "constant"), help=
+        "sequence (Eq. 1), token (DAPO) or constant (Dr. GRPO) [paper]")
+    iterations: int = option(1, low=1, help=
+        "updates per batch of responses; above 1 the clip acts, D-3 [official code]")
+
+    accuracy_weight: float = option(1.0, help="of the accuracy reward [official code]")
+    format_weight: float = option(0.1, help="of the format reward [official code]")
+    caption_weight: float = option(1.0, help="of the Caption Reward [official code]")
+    leak_penalty: float = option(0.0, low=0, help=
+        "taken off where a caption only states the answer, D-14; 0: counted [choice]")
+    lenient: bool = option(False, help=
+        "accuracy reward by the lenient rule of answers.py [official code: strict]")
+
+    nce_feature: str = option("reference", choices=tuple(ntk_infonce.FEATURES), help=
+        f"y_i of Eq. 4, D-51: {', '.join(ntk_infonce.FEATURES)} [choice; official: hidden_mean]")
+    tau: float = option(0.54, low=-1, high=1, help=
+        "cosine threshold of Eq. 4, D-54 [paper, Figure 5a]")
+    tau_quantile: float = option(0.0, low=0, below=1, help=
+        "above 0: tau is this quantile of the batch's cosines instead [choice]")
+    nce_temperature: float = option(1.0, above=0, help="temperature of Eq. 4, D-53 [paper: none]")
+    nce_sketch: int = option(0, low=0, help=
+        "above 0: f_i as a TensorSketch of so many numbers, for a y_i of many tokens [choice]")
+
+    eval_batch: int = option(64, low=1, resumable=True, help=
+        "rows per evaluation batch on each rank [choice]")
+    held_out_rows: int = option(64, low=0, help=
+        "test rows, of every category, on which RL's checkpoints are compared; 0: no [choice]")
+    save_every: int = option(20, low=1, resumable=True, help=
+        "checkpoint every so many updates [choice; official code: 100]")
+    keep_last: int = option(1, low=1, resumable=True, help=
+        "checkpoints kept while a stage runs [choice]")
+    max_skipped: int = option(5, low=1, resumable=True, help=
+        "stop after so many updates in a row with a loss or gradient not finite [choice]")
+    max_truncated: float = option(0.25, resumable=True, help=
+        "warn where a greater share of responses is cut at max_new_tokens [choice]")
+    show_every: int = option(10, low=0, resumable=True, help=
+        "print a sampled response every so many updates, 0: never [choice]")
+    tracker: str = option("", choices=("", "tensorboard", "wandb"), resumable=True, help=
+        "also log to tensorboard or wandb, through accelerate [choice]")
+    quiet: bool = option(False, resumable=True, help="print only the result [choice]")
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Resolve what --method leaves open; refuse what cannot work, before anything is loaded."""
+        for f in dataclasses.fields(self):
+            _check_field(f, getattr(self, f.name))
+        for name, value in MECHANISMS[self.method].items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
+        if self.min_pixels > self.max_pixels:
+            raise ConfigError(
+                f"min_pixels: {self.min_pixels} is more than max_pixels, {self.max_pixels}"
+            )
+        if wrong := url_problem(self.judge):
+            raise ConfigError(f"judge: {wrong}")
+        if is_url(self.judge) and not self.judge_model:
+            raise ConfigError("judge_model: name the model that the judge's URL serves")
+        if self.model and self.caption_reward and not self.judge:
+            raise ConfigError(
+                "judge: --model needs a judge of its own; give --judge, or --caption_reward false"
+            )
+        if self.caption_reward and not self.four_stage:
+            raise ConfigError(
+                "caption_reward: there is no caption without four_stage; set --caption_reward false"
+            )
+        if self.lora_rank and self.train_vision:
+            raise ConfigError(
+                "train_vision: LoRA covers the language model only; set --lora_rank 0"
+            )
+        if self.attention == "flex_attention" and not torch.cuda.is_available():
+            raise ConfigError("attention: flex_attention has no backward pass on a CPU; give sdpa")
+        has_flash = self.dtype == "bfloat16" and is_flash_attn_2_available()
+        if self.attention == "flash_attention_2" and not has_flash:
+            raise ConfigError(
+                "attention: flash_attention_2 needs a GPU, flash-attn and --dtype bfloat16"
+            )
+        if self.tracker and importlib.util.find_spec(self.tracker) is None:
+            raise ConfigError(
+                f"tracker: {self.tracker} is not installed; pip install {self.tracker}"
+            )
+        if self.method != "sft" and self.nce_weight and self.prompts_per_step < 3:
+            raise ConfigError(
+                "prompts_per_step: Eq. 4 needs a positive and a negative beside a prompt; give at "
+                "least 3, or --nce_weight 0"
+            )
+        given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
+        default = "runs/" + "-".join(filter(None, (self.method, *given)))
+        self.output_dir = self.output_dir or default
+
+    @property
+    def start(self) -> str:
+        """The model before the cold start."""
+        return self.model or str(Path(self.world) / "policy")
+
+    @property
+    def reward_weights(self) -> dict[str, float]:
+        weights = {"accuracy": self.accuracy_weight, "format": self.format_weight}
+        if self.caption_reward:
+            weights |= {"caption": self.caption_weight, "leak": self.leak_penalty}
+        return weights
+
+    @property
+    def grpo_options(self) -> dict[str, Any]:
+        names = ("beta", "eps_low", "eps_high", "kl_kind", "loss_norm")
+        return {name: getattr(self, name) for name in names} | {"max_tokens": self.max_new_tokens}
+
+    @property
+    def resumable(self) -> set[str]:
+        """The options that may differ between a run and its resumption."""
+        return {f.name for f in dataclasses.fields(self) if f.metadata["resumable"]}
+
+
+def _check_field(field: dataclasses.Field, value: Any) -> None:
+    """Raise ConfigError where a value lies outside the bounds or choices of its field."""
+    name, choices, bounds = field.name, field.metadata["choices"], field.metadata["bounds"]
+    if choices and value not in choices:
+        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(filter(None, choices))}")
+    holds = {
+        "at least": lambda bound: value >= bound,
+        "at most": lambda bound: value <= bound,
+        "above": lambda bound: value > bound,
+        "below": lambda bound: value < bound,
+    }
+    if value is not None and not all(holds[words](bound) for words, bound in bounds.items()):
+        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
+        raise ConfigError(f"{name}: must be {wanted}, got {value}")
+
+
+def parse_config(argv: list[str]) -> Config:
+    """Command line -> Config. The command line wins over `--config file.yaml`."""
+    parser = _parser()
+    names = {f.name for f in dataclasses.fields(Config)}
+    argv = [
+        part
+        for word in argv
+        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
+    if argv.count("--config") > 1:
+        raise ConfigError("--config: give one file")
+    if "--config" in argv:
+        at = argv.index("--config")
+        path, argv = argv[at + 1 : at + 2], argv[:at] + argv[at + 2 :]
+        try:
+            values = yaml.safe_load(Path(*path).read_text()) or {}
+        except (OSError, TypeError, yaml.YAMLError) as error:
+            where = "".join(path) or "a file (none given)"
+            raise ConfigError(f"--config: cannot read {where}: {error}") from error
+        if not isinstance(values, dict):
+            raise ConfigError(f"--config: {path[0]} must hold lines of the form option: value")
+        if unknown := sorted(set(map(str, values)) - names):
+            raise ConfigError(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
+        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
+    values = vars(parser.parse_args(argv))
+    return Config(**{name: values[name] for name in names})
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Ground What You See: cold start, selection, GRPO with caption reward and "
+        "InfoNCE, evaluation, "
+        "report. D-1 and the like are explained in DEPARTURES.md.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--config", help="YAML file with any of these options; the command line wins over it"
+    )
+    types = get_type_hints(Config)
+    for f in dataclasses.fields(Config):
+        if f.name in HEADINGS:
+            group = parser.add_argument_group(HEADINGS[f.name])
+        kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
+        how = (
+            {"type": string_to_bool, "nargs": "?", "const": True}
+            if kind is bool
+            else {"type": kind}
+        )
+        group.add_argument(
+            f"--{f.name}", default=f.default, help=f.metadata["help"].replace("%", "%%"), **how
+        )
+    return parser

@@ -1,0 +1,34 @@
+"""The engine: what the concepts run on. The only code that knows ranks, files and the quirks of
+transformers.
+
+run             one run: its processes, its folder, its screen
+learner         a policy under training: optimiser, schedule, metrics, reference model
+checkpoint      the state of a stage, complete or absent
+vlm             Qwen2.5-VL: encode, generate, score
+pretrained      what a model folder or hub id holds, checked and loaded
+shared_prefix   the prompt once for all its responses, exactly
+judges          a text-only LLM: local, or behind a URL
+media, video    pictures and clips, read as they are seen
+media_check     every file opened once, before any model is loaded
+rows            one row of a dataset, checked
+files           tables, JSON lines, atomic writes
+"""
+
+import re
+
+
+class ConfigError(ValueError):
+    """A setting that cannot work, in one line: which option, what is wrong, what to do."""
+
+
+class DataError(ValueError):
+    """Bad data, in one line: which file, row and field, what is wrong, what to do."""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error that has words: nltk's errors begin with a line of stars, some
+    have no text."""
+    return next(
+        (line.strip() for line in str(error).splitlines() if re.search(r"\w", line)),
+        type(error).__name__,
+    )

@@ -1,0 +1,95 @@
+"""Tables of rows, JSON lines that grow, and files that are written whole or not at all."""
+
+import glob
+import json
+import os
+from pathlib import Path
+
+from engine import DataError
+
+
+def rewrite(file: Path, text: str) -> None:
+    """Replace a file's content, whole or not at all."""
+    beside = file.with_name(f".{file.name}.unfinished")
+    beside.write_text(text, encoding="utf-8")
+    os.replace(beside, file)
+
+
+def to_jsonl(lines: list[dict]) -> str:
+    """One JSON object a line."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def read_jsonl(file: Path, repair: bool = True) -> list[dict]:
+    """The complete lines of a file that grows. A last line that a crash cut off is dropped, with
+    `repair` from the file too. No file: no lines."""
+    if not file.exists():
+        return []
+    # bytes, because the cut may go through a character; not splitlines, because a response may hold
+    # U+2028
+    *complete, rest = file.read_bytes().split(b"\n")
+    if rest and repair:
+        rewrite(file, "".join(line.decode() + "\n" for line in complete))
+    return [json.loads(line) for line in complete if line]
+
+
+def undecoded(table):
+    """Pictures stay bytes until they are opened, and lists lists."""
+    import datasets
+
+    table = table.with_format(None)
+    for name, feature in table.features.items():
+        inner = getattr(feature, "feature", feature)
+        if isinstance(inner, datasets.Image | datasets.Video):
+            plain = type(inner)(decode=False)
+            table = table.cast_column(name, plain if inner is feature else datasets.List(plain))
+    return table
+
+
+def read_rows(file: Path, *more: Path):
+    if file.suffix == ".parquet":
+        import datasets
+
+        try:
+            files = [glob.escape(str(part)) for part in (file, *more)]
+            table = datasets.load_dataset("parquet", data_files=files, split="train")
+        except Exception as error:  # of many kinds
+            raise DataError(f"data: cannot read {file}: {error}") from error
+        return undecoded(table)
+    if more:
+        return [row for part in (file, *more) for row in read_rows(part)]
+    try:
+        text = file.read_bytes().decode("utf-8-sig")
+        if "\0" in text:  # UTF-16 without a byte order mark
+            raise ValueError("it is not in UTF-8. Save it as UTF-8")
+        rows = json_lines(text) if file.suffix == ".jsonl" else json_or_lines(text)
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data: cannot read {file}: it is not in UTF-8 ({error.reason}). Save it as UTF-8"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"data: cannot read {file}: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"data: {file} must hold a list of rows, not a {type(rows).__name__}")
+    return rows
+
+
+def json_lines(text: str) -> list:
+    """JSON, a value a line. ValueError with the number of a line that is none."""
+    values = []
+    for number, line in enumerate(text.replace("\ufeff", "").split("\n"), start=1):
+        try:
+            values += [json.loads(line)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"line {number}: {error}") from error
+    return values
+
+
+def json_or_lines(text: str):
+    """JSON, or JSON lines, which are often called .json as well."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg != "Extra data" or "\n" in text[: error.pos].strip():
+            raise
+        return json_lines(text)

@@ -1,0 +1,321 @@
+"""What a checkpoint holds (folder, hub id, or adapter of one), checked before anything heavy is
+loaded."""
+
+import json
+import re
+import warnings
+import zipfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from jinja2 import TemplateError
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from engine import ConfigError, reason
+from engine.vlm import VLM
+
+# the language model's linears, never the vision's
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+
+
+def load(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    lora_rank: int = 0,
+    train_vision: bool = False,
+    gradient_checkpointing: bool = False,
+    min_pixels: int = 4 * 28 * 28,
+    max_pixels: int = 401_408,
+    trainable: bool = True,
+) -> VLM:
+    """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder), which is merged in
+    first.
+
+    Full fine-tuning of the language model, or LoRA on its linears. The vision tower is frozen
+    unless `train_vision`. `trainable=False` freezes everything: reference, evaluation. Raises
+    ValueError or OSError for what `context` refuses, and where a weight has no place or a place no
+    weight.
+    """
+    ours = {
+        "sdpa": "shared_prefix",
+        "flex_attention": "flex_attention",
+    }  # of the language model, not of the tower
+    base, adapter, _, processor = opened(path)
+    # what a new adapter will remember
+    base = str(Path(base).resolve()) if Path(base).exists() else base
+    model, loaded = AutoModelForImageTextToText.from_pretrained(
+        base,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa" if attention in ours else attention,
+        ignore_mismatched_sizes=True,  # `refuse_part` does not, and names them
+        output_loading_info=True,
+    )
+    refuse_part(loaded)
+    model.config.text_config._attn_implementation = ours.get(attention, attention)
+    if adapter:
+        model = with_adapter(model, adapter).merge_and_unload()
+    _without_dropout(model)
+    model.requires_grad_(trainable)
+    if not train_vision:
+        model.model.visual.requires_grad_(False)
+    if gradient_checkpointing and trainable:
+        # its name from transformers 5.x on
+        new = getattr(model, "activation_checkpointing_enable", None)
+        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        model.enable_input_require_grads()
+    if lora_rank and trainable:
+        config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
+        with quiet_peft():
+            model = get_peft_model(model, config)
+    return VLM(model, processor, min_pixels, max_pixels).train(trainable)
+
+
+def open_policy(model: str, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
+    """`load` with the options of the same names in `cfg`, on `device`. Raises ConfigError where it
+    cannot be loaded."""
+    names = ("dtype", "attention", "min_pixels", "max_pixels")
+    names += ("lora_rank", "train_vision", "gradient_checkpointing")
+    options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
+    try:
+        return load(model, **options, trainable=trainable).to(device)
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"model: cannot load {model}: {reason(error)}") from error
+
+
+def _without_dropout(model: nn.Module) -> None:
+    """No dropout anywhere, although training mode stays on for gradient checkpointing: policy,
+    reference and sampler are one distribution. With it the ratios of Eq. 1 are off before anything
+    has been learned."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # probabilities that are handed to functions
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
+    """The most tokens that a checkpoint takes, and its tokenizer; nothing heavy is loaded.
+
+    Raises ValueError for a model of another family, quantised, in part there or without a chat
+    template that can be used, OSError where there is none."""
+    _, _, config, processor = opened(path)
+    _check_template(processor)
+    return config.text_config.max_position_embeddings, processor.tokenizer
+
+
+def opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin]:
+    """(model, adapter to put on it, the model's configuration, processor): what a folder or hub id
+    holds."""
+    base, adapter = _base_of(path)
+    it = f"its base {base}" if adapter else "it"
+    if Path(base).is_dir() and not (Path(base) / "config.json").exists():
+        raise ValueError(f"{it} holds no model (config.json)")
+    config = AutoConfig.from_pretrained(base)
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(
+            f"{it} is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported"
+        )
+    for part in (config, config.text_config):
+        if how := getattr(part, "quantization_config", None):
+            # whose older checkpoints do not say it
+            method = how.get("quant_method", "bitsandbytes")
+            raise ValueError(f"{it} is quantised ({method}); give the unquantised checkpoint")
+    _check_files(base, "model", "pytorch_model")
+    processor = _processor_of(path, base)
+    tokenizer = processor.tokenizer
+    for kind in ("image", "video"):
+        token, number = getattr(processor, f"{kind}_token"), getattr(config, f"{kind}_token_id")
+        if tokenizer.convert_tokens_to_ids(token) != number or not tokenizer("red").input_ids:
+            raise ValueError(
+                f"its tokenizer lacks words, or the {kind} token of its config.json ({token}, "
+                f"{number}); give a folder "
+                "that holds the tokenizer's files (tokenizer.json, tokenizer_config.json)"
+            )
+    # some checkpoints give it to one of the two alone
+    tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
+    processor.chat_template = processor.chat_template or tokenizer.chat_template
+    return base, adapter, config, processor
+
+
+def _base_of(path: str) -> tuple[str, str | None]:
+    """(model, adapter to put on it): what a folder or hub id holds."""
+    file = Path(path) / "adapter_config.json"
+    if not file.exists():
+        return path, None
+    try:
+        config = PeftConfig.from_pretrained(path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read ({error})") from error
+    base = config.base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"{file} names no base_model_name_or_path; write the model there that it is an adapter "
+            "of"
+        )
+    if config.is_prompt_learning:
+        raise ValueError(
+            f"{path} is a {config.peft_type.value} adapter, which cannot be merged into weights; "
+            "give a LoRA"
+        )
+    if (Path(base).is_absolute() or base.count("/") > 1) and not Path(base).exists():
+        raise FileNotFoundError(
+            f"{path} is an adapter of {base}, which is not there. Put it back, or train with "
+            "--merge"
+        )
+    _check_files(path, "adapter_model", "adapter_model")
+    return base, path
+
+
+def _check_files(folder: str, name: str, older: str) -> None:
+    """Are a folder's files of weights there, and as long as they say? Their heads tell, so this is
+    cheap."""
+    here = Path(folder)
+    if not here.is_dir():  # on the hub
+        return
+    files = [here / f"{name}.safetensors", *here.glob(f"{name}.safetensors.index.json")]
+    files += [here / f"{older}.bin", *here.glob(f"{older}.bin.index.json")]
+    # in the order in which they are looked for
+    file = next((file for file in files if file.exists()), None)
+    if file is None:
+        raise FileNotFoundError(f"{folder} holds no weights ({name}.safetensors)")
+    try:
+        whole = (
+            json.loads(file.read_text())["weight_map"]
+            if file.suffix == ".json"
+            else {"": file.name}
+        )
+        for file in sorted({here / each for each in whole.values()}):
+            if file.suffix == ".safetensors":
+                with safe_open(file, "pt"):
+                    pass
+            elif not zipfile.is_zipfile(file):
+                raise ValueError("its end is missing" if file.exists() else "No such file")
+    except (OSError, ValueError, LookupError, SafetensorError) as error:
+        raise ValueError(f"{file} is incomplete ({error}); copy or download it again") from error
+
+
+def _processor_of(path: str, base: str) -> ProcessorMixin:
+    """A checkpoint's own processor; that of its base, with its own tokenizer if it has one, where
+    PEFT or a trainer has saved an adapter without."""
+    if path == base or any(
+        (Path(path) / f"{name}_config.json").exists() for name in ("processor", "preprocessor")
+    ):
+        return AutoProcessor.from_pretrained(path)
+    processor = AutoProcessor.from_pretrained(base)
+    if not (Path(path) / "tokenizer_config.json").exists():
+        return processor
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    template = tokenizer.chat_template or processor.chat_template
+    return type(processor)(
+        processor.image_processor, tokenizer, processor.video_processor, chat_template=template
+    )
+
+
+def _check_template(processor: ProcessorMixin) -> None:
+    """Does the chat template write what it is given, pictures too? Asked as `VLM.encode` and `data`
+    ask it."""
+    if not processor.chat_template:
+        raise ValueError("it has no chat template; give an Instruct checkpoint")
+    seen = [{"type": "image"}, {"type": "text", "text": "red"}]
+    try:
+        with_picture, plain = (
+            of.apply_chat_template(
+                [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+            )
+            for of, content in ((processor, seen), (processor.tokenizer, "red"))
+        )
+    except (TemplateError, TypeError) as error:
+        raise ValueError(
+            f"its chat template cannot be used ({error}); give an Instruct checkpoint's"
+        ) from error
+    if processor.image_token not in with_picture or not all(
+        "red" in text for text in (with_picture, plain)
+    ):
+        raise ValueError(
+            "its chat template leaves out pictures or words; give an Instruct checkpoint's"
+        )
+
+
+def refuse_part(loaded: dict) -> None:
+    """ValueError where a checkpoint's weights and a model's places are not one to one, sizes
+    included. A head that is the embedding (tied) is not missed."""
+    missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
+    told = [f"lack {len(missing)} weights ({missing[0]})"] if missing else []
+    told += (
+        [f"hold {len(unexpected)} that the model has no place for ({unexpected[0]})"]
+        if unexpected
+        else []
+    )
+    if sizes := sorted(loaded["mismatched_keys"]):
+        name, there, wanted = sizes[0]
+        told += [
+            f"hold {len(sizes)} of another size than its config.json says ({name}: {[*there]}, not "
+            f"{[*wanted]})"
+        ]
+    if told:
+        raise ValueError(
+            f"its files {' and '.join(told)}; give a whole checkpoint, with any LoRA merged"
+        )
+
+
+def with_adapter(model: nn.Module, adapter: str) -> PeftModel:
+    """The model with all weights of a LoRA adapter on it; ValueError where one finds no place, or a
+    place no weight."""
+    names = {  # as transformers before 4.52 called them
+        r"^model\.(?=layers|norm|embed_tokens)": "model.language_model.",
+        r"^visual\.": "model.visual.",
+    }
+    with quiet_peft(), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        try:
+            found = PeftModel.from_pretrained(model, adapter, key_mapping=names)
+        except UserWarning as error:
+            raise ValueError(
+                f"{adapter} lacks weights that its adapter_config.json describes"
+            ) from error
+        except RuntimeError as error:
+            if not (sizes := re.search("size mismatch for .*", str(error))):
+                raise
+            raise ValueError(f"{adapter} and its adapter_config.json differ: {sizes[0]}") from error
+    there, taken = (
+        len(load_peft_weights(adapter, device="cpu")),
+        len(get_peft_model_state_dict(found)),
+    )
+    if there != taken:
+        raise ValueError(
+            f"{adapter} holds {there} weights, of which its adapter_config.json has places for "
+            f"{taken}"
+        )
+    return found
+
+
+@contextmanager
+def quiet_peft():
+    """Without the warning about a name in transformers that peft has not followed yet."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing", category=FutureWarning
+        )
+        yield

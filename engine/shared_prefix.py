@@ -1,0 +1,281 @@
+"""The exact reformulations: the prompt of a vision-language model is long, its responses are short
+and share it.
+
+Scoring puts all responses of a prompt in one row [prompt | y_1 | ... | y_K], where each branch sees
+the prompt and its own past (`branch_mask`). Generation holds the prompt's keys and values once for
+all its responses (`BranchCache`). The LM head runs on response tokens only, in chunks (`log_prob`),
+and one random number draws a token (`TokenSampler`).
+
+Shapes: B prompts, K branches per prompt, P prompt tokens (left-padded), T response tokens, V
+vocabulary.
+"""
+
+import random
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.flex_attention import create_block_mask
+from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor
+from transformers.cache_utils import DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+
+def log_prob(
+    hidden: Tensor, weight: Tensor, ids: Tensor, banned: list[int], chunk: int | None = None
+):
+    """log pi(y_t) and the entropy H_t of pi_t = softmax(W h_t).   [N, d], [V, d], [N] -> [N], [N]
+
+    The logits [N, V] are by far the largest tensor of a step, so they never exist: the head runs on
+    chunk / V tokens at a time, and again in backward, where d log pi(y) / dz = e_y - pi. banned
+    tokens have no probability. The entropy carries no gradient. Half precision is widened before
+    the softmax. chunk: numbers in a chunk; by default what suited a CPU's caches best, and on a GPU
+    more, so that it is kept busy and a half-precision gradient of W has few summands.
+    """
+    chunk = chunk or (2**22 if hidden.device.type == "cpu" else 2**26)
+    return _LogProb.apply(hidden, weight, ids, banned, max(1, chunk // len(weight)))
+
+
+class _LogProb(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, ids, banned, rows):
+        logp, entropy, norm = [], [], []
+        for h, y in zip(hidden.split(rows), ids.split(rows)):
+            z = at_least_float32(h @ weight.T)
+            z[:, banned] = torch.finfo(z.dtype).min / 2
+            most = z.amax(-1, keepdim=True)
+            weights = z.sub_(most).exp()  # log-sum-exp by hand: its parts give the entropy as well
+            total = weights.sum(-1)
+            norm.append(most[:, 0] + total.log())
+            logp.append(z.gather(-1, y[:, None])[:, 0] - total.log())
+            entropy.append(total.log() - torch.linalg.vecdot(weights, z) / total)
+        norm = torch.cat(norm)
+        ctx.save_for_backward(hidden, weight, ids, norm)
+        ctx.banned, ctx.rows = banned, rows
+        entropy = torch.cat(entropy)
+        ctx.mark_non_differentiable(entropy)
+        return torch.cat(logp), entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        hidden, weight, ids, norm = ctx.saved_tensors
+        to_hidden, to_weight = ctx.needs_input_grad[:2]
+        d_hidden = torch.empty_like(hidden) if to_hidden else None
+        d_weight = torch.zeros_like(weight) if to_weight else None
+        for start in range(0, len(hidden), ctx.rows):
+            part = slice(start, start + ctx.rows)
+            h, g = hidden[part], grad[part, None]
+            z = at_least_float32(h @ weight.T)
+            z[:, ctx.banned] = torch.finfo(z.dtype).min / 2
+            residual = (
+                z.sub_(norm[part, None])
+                .exp_()
+                .mul_(-g)
+                .scatter_add_(-1, ids[part, None], g)
+                .to(hidden.dtype)
+            )
+            if to_hidden:
+                d_hidden[part] = residual @ weight
+            if to_weight:
+                d_weight.addmm_(residual.T, h)
+        return d_hidden, d_weight, None, None, None
+
+
+def uniform_numbers(names: list[str], n: int, length: int, when: str) -> Tensor:
+    """The chance behind n completions of each prompt [B, n, T]: it depends on `when` (seed, update)
+    and the prompt's name only, not on the batch, the process or the device, so that the completions
+    do not either, up to rounding."""
+    numbers = torch.empty(len(names), n, length, dtype=torch.float64)
+    for table, name in zip(numbers, names):
+        stream = torch.Generator().manual_seed(random.Random(f"{when}/{name}").randrange(2**63))
+        torch.rand(n, length, generator=stream, out=table)
+    return numbers
+
+
+class TokenSampler(LogitsProcessor):
+    """Chooses the next token itself, at T = 1 from all of softmax(scores) or greedily, and leaves
+    `generate` no other choice. A row that has ended gets end tokens."""
+
+    def __init__(self, banned: list[int], end: int, ended: Tensor, draws: Tensor | None):
+        self.banned, self.end, self.ended = banned, end, ended[:, None]
+        self.draws = None if draws is None else iter(draws.split(1, 1))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        scores[:, self.banned] = -torch.inf
+        token = (
+            scores.argmax(-1, keepdim=True)
+            if self.draws is None
+            else inverse_cdf(scores, next(self.draws))
+        )
+        # in bytes, because `generate` looks for the largest
+        choice = torch.zeros_like(scores, dtype=torch.uint8)
+        return choice.scatter_(-1, token.masked_fill(self.ended, self.end), 1)
+
+
+def inverse_cdf(scores: Tensor, u: Tensor, block: int = 128) -> Tensor:
+    """The token at which the cumulative distribution of softmax(scores) passes u.
+    [N, V], [N, 1] -> [N, 1]
+
+    One number a row, where `torch.multinomial` draws one for each token of the vocabulary and on a
+    CPU took longer than the model (39 % of generation with 32,768 tokens). In two steps, block of
+    the vocabulary and token in it, so that only few sums are in double precision; in single the
+    tail of a vocabulary would be lost.
+    """
+    weights = at_least_float32(scores).softmax(-1)
+    if rest := -weights.shape[1] % block:
+        weights = F.pad(weights, (0, rest))
+    blocks = weights.unflatten(1, (weights.shape[1] // block, block))
+    mass = blocks.sum(-1).double()
+    edges = mass.cumsum(-1)
+    passed = u * edges[:, -1:]
+    # right: never a block or token without probability
+    which = torch.searchsorted(edges, passed, right=True)
+    share = (passed - (edges - mass).gather(1, which)) / mass.gather(1, which)
+    inside = blocks.gather(1, which[..., None].expand(-1, -1, block))[:, 0].double().cumsum(-1)
+    within = torch.searchsorted(inside, share.clamp(0, 1 - 2**-40) * inside[:, -1:], right=True)
+    return which * block + within
+
+
+def branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attention: str):
+    """What each of the L = P + sum(fed) tokens of a row may look at: the prompt, and its own
+    branch's past.
+
+    A mask [B, 1, L, L] to be added, 0 or the lowest number; for `branch_attention` in two, the
+    prompt's [B, 1, P, P] (None where plain causal attention will do) and the branches' [B, 1, L -
+    P, L]; for flex attention its blocks.
+    """
+    (b, p), device = prompt_mask.shape, prompt_mask.device
+    length = p + sum(fed)
+    branch = torch.arange(len(fed) + 1, device=device).repeat_interleave(
+        torch.tensor([p, *fed], device=device)
+    )
+    valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, sum(fed)).bool()], 1)
+
+    def may_see(row, _head, q, k):
+        same = (branch[k] == 0) | (branch[k] == branch[q])
+        return (same & (k <= q) & valid[row, k]) | (k == q)  # padding sees itself: no NaN
+
+    def dense(start: int, stop: int) -> Tensor:
+        at = torch.arange(stop, device=device)
+        see = may_see(torch.arange(b, device=device)[:, None, None], None, at[start:, None], at)
+        return torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(
+            ~see, torch.finfo(dtype).min
+        )[:, None]
+
+    if attention == "flex_attention":
+        return create_block_mask(may_see, b, None, length, length, device=device)
+    if attention == "shared_prefix" and length > p:
+        return None if prompt_mask.all() else dense(0, p), dense(p, length)
+    return dense(0, length)
+
+
+def branch_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask, scaling: float, **kwargs
+):
+    """SDPA that knows which tokens share a prompt. Registered with transformers as
+    "shared_prefix"."""
+    if hasattr(key, "branches"):  # a new token in every completion
+        return decode_attention(at_least_float32(query) * scaling, key, value)[:, None], None
+    if not isinstance(mask, tuple):
+        return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+    # the prompt sees no branch: its rows need no columns of theirs
+    p = query.shape[2] - mask[1].shape[2]
+    parts = (
+        (query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[0]),
+        (query[:, :, p:], key, value, mask[1]),
+    )
+    return torch.cat(
+        [sdpa_attention_forward(module, *part, scaling=scaling, **kwargs)[0] for part in parts], 1
+    ), None
+
+
+class BranchCache(DynamicLayer):
+    """The cache of one layer: the prompts' keys and values once, and room for those of n
+    completions of each, which are written in place where the plain layer copies all there is at
+    every token."""
+
+    is_croppable = False
+
+    def __init__(self, prompt: DynamicLayer, valid: Tensor, n: int, room: int):
+        super().__init__()
+        # wide: scores in half precision would be off by percents, and the distribution sampled not
+        # the one scored
+        self.prompt, self.filled, self.is_initialized = (
+            (at_least_float32(prompt.keys), at_least_float32(prompt.values)),
+            0,
+            True,
+        )
+        b, heads, self.before, d = prompt.keys.shape
+        self.keys, self.values = (
+            x.new_empty(b * n, heads, room, d) for x in (prompt.keys, prompt.values)
+        )
+        hidden = valid[:, None, None] == 0
+        self.hidden = hidden if hidden.any() else None  # the padding [B, 1, 1, P]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args, **kwargs
+    ) -> tuple[Tensor, Tensor]:
+        end = self.filled + key_states.shape[-2]
+        self.keys[..., self.filled : end, :] = key_states
+        self.values[..., self.filled : end, :] = value_states
+        self.filled = end
+        keys = self.keys[..., :end, :]
+        keys.branches = self  # what `branch_attention` needs beside them
+        return keys, self.values[..., :end, :]
+
+    def get_seq_length(self) -> int:
+        return self.before + self.filled
+
+    def keep(self, rows: Tensor) -> None:
+        self.keys, self.values = self.keys[rows], self.values[rows]
+
+
+def decode_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """softmax([q k_prompt^T, q k_own^T]) [v_prompt; v_own].
+
+    [B n, H, 1, d], [B n, h, T, d], [B n, h, T, d] -> [B n, H, d]. All completions of a prompt read
+    its keys and values together, as one matrix product.
+    """
+    (k, v), hidden = key.branches.prompt, key.branches.hidden
+    b, h, p, d = k.shape
+    rows, heads = query.shape[:2]
+    n, group = rows // b, heads // h  # completions per prompt; query heads per key head
+    query = query.view(rows, h, group, d)
+
+    def by_prompt(x: Tensor) -> Tensor:  # [B n, h, group, .] -> [B, h, n group, .]
+        return x.view(b, n, h, group, -1).transpose(1, 2).reshape(b, h, n * group, -1)
+
+    def by_completion(x: Tensor) -> Tensor:
+        return x.view(b, h, n, group, -1).transpose(1, 2).reshape(rows, h, group, -1)
+
+    shared = by_prompt(query) @ k.mT
+    if hidden is not None:
+        shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
+    weights = torch.cat([shared, by_prompt(query @ at_least_float32(key).mT)], -1).softmax(-1)
+    own = by_completion(weights[..., p:]) @ at_least_float32(value)
+    out = by_completion(weights[..., :p] @ v) + own
+    return out.reshape(rows, heads, d).to(value.dtype)
+
+
+AttentionInterface.register("shared_prefix", branch_attention)
+AttentionMaskInterface.register("shared_prefix", sdpa_mask)
+
+
+@contextmanager
+def attention_function(core: nn.Module, name: str):
+    """The language model attends with the registered function `name`."""
+    config = core.config.text_config
+    before, config._attn_implementation = config._attn_implementation, name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """At least single precision: no log-softmax is taken in half."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,515 @@
+"""Qwen2.5-VL through transformers: encode, generate groups, score tokens.
+
+`forward` scores all responses of a prompt in one row and `generate` runs the prompt once
+(`shared_prefix`); both are exact. `score_plain`, one row per response, is the form they are tested
+against.
+
+Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T completion tokens
+(right-padded).
+"""
+
+import copy
+import inspect
+import warnings
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import wraps
+from pathlib import Path
+from types import MethodType
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from qwen_vl_utils.vision_process import fetch_image
+from torch import Tensor, nn
+from transformers import (
+    BatchFeature,
+    DynamicCache,
+    GenerationConfig,
+    GenerationMixin,
+)
+
+import reasoning
+from engine.shared_prefix import (
+    BranchCache,
+    TokenSampler,
+    attention_function,
+    branch_mask,
+    log_prob,
+)
+
+SEGMENT = 16  # tokens between two looks at which completions have ended
+# transformers renames this argument; the old name warns
+CACHE = next(
+    name
+    for name in ("cache", "past_key_values")
+    if name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+)
+
+
+@dataclass
+class Completions:
+    """ids [B, K, T]; mask [B, K, T], 1 up to and including the first end token; text[b][k]; ended
+    [B, K]."""
+
+    ids: Tensor
+    mask: Tensor
+    text: list[list[str]]
+    ended: Tensor
+
+
+class TokenScores(NamedTuple):
+    """At every completion token: its log-prob [B, K, T], the entropy of its distribution [B, K, T]
+    and the head's input there, hidden [B, K, T, d]; prompt [B, P, d]: the prompt's hidden
+    states."""
+
+    logp: Tensor
+    entropy: Tensor
+    hidden: Tensor
+    prompt: Tensor
+
+
+def _in_evaluation_mode(method):
+    """Gradient checkpointing, which acts in training mode, allows no cache. The mode comes back
+    also after an error."""
+
+    @wraps(method)
+    def wrapped(self, *args, **kwargs):
+        was_training, _ = self.training, self.eval()
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self.train(was_training)
+
+    return wrapped
+
+
+class VLM(nn.Module):
+    """A Qwen2.5-VL and its processor. `forward` is scoring, so that DDP wraps the pass that has a
+    backward."""
+
+    _no_split_modules = ("Qwen2_5_VLDecoderLayer",)  # what FSDP2 makes shards of
+
+    def __init__(self, model: nn.Module, processor, min_pixels: int, max_pixels: int):
+        super().__init__()
+        self.model, self.processor = model, processor
+        self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.end_ids = end_token_ids(self.core, processor.tokenizer)
+        self.banned_ids = banned_token_ids(self.core, processor.tokenizer, self.end_ids)
+        # a convolution whose stride is its kernel is one matrix product, and PyTorch's Conv3d is
+        # far slower at it
+        conv = self.core.model.visual.patch_embed.proj
+        conv.forward = MethodType(_patches_times_kernel, conv)
+
+    @property
+    def core(self) -> nn.Module:
+        """The Qwen2_5_VLForConditionalGeneration itself; LoRA layers, when there are any, sit
+        inside it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self) -> torch.device:
+        return self.core.lm_head.weight.device
+
+    def base(self):
+        """Context in which the LoRA adapter is off: the reference model of a LoRA run."""
+        return (
+            self.model.disable_adapter()
+            if hasattr(self.model, "disable_adapter")
+            else nullcontext()
+        )
+
+    def encode(self, conversations: list[list[dict]]) -> BatchFeature:
+        """Chat messages with PIL images or lists of frames -> left-padded model inputs.
+
+        One processor call builds ids, mask, token types, pixels and grids, so that they cannot
+        disagree, and generation and scoring get the very same tensors. Nothing is ever truncated.
+        Raises ValueError for no conversation.
+        """
+        if not conversations:
+            raise ValueError("there is no conversation to encode")
+        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
+        images, videos, metadata = [], [], []
+        for part in (part for turns in conversations for turn in turns for part in turn["content"]):
+            if part["type"] == "image":
+                images.append(fetch_image({"image": part["image"], **limits}))
+            # frame by frame: qwen-vl-utils' own list reader rounds to 56, not 28 pixels
+            elif part["type"] == "video":
+                frames = [fetch_image({"image": frame, **limits}) for frame in part["video"]]
+                videos.append(frames)
+                metadata.append(
+                    {
+                        "fps": part["fps"],
+                        "total_num_frames": len(frames),
+                        "frames_indices": list(range(len(frames))),
+                    }
+                )
+        text = self.processor.apply_chat_template(
+            conversations, tokenize=False, add_generation_prompt=True
+        )
+        media = {"images": images} if images else {}
+        if videos:
+            media |= {"videos": videos, "video_metadata": metadata, "do_sample_frames": False}
+        inputs = self.processor(
+            text=text,
+            **media,
+            do_resize=False,
+            padding=True,
+            padding_side="left",
+            return_tensors="pt",
+        )
+        inputs = inputs.to(self.device)
+        if not any(p.requires_grad for p in self.core.model.visual.parameters()):
+            # once for generation, policy and reference: a frozen tower sees the same in all three
+            with torch.no_grad():
+                inputs.update(self._see(inputs))
+        return inputs
+
+    def _see(self, inputs: BatchFeature) -> dict[str, Tensor]:
+        """The vision tower's output, one row for every image (video) token of the batch in reading
+        order."""
+        body, seen = self.core.model, {}
+        if "pixel_values" in inputs:
+            out = body.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"])
+            seen["image_features"] = torch.cat(list(out.pooler_output))
+        if "pixel_values_videos" in inputs:
+            out = body.get_video_features(inputs["pixel_values_videos"], inputs["video_grid_thw"])
+            seen["video_features"] = torch.cat(list(out.pooler_output))
+        return seen
+
+    def _embed(self, inputs: BatchFeature) -> Tensor:
+        """The prompts' tokens as the language model takes them [B, P, d], pictures and clips in
+        their places."""
+        ids, config = inputs["input_ids"], self.core.config
+        placeholder = {
+            "image_features": config.image_token_id,
+            "video_features": config.video_token_id,
+        }
+        seen = {name: inputs[name] for name in placeholder if name in inputs} or self._see(inputs)
+        embeds = self.core.get_input_embeddings()(ids)
+        for name, features in seen.items():
+            embeds = embeds.masked_scatter(
+                (ids == placeholder[name])[..., None], features.to(embeds.dtype)
+            )
+        return embeds
+
+    @torch.no_grad()
+    @_in_evaluation_mode
+    def generate(
+        self,
+        inputs: BatchFeature,
+        n: int,
+        max_new_tokens: int,
+        sample: bool = True,
+        draws: Tensor | None = None,
+    ) -> Completions:
+        """n completions per prompt, at T = 1 from the whole distribution (D-8), or greedy.
+
+        The prompt, and with it the vision tower, runs once, and its keys and values are held once
+        for all its completions (`BranchCache`). Every SEGMENT tokens those that have ended leave
+        the batch. Raises ValueError for n below 1. draws [B, n, T]: the uniform numbers that choose
+        the tokens, by default from torch's generator. With the same numbers a prompt gets the same
+        completions in any batch.
+        """
+        if n < 1:
+            raise ValueError(f"n must be at least 1 completion a prompt, got {n}")
+        core, prompts, valid = self.core, inputs["input_ids"], inputs["attention_mask"]
+        (b, p), device = prompts.shape, prompts.device
+        ends = torch.tensor(self.end_ids, device=device)
+        if sample and draws is None:
+            draws = torch.rand(b, n, max_new_tokens, dtype=torch.float64, device=device)
+        position = _positions(core.model, inputs)
+        # the positions that scoring uses; transformers' own deltas count from the largest, a long
+        # clip's time
+        delta = position[0, :, -1] + 1 - valid.sum(1)
+        attention = core.config.text_config._attn_implementation
+        # transformers' own mask for eager attention lets padding see nothing: in float64 it then
+        # holds NaN
+        mask = (
+            {"full_attention": branch_mask(valid, [], core.dtype, attention)}
+            if attention == "eager"
+            else valid
+        )
+        prefill = DynamicCache()
+        core.model(
+            inputs_embeds=self._embed(inputs),
+            attention_mask=mask,
+            position_ids=position,
+            use_cache=True,
+            **{CACHE: prefill},
+        )
+        prefill.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
+        branches = DynamicCache()
+        branches.layers = [
+            BranchCache(layer, valid[:, :-1], n, max_new_tokens) for layer in prefill.layers
+        ]
+
+        ids = torch.full(
+            (b, n, max_new_tokens), self.processor.tokenizer.pad_token_id, device=device
+        )
+        # the completions still in the batch, as many of each prompt
+        kept = torch.arange(n, device=device).expand(b, n)
+        for start in range(0, max_new_tokens, SEGMENT):
+            stop = min(start + SEGMENT, max_new_tokens)
+            ended = torch.isin(ids[..., :start], ends).any(-1).gather(1, kept)  # [B, m]
+            left = int((~ended).sum(1).max())
+            if not left:
+                break
+            if left < kept.shape[1]:  # where a prompt has fewer left, ended ones fill up
+                order = ended.int().argsort(dim=1, stable=True)[:, :left]
+                rows = order + torch.arange(b, device=device)[:, None] * kept.shape[1]
+                kept, ended = kept.gather(1, order), ended.gather(1, order)
+                for layer in branches.layers:
+                    layer.keep(rows.flatten())
+            index = kept[..., None].expand(-1, -1, stop - start)
+            said = ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start)).flatten(0, 1)
+            numbers = (
+                draws[..., start:stop].to(device).gather(1, index).flatten(0, 1) if sample else None
+            )
+            core.model.rope_deltas = delta.repeat_interleave(left)[:, None]
+            with attention_function(core, "shared_prefix"), plain_generation(core):
+                sequences = core.generate(
+                    input_ids=torch.cat([prompts.repeat_interleave(left, 0), said], 1),
+                    attention_mask=torch.cat(
+                        [valid.repeat_interleave(left, 0), torch.ones_like(said)], 1
+                    ),
+                    logits_processor=[
+                        TokenSampler(self.banned_ids, self.end_ids[0], ended.flatten(), numbers)
+                    ],
+                    # by itself it would keep step with other processes wherever FSDP is in use
+                    synced_gpus=False,
+                    generation_config=GenerationConfig(
+                        # TokenSampler has chosen, at T = 1, from the whole distribution
+                        do_sample=False,
+                        use_cache=True,
+                        max_new_tokens=stop - start,
+                        eos_token_id=self.end_ids,
+                        pad_token_id=self.processor.tokenizer.pad_token_id,
+                    ),
+                    **{CACHE: branches},
+                )
+            new = sequences[:, p + start :].unflatten(0, kept.shape)
+            ids[:, :, start:stop].scatter_(1, index[..., : new.shape[2]], new)
+        is_end = torch.isin(ids, ends)
+        # first end token kept, whatever follows it dropped
+        mask = (is_end.cumsum(2) - is_end.int()) == 0
+        # decoded whole, special tokens too: stage tags may be among a checkpoint's
+        said = mask & ~is_end
+        text = [
+            [
+                self.processor.tokenizer.decode(row[keep])
+                for row, keep in zip(rows, keeps, strict=True)
+            ]
+            for rows, keeps in zip(ids, said, strict=True)
+        ]
+        length = mask.sum(2).max()
+        ids, mask = ids[..., :length], mask[..., :length]
+        return Completions(ids, mask, text, is_end.any(2))
+
+    def encode_responses(
+        self, texts: list[str], after: list[str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One response text per prompt, teacher-forced: ids and mask [B, 1, T], each closed by the
+        end token.
+
+        after: a beginning of each response that is fed as well but not in the mask. Raises
+        ValueError for no text.
+        """
+        if not texts:
+            raise ValueError("there is no response to encode")
+        tokenizer = self.processor.tokenizer
+        start = [
+            tokenizer(text, add_special_tokens=False).input_ids
+            for text in after or [""] * len(texts)
+        ]
+        rows = [
+            tokenizer(text, add_special_tokens=False).input_ids + [self.end_ids[0]]
+            for text in texts
+        ]
+        length = max(len(a) + len(b) for a, b in zip(start, rows))
+        ids = torch.full((len(rows), 1, length), self.end_ids[0], device=self.device)
+        mask = torch.zeros_like(ids, dtype=torch.bool)
+        for i, (a, b) in enumerate(zip(start, rows)):
+            ids[i, 0, : len(a) + len(b)] = torch.tensor(a + b)
+            mask[i, 0, len(a) : len(a) + len(b)] = True
+        return ids, mask
+
+    def forward(self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None) -> TokenScores:
+        """log pi(ids | prompt) with K branches behind one prompt.
+        [B, P], [B, K, T], [B, K, T] -> TokenScores
+
+        Row b is [prompt_b | y_1 | ... | y_K]; in the 4-D mask a branch sees its prompt and its own
+        past, and its positions go on from the prompt's last (mRoPE) position. Equal to K separate
+        rows up to rounding. mask: the tokens to be scored, by default all; what follows a branch's
+        last one is not fed, and the head runs on these tokens only. Elsewhere log-prob and entropy
+        are 0. Attention that takes no 4-D mask scores plain rows. Raises ValueError where K or T is
+        0.
+        """
+        if ids.ndim != 3 or not ids.numel():
+            raise ValueError(
+                f"ids must be [B, K, T] with at least one token each, got shape {tuple(ids.shape)}"
+            )
+        body, prompts = self.core.model, inputs["input_ids"]
+        attention = self.core.config.text_config._attn_implementation
+        p, t = prompts.shape[1], ids.shape[2]
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        if attention not in ("shared_prefix", "eager", "sdpa", "flex_attention"):
+            warnings.warn(
+                f"{attention} attention takes no 4-D mask: scoring shares no prompt", stacklevel=2
+            )
+            return self.score_plain(inputs, ids, mask)
+        # branch by branch, as many tokens as its longest row in the batch; the last token predicts
+        # nothing
+        ends = (
+            (mask.any(0) * torch.arange(1, t + 1, device=ids.device)).amax(-1).clamp_min(1).tolist()
+        )
+        fed = [end - 1 for end in ends]
+        branches = torch.cat([ids[:, i, :n] for i, n in enumerate(fed)], 1)
+        position = _positions(body, inputs)  # [3, B, P]
+        # [B]: after the prompt's text, although a long clip's time may run past it
+        start = position[0, :, -1] + 1
+        steps = torch.cat([torch.arange(n, device=ids.device) for n in fed])
+        hidden = body(
+            inputs_embeds=torch.cat(
+                [self._embed(inputs), self.core.get_input_embeddings()(branches)], 1
+            ),
+            attention_mask={
+                "full_attention": branch_mask(
+                    inputs["attention_mask"], fed, self.core.dtype, attention
+                )
+            },
+            position_ids=torch.cat([position, (start[:, None] + steps).expand(3, -1, -1)], 2),
+            use_cache=False,
+        ).last_hidden_state
+        # the prompt's end predicts y_1
+        parts = [torch.cat([hidden[:, p - 1 : p], part], 1) for part in hidden[:, p:].split(fed, 1)]
+        # [B, K, T, d]
+        states = torch.stack([F.pad(part, (0, 0, 0, t - end)) for part, end in zip(parts, ends)], 1)
+        return self._scores(states, ids, mask, hidden[:, :p])
+
+    def score_plain(
+        self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None
+    ) -> TokenScores:
+        """The same numbers with one row per completion and no sharing."""
+        k, t = ids.shape[1:]
+        rows, p = ids.flatten(0, 1), inputs["input_ids"].shape[1]
+        position = _positions(self.core.model, inputs)
+        steps = (position[0, :, -1:] + 1 + torch.arange(t, device=ids.device)).expand(3, -1, -1)
+        embeds = self._embed(inputs).repeat_interleave(k, 0)
+        hidden = self.core.model(
+            inputs_embeds=torch.cat([embeds, self.core.get_input_embeddings()(rows)], 1),
+            attention_mask=torch.cat(
+                [inputs["attention_mask"].repeat_interleave(k, 0), torch.ones_like(rows)], 1
+            ),
+            position_ids=torch.cat([position, steps], 2).repeat_interleave(k, 1),
+            use_cache=False,
+        ).last_hidden_state
+        mask = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        return self._scores(
+            hidden[:, p - 1 : -1].unflatten(0, ids.shape[:2]), ids, mask, hidden[::k, :p]
+        )
+
+    def _scores(self, hidden: Tensor, ids: Tensor, mask: Tensor, prompt: Tensor) -> TokenScores:
+        found = log_prob(hidden[mask], self.core.lm_head.weight, ids[mask], self.banned_ids)
+        logp, entropy = (
+            torch.zeros(ids.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
+            for x in found
+        )
+        return TokenScores(logp, entropy, hidden, prompt)
+
+    def head(self, trained: bool = True) -> tuple[Tensor, Tensor]:
+        """W [V, d] and b [V]: softmax(W h + b) is the distribution that is sampled; b is -inf at
+        banned tokens.
+
+        trained = False: without gradient.
+        """
+        weight = self.core.lm_head.weight if trained else self.core.lm_head.weight.detach()
+        banned = torch.tensor(self.banned_ids, device=weight.device)
+        return weight, torch.zeros(len(weight), device=weight.device).index_fill(
+            0, banned, -torch.inf
+        )
+
+    def save(self, folder: str | Path, merge: bool = True) -> None:
+        """Write weights and processor, so that plain `from_pretrained` loads them. LoRA's are
+        merged in, or written alone, as an adapter of the model that it was put on (whose path it
+        remembers)."""
+        own = self.core.generation_config
+        with plain_generation(self.core):  # transformers refuses to write some that it has read
+            if isinstance(self.model, PeftModel) and merge:
+                # a copy, because training may go on, and on the CPU, because a second model may not
+                # fit on the device
+                device = self.device
+                merged = copy.deepcopy(self.model.cpu()).merge_and_unload()
+                self.model.to(device)
+                merged.save_pretrained(folder)
+            else:
+                self.model.save_pretrained(folder)
+        if (Path(folder) / "generation_config.json").exists():
+            own.to_json_file(Path(folder) / "generation_config.json")
+        self.processor.save_pretrained(folder)
+
+
+def _patches_times_kernel(conv: nn.Conv3d, patches: Tensor) -> Tensor:
+    """[N, C, T, P, P] -> [N, d]"""
+    return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)
+
+
+def _positions(body: nn.Module, inputs: BatchFeature) -> Tensor:
+    """mRoPE positions of the left-padded prompts [3, B, P]."""
+    names = (
+        "mm_token_type_ids",
+        "image_grid_thw",
+        "video_grid_thw",
+        "second_per_grid_ts",
+        "attention_mask",
+    )
+    return body.get_rope_index(
+        inputs["input_ids"], **{name: inputs[name] for name in names if name in inputs}
+    )[0]
+
+
+@contextmanager
+def plain_generation(model: nn.Module):
+    """`generate` takes nothing from the checkpoint's own generation_config, of which transformers
+    fills in whatever the given one leaves open: a repetition penalty or T = 1e-6 (released
+    checkpoints ship both), beams, a minimum length. Log-probs are those of the plain distribution,
+    and so must the samples be. What is saved keeps the checkpoint's."""
+    before, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def end_token_ids(model: nn.Module, tokenizer) -> list[int]:
+    """The end-of-turn token, first in the list, and any other token the checkpoint treats as an
+    end.
+
+    Qwen lists its padding token as an end too; as padding it can never be sampled, so it is not one
+    here.
+    """
+    listed = model.generation_config.eos_token_id
+    listed = [] if listed is None else [listed] if isinstance(listed, int) else list(listed)
+    return list(
+        dict.fromkeys([tokenizer.eos_token_id, *(i for i in listed if i != tokenizer.pad_token_id)])
+    )
+
+
+def banned_token_ids(model: nn.Module, tokenizer, end_ids: list[int]) -> list[int]:
+    """The tokens that no response holds: never sampled, and so never scored.
+
+    Control tokens (a sampled image token has no image behind it, and a turn of another speaker is
+    no response), and the rows of the head that stand for no token: real checkpoints pad the
+    vocabulary. Stage tags may be special tokens of a checkpoint, and stay.
+    """
+    names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    special = {
+        str(token): i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids))
+    control = {i for token, i in special.items() if token not in reasoning.TAGS}
+    control |= {getattr(model.config, name) for name in names} | {tokenizer.pad_token_id}
+    control -= {None, *end_ids}
+    nothing = set(range(model.lm_head.weight.shape[0])) - set(tokenizer.get_vocab().values())
+    return sorted(control | nothing)

@@ -1,0 +1,23 @@
+"""Write the embedded world: its data, its policy and its judge."""
+
+import argparse
+from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
+
+import world
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, prog="python -m world")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder to write data/, policy/ and judge/ to"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args()
+    transformers_logging.disable_progress_bar()
+    print(f"wrote {world.build(args.out, args.quiet)}")
+
+
+if __name__ == "__main__":
+    main()

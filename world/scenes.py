@@ -1,0 +1,366 @@
+"""Scenes of coloured shapes on a grid, questions about them, and a prior that a model can fall for.
+
+Like the real thing, the world has a *prior*: every shape has a usual colour, row, direction and
+companion. The usual value stands in TYPICAL of the cases: 40 %, above chance for colours and
+directions (25 %) and below it for rows (50 %). The companion is there in 90 % of existence and
+count questions, whether the shape is there or not. The base policy is taught to describe pictures
+without the prior. The cold-start data then teach the four stages and, in FLAW of the rows, a bad
+habit: the reference follows the prior instead of the picture (usual attributes, an object too many
+because its companion is there), which makes it false in about 35 % of the rows. That is the
+hallucination for RL to undo.
+
+A question alone, without the picture, is answered right as often as its best constant answer (the
+question-only floor):
+
+    rows                                  existence   count   colour   row    motion
+    typical = TYPICAL                     60 %        33 %    40 %     60 %   40 %
+    typical = 0, the prior-breaking set   60 %        50 %    33 %     50 %   33 %
+
+and in the pairs 50 %, where both questions of a pair may be right together: 50 % of the pairs.
+"""
+
+import itertools
+import json
+import math
+import random
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import av
+from PIL import Image, ImageDraw
+
+import reasoning
+
+ROWS = ("top", "bottom")
+CELLS = (("northwest", "northeast"), ("southwest", "southeast"))
+GRID = len(ROWS)
+COLOURS = {
+    "red": (240, 70, 70),
+    "green": (70, 210, 90),
+    "blue": (80, 120, 250),
+    "yellow": (250, 220, 60),
+}
+DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+# shape: its typical colour, row, direction and companion
+PRIOR = {
+    "circle": ("red", "top", "right", "square"),
+    "square": ("blue", "bottom", "left", "circle"),
+    "triangle": ("green", "bottom", "up", "star"),
+    "star": ("yellow", "top", "down", "triangle"),
+    "cross": ("red", "bottom", "right", "diamond"),
+    "diamond": ("blue", "top", "left", "cross"),
+}
+KINDS = ("existence", "count", "colour", "row", "motion")
+CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
+GROUND = (
+    122,
+    116,
+    104,
+)  # about the mean that the image processor subtracts: shapes stand out from zero
+TYPICAL = 0.4  # share of objects with their shape's usual colour; the same for rows and directions
+FLAW = 0.6  # share of cold-start rows whose reference follows the prior, true or not
+SIZES = {
+    "cold_start": 2400,
+    "train": 480,
+    "test": 400,
+    "test_prior_breaking": 300,
+    "test_pairs": 300,
+}
+
+
+@dataclass(frozen=True)
+class Thing:
+    shape: str
+    colour: str
+    row: int
+    column: int
+    direction: str | None = None  # it moves, in a clip
+
+    @property
+    def name(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+    @property
+    def cell(self) -> str:
+        return CELLS[self.row][self.column]
+
+    def describe(self) -> str:
+        return f"{self.cell} {self.name}" + (f" moving {self.direction}" if self.direction else "")
+
+
+Scene = tuple[Thing, ...]
+
+
+# --- scenes and questions -------------------------------------------------------------------------
+
+
+def pick_colour(rng: random.Random, shape: str, typical: float) -> str:
+    usual = PRIOR[shape][0]
+    return usual if rng.random() < typical else rng.choice([c for c in COLOURS if c != usual])
+
+
+def place(
+    rng: random.Random, scene: Scene, shape: str, typical: float, usual_row: float | None = None
+) -> Scene:
+    """The scene with one more object in a free cell. Its colour is the usual one with probability
+    `typical`, its row with probability `usual_row` (`typical` unless given), or the other row's
+    where all cells of that one are taken."""
+    free = [
+        (r, c)
+        for r in range(GRID)
+        for c in range(GRID)
+        if (r, c) not in {(t.row, t.column) for t in scene}
+    ]
+    usual = ROWS.index(PRIOR[shape][1])
+    follow = rng.random() < (typical if usual_row is None else usual_row)
+    r, c = rng.choice([cell for cell in free if (cell[0] == usual) == follow] or free)
+    return (*scene, Thing(shape, pick_colour(rng, shape, typical), r, c))
+
+
+def start_cell(rng: random.Random, direction: str) -> tuple[int, int]:
+    """Where something starts that will cross the grid from one edge to the other."""
+    return tuple((d < 0) * (GRID - 1) if d else rng.randrange(GRID) for d in DIRECTIONS[direction])
+
+
+def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[Scene, dict]:
+    """A scene and a question about it. typical=0 gives the prior-breaking set: no colour or
+    direction is the usual one, and there is one object fewer than its companion suggests.
+
+    Yes or no and top or bottom are only two, so that never the usual one would be always the other.
+    The usual answer is therefore true of 40 % of existence questions there, and of half of those
+    for a row (the others' rows stay unusual).
+    """
+    shape = rng.choice(list(PRIOR))
+    companion = PRIOR[shape][3]
+    scene: Scene = ()
+    if kind == "motion":
+        usual = PRIOR[shape][2]
+        direction = (
+            usual if rng.random() < typical else rng.choice([d for d in DIRECTIONS if d != usual])
+        )
+        r, c = start_cell(rng, direction)
+        scene = (Thing(shape, pick_colour(rng, shape, typical), r, c, direction),)
+    else:
+        count = {"existence": rng.random() < 0.4, "count": rng.randint(1, 3 if typical else 2)}.get(
+            kind, 1
+        )
+        usual_row = 0.5 if kind == "row" and typical == 0 else typical
+        for _ in range(int(count)):
+            scene = place(rng, scene, shape, typical, usual_row)
+        if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.9):
+            scene = place(rng, scene, companion, typical)
+        others = [s for s in PRIOR if s not in (shape, companion)]
+        # the last cell is for what is not there
+        for _ in range(min(rng.randint(1, 2), GRID**2 - 1 - len(scene))):
+            scene = place(rng, scene, rng.choice(others), typical)
+    scene = tuple(rng.sample(scene, len(scene)))
+    return scene, {"kind": kind, "shape": shape}
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def ask(query: dict) -> tuple[str, list[str]]:
+    """The question and its options."""
+    shape, listed = query["shape"], lambda names: [f"{'ABCD'[i]}. {n}" for i, n in enumerate(names)]
+    return {
+        "existence": (f"Is there a {shape} in the picture?", listed(["yes", "no"])),
+        "count": (f"How many {plural(shape)} are in the picture?", []),
+        "colour": (f"What colour is the {shape}?", listed(COLOURS)),
+        "row": (f"In which row is the {shape}?", listed(ROWS)),
+        "motion": (f"Which way does the {shape} move?", listed(DIRECTIONS)),
+    }[query["kind"]]
+
+
+def believe(scene: Scene, query: dict) -> Scene:
+    """The scene as the prior has it: what a model sees that looks at habits and not at the
+    picture."""
+    shape, kind = query["shape"], query["kind"]
+    colour, row, direction, companion = PRIOR[shape]
+    seen = []
+    for thing in scene:
+        if thing.shape == shape and kind == "colour":
+            thing = replace(thing, colour=colour)
+        elif thing.shape == shape and kind == "row":
+            thing = replace(thing, row=ROWS.index(row))
+        elif thing.shape == shape and kind == "motion":
+            thing = replace(thing, direction=direction)
+        seen.append(thing)
+    missing = not any(t.shape == shape for t in scene)
+    expected = kind == "count" or (kind == "existence" and missing)
+    # its companion is there, so it must be there too
+    if expected and any(t.shape == companion for t in scene):
+        taken = {(t.row, t.column) for t in scene}
+        free = [cell for cell in itertools.product(range(GRID), range(GRID)) if cell not in taken]
+        habit = sorted(free, key=lambda cell: cell[0] != ROWS.index(row))[
+            :1
+        ]  # in its usual row, if there is room
+        seen += [Thing(shape, colour, *cell) for cell in habit]
+    return tuple(seen)
+
+
+def solve(scene: Scene, query: dict) -> reasoning.Stages:
+    """The four stages of a reader who sees `scene`: locate, describe only what was asked for,
+    reason, answer."""
+    kind, shape = query["kind"], query["shape"]
+    found = of_shape(scene, shape)
+    first = found[0] if found else None
+    if kind == "existence":
+        thought, answer = (f"a {shape} is there", "A") if found else (f"no {shape} is there", "B")
+    elif kind == "count":
+        thought, answer = f"{len(found)} in all", str(len(found))
+    elif kind == "colour":
+        thought, answer = f"it is a {first.name}", "ABCD"[list(COLOURS).index(first.colour)]
+    elif kind == "row":
+        thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "AB"[first.row]
+    else:
+        thought, answer = (
+            f"the {shape} moves {first.direction}",
+            "ABCD"[list(DIRECTIONS).index(first.direction)],
+        )
+    return reasoning.Stages(locate(scene, shape), describe(scene, shape), thought, answer)
+
+
+def of_shape(scene: Scene, shape: str) -> list[Thing]:
+    """The objects of a shape, in reading order."""
+    return sorted((t for t in scene if t.shape == shape), key=lambda t: (t.row, t.column))
+
+
+def locate(scene: Scene, shape: str) -> str:
+    """Where the objects of a shape are."""
+    return " ".join([shape, *([t.cell for t in of_shape(scene, shape)] or ["nowhere"])])
+
+
+def describe(scene: Scene, shape: str) -> str:
+    """What the objects of a shape are."""
+    return ", ".join(t.describe() for t in of_shape(scene, shape)) or f"no {shape}"
+
+
+# --- pictures and clips ---------------------------------------------------------------------------
+
+
+def draw(rng: random.Random, scene: Scene, moved: float = 0.0) -> Image.Image:
+    """One 56 x 56 frame; moving objects have covered `moved` cells."""
+    image = Image.new("RGB", (GRID * CELL, GRID * CELL))
+    pen = ImageDraw.Draw(image)
+    # tinted by row and column: a cell can be told by its look
+    for r, c in itertools.product(range(GRID), range(GRID)):
+        tint = (GROUND[0] + 40 * c - 20, GROUND[1], GROUND[2] + 40 * r - 20)
+        pen.rectangle((c * CELL, r * CELL, (c + 1) * CELL, (r + 1) * CELL), fill=tint)
+    for t in scene:
+        dr, dc = DIRECTIONS.get(t.direction, (0, 0))
+        x = (t.column + 0.5 + dc * moved) * CELL + rng.uniform(-1.5, 1.5)
+        y = (t.row + 0.5 + dr * moved) * CELL + rng.uniform(-1.5, 1.5)
+        _draw_shape(pen, t.shape, x, y, rng.uniform(11, 12.5), COLOURS[t.colour])
+    return image
+
+
+def _draw_shape(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple
+) -> None:
+    def polygon(*corners):
+        pen.polygon(
+            [(x + r * a, y + r * b) for a, b in corners], fill=fill, outline="white", width=2
+        )
+
+    def spikes(*radii):  # corners clockwise from the top, at these distances in turn
+        turn = 2 * math.pi / len(radii)
+        polygon(*((d * math.sin(i * turn), -d * math.cos(i * turn)) for i, d in enumerate(radii)))
+
+    if shape == "circle":
+        pen.ellipse((x - r, y - r, x + r, y + r), fill=fill, outline="white", width=2)
+    elif shape == "square":
+        polygon((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
+    elif shape == "triangle":
+        polygon((0, -1), (1, 0.8), (-1, 0.8))
+    elif shape == "diamond":
+        spikes(1.1, 0.7, 1.1, 0.7)
+    elif shape == "star":
+        spikes(*(1.1, 0.45) * 5)
+    else:
+        arm, w = 1.0, 0.3
+        quarter = [(w, -arm), (w, -w), (arm, -w)]
+        turns = [
+            quarter,
+            [(-b, a) for a, b in quarter],
+            [(-a, -b) for a, b in quarter],
+            [(b, -a) for a, b in quarter],
+        ]
+        polygon(*(corner for part in turns for corner in part))
+
+
+def frames(rng: random.Random, scene: Scene) -> list[Image.Image]:
+    return [draw(rng, scene, moved) for moved in (0.0, 0.15, 0.85, 1.0)]
+
+
+def write_clip(path: Path, images: list[Image.Image], fps: int = 2) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"crf": "12", "preset": "ultrafast", "threads": "1"}
+        )
+        stream.width, stream.height, stream.pix_fmt = *images[0].size, "yuv420p"
+        for image in images:
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode())
+
+
+# --- the dataset folder ---------------------------------------------------------------------------
+
+
+def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> None:
+    """A dataset in the official schema: cold start, RL, and three test sets.
+
+    The pictures and clips of a test set are its own. Their scenes are not always, and then differ
+    by shifts of a pixel or two: clips have only 192 scenes. At SIZES and seed 0, cold start or RL
+    ask the same of the same scene as 87 of 400 rows of test (75 of them motion), 58 of 300 of
+    test_prior_breaking (51 motion) and 7 of 300 of test_pairs.
+    """
+    for split, size in sizes.items():
+        rng = random.Random(f"{seed}/{split}")
+        media = folder / split
+        media.mkdir(parents=True)
+        rows = []
+        for i in range(size):
+            # VideoHallucer's form: what is there, and its companion, which is not
+            if split == "test_pairs":
+                if i % 2 == 0:
+                    scene, query = make_row(rng, "colour", TYPICAL)
+                shape = query["shape"] if i % 2 == 0 else PRIOR[query["shape"]][3]
+                query = {"kind": "existence", "shape": shape}
+            else:
+                typical = 0.0 if split == "test_prior_breaking" else TYPICAL
+                scene, query = make_row(rng, KINDS[i % len(KINDS)], typical)
+            rows.append(_write_row(rng, folder, split, i, scene, query))
+        (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
+
+
+def _write_row(
+    rng: random.Random, folder: Path, split: str, i: int, scene: Scene, query: dict
+) -> dict:
+    is_clip = query["kind"] == "motion"
+    path = f"{split}/{i:05d}." + ("mp4" if is_clip else "png")
+    if is_clip:
+        write_clip(folder / path, frames(rng, scene))
+    else:
+        draw(rng, scene).save(folder / path)
+    problem, options = ask(query)
+    row = {
+        "data_type": "video" if is_clip else "image",
+        "problem_type": "multiple choice" if options else "numerical",
+        "problem": problem,
+        "options": options,
+        "path": f"./{path}",
+        "solution": f"<answer>{solve(scene, query).answer}</answer>",
+        "problem_id": f"{split}-{i:05d}",
+        "category": query["kind"],
+    }
+    if split == "cold_start":
+        seen = believe(scene, query) if rng.random() < FLAW else scene
+        row["process"] = reasoning.render(solve(seen, query))
+    if split == "test_pairs":
+        row["pair"] = f"pair-{i // 2:05d}"
+    if split.startswith("test"):
+        row["objects"] = sorted({t.name for t in scene})
+        row["relevant"] = sorted({t.name for t in scene if t.shape == query["shape"]})
+    return row
