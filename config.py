@@ -321,8 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
         description="Ground What You See: cold start, selection, GRPO with caption reward and "
-        "InfoNCE, evaluation, "
-        "report. D-1 and the like are explained in DEPARTURES.md.",
+        "InfoNCE, evaluation, report. D-1 and the like are explained in DEPARTURES.md.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )

@@ -190,8 +190,7 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
             raise DataError(
                 f"data: {source} does not exist. Give a folder with train.json, or one "
-                "JSON/JSONL/Parquet file, or a "
-                "hub id"
+                "JSON/JSONL/Parquet file, or a hub id"
             )
         import datasets
 
@@ -237,8 +236,7 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
     if not files:
         raise DataError(
             f"data: {path} holds {', '.join(others) or 'no data file'}; expected train.json (and "
-            "cold_start.json, "
-            "test*.json)"
+            "cold_start.json, test*.json)"
         )
     return {name: (parts[0].name, read_rows(*parts)) for name, parts in splits.items()}, path
 

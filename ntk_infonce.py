@@ -114,8 +114,8 @@ def feature_weights(choice: str, mask: Tensor, adv: Tensor, reference_mask: Tens
     fits = mask.ndim == 3 and mask.shape[:2] == adv.shape and mask.shape[1] > 0
     if not fits or reference_mask.shape != mask.shape[::2]:
         raise ValueError(
-            f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and reference_mask "
-            f"[B, T] {tuple(reference_mask.shape)} do not fit together, or G is 0"
+            f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and "
+            f"reference_mask [B, T] {tuple(reference_mask.shape)} do not fit together, or G is 0"
         )
     # of the *mean* log-prob of a response
     per_token = mask / mask.sum(-1, keepdim=True).clamp_min(1)

@@ -84,16 +84,14 @@ METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one upd
     "reward/caption": "sampled captions from which the judge answers rightly / captions that it "
     "judged",
     "kl": "mean over response tokens of the estimator kl_kind of the KL from the cold-start "
-    "model, in nats; "
-    "k3 is r - 1 - log r with r = pi_ref / pi",
+    "model, in nats; k3 is r - 1 - log r with r = pi_ref / pi",
     "entropy": "mean over response tokens of -sum_v p(v) log p(v), v the next token, in nats",
     "length": "response tokens / responses",
     "truncated": "responses cut off at max_new_tokens / responses",
     "tied": "groups whose responses all earn the same / groups; their advantage is exactly 0",
     "clipped": "response tokens whose gradient the clip of Eq. 1 cuts off / response tokens",
     "loss": "RL: Eq. 1, near 0 on fresh samples because advantages are centred, though its "
-    "gradient is not; "
-    "cold start: mean of -log p over response tokens",
+    "gradient is not; cold start: mean of -log p over response tokens",
     "nce": "Eq. 4: mean over active anchors of -log(sum of exp(s / T) over positives / the same "
     "sum over all others)",
     "nce/active": "anchors with both a positive and a negative; only they enter Eq. 4, which is 0 "
@@ -619,12 +617,9 @@ def comparison(lines: list[Line]) -> str:
         "<div class=wide tabindex=0 role=region aria-label='before and after'><table>"
         f"<thead><tr>{heads}</tr></thead><tbody>{''.join(body)}</tbody></table></div>"
         "<p class=soft>In brackets: 95 % intervals, Wilson's for a share; for a difference, each "
-        "question is compared "
-        "with itself, or, for pairs, for fewer than 20 questions and where no answer changed, "
-        "Newcombe's, which takes "
-        "the two sides for different questions. Even if nothing had changed, about one line in "
-        "twenty would be called "
-        "better or worse.</p>"
+        "question is compared with itself, or, for pairs, for fewer than 20 questions and where "
+        "no answer changed, Newcombe's, which takes the two sides for different questions. Even "
+        "if nothing had changed, about one line in twenty would be called better or worse.</p>"
     )
 
 
@@ -661,12 +656,10 @@ def gallery(run: Results) -> str:
             parts.append(f"<h3>{escape(split)}</h3>{note}{shown}")
     rule = (
         "<p>Not picked by hand. Of the first rows of each held-out set, whose pictures the run "
-        "keeps, you see up to "
-        f"{PICTURES}: first those whose answer turned right or wrong, then those whose response "
-        "changed, then others, "
-        "each in the order of the file. So changes are over-represented. <mark>Marked and "
-        "underlined</mark>: an object "
-        "that the caption names and the picture does not hold.</p>"
+        f"keeps, you see up to {PICTURES}: first those whose answer turned right or wrong, then "
+        "those whose response changed, then others, each in the order of the file. So changes "
+        "are over-represented. <mark>Marked and underlined</mark>: an object that the caption "
+        "names and the picture does not hold.</p>"
     )
     return (
         rule + "".join(parts)
@@ -838,8 +831,8 @@ def main() -> None:
     folder = parser.parse_args().folder
     if not (folder / "config.yaml").is_file():
         sys.exit(
-            f"error: {folder} is not a run folder: it has no config.yaml. Give the --output_dir of "
-            "train.py"
+            f"error: {folder} is not a run folder: it has no config.yaml. Give the --output_dir "
+            "of train.py"
         )
     page = write(folder)
     print(table(folder))

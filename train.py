@@ -112,8 +112,8 @@ def reference_response(sample: data.Sample, four_stage: bool) -> str:
         text = reasoning.render(stages)
     if not reasoning.format_reward(text, four_stage):
         raise DataError(
-            f"process: the reference response of row {sample.id} lacks a stage; add it or drop the "
-            "row"
+            f"process: the reference response of row {sample.id} lacks a stage; add it or drop "
+            "the row"
         )
     return text
 
@@ -163,8 +163,7 @@ def _selected(
         errors = run.gather_object([getattr(judge.judge, "last_error", "")])
         raise ConfigError(
             f"selection: the judge gave no verdict on most captions of {len(scores) - len(known)} "
-            "of "
-            f"{len(scores)} prompts, although it was asked twice. Its last error: "
+            f"of {len(scores)} prompts, although it was asked twice. Its last error: "
             f"{next(filter(None, errors), 'unknown')}. The same command asks again"
         )
     kind = {sample.id: sample.category for sample in samples}
@@ -174,9 +173,9 @@ def _selected(
     kept = variance_select.select_top_variance(ids, variance, cfg.keep, within)
     if not kept:
         raise DataError(
-            f"selection: all {cfg.responses} responses of every prompt earn the same reward, so RL "
-            "has "
-            "nothing to learn from. Train the cold start longer, or give harder or easier prompts"
+            f"selection: all {cfg.responses} responses of every prompt earn the same reward, so "
+            "RL has nothing to learn from. Train the cold start longer, or give harder or easier "
+            "prompts"
         )
     tied = [line["id"] for line in known if line["variance"] == 0]
     counts = [Counter(kind[i] for i in some) for some in (kept, kind, tied)]
@@ -374,8 +373,8 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without any caption")
     if refused := getattr(judge, "refused", None):
         run.say(
-            f"warning: the judge's server refuses {' and '.join(refused)}: replies may differ from "
-            "call to call"
+            f"warning: the judge's server refuses {' and '.join(refused)}: replies may differ "
+            "from call to call"
         )
     return asked
 
@@ -412,18 +411,16 @@ def cli() -> None:
         if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
             stop(
                 f"error: out of memory ({str(error).splitlines()[0]}); the last checkpoint is "
-                "kept. Try a lower "
-                "--prompts_per_pass, --sft_batch, --eval_batch or --max_pixels, or "
-                "--gradient_checkpointing true"
+                "kept. Try a lower --prompts_per_pass, --sft_batch, --eval_batch or "
+                "--max_pixels, or --gradient_checkpointing true"
             )
         # torch and safetensors report a full disk in their own ways
         is_full = folder.exists() and shutil.disk_usage(folder).free <= 2**20
         if "No space left" not in str(error) and not is_full:
             raise
         stop(
-            f"error: the disk is full ({error}); the last checkpoint is kept. Free some space; the "
-            "same command "
-            "then resumes"
+            f"error: the disk is full ({error}); the last checkpoint is kept. Free some space; "
+            "the same command then resumes"
         )
 
 

@@ -179,8 +179,8 @@ def main() -> None:
             f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}" for f, b in CARDS.values()
         )
         print(
-            f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | {need['generation'] / 1e9:.0f} "
-            f"| {times} |"
+            f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | "
+            f"{need['generation'] / 1e9:.0f} | {times} |"
         )
 
 

@@ -65,8 +65,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         step.write_model(Path(folder))
         print(
-            "| | | generate, s | reference, s | update, s | step, s | above the loaded model, MB | "
-            "step per doubling |"
+            "| | | generate, s | reference, s | update, s | step, s | above the loaded model, MB "
+            "| step per doubling |"
         )
         print("|---|---|---|---|---|---|---|---|")
         for what in args.vary:

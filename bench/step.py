@@ -32,10 +32,8 @@ from contextlib import nullcontext
 from pathlib import Path
 
 PROMPTS, GROUP, LENGTH, BETA, RATE = 4, 8, 48, 0.04, 1e-5
-PIXELS, NEVER = (
-    28 * 28 * 4096,
-    32767,
-)  # a limit above every picture here; an end token that is never sampled
+PIXELS = 28 * 28 * 4096  # above every picture here
+NEVER = 32767  # an end token that is never sampled
 ROOT = Path(__file__).parent.parent
 WORD = "find the red square and say where it is in the picture "
 
@@ -331,8 +329,8 @@ def compare(visual: int, micro: list[int], repeats: int, folder: Path) -> dict:
         seconds = statistics.median(step["step"] for step in result["steps"])
         name = "micro-batch" if side == "trl" else "prompts per pass"
         print(
-            f"{visual} visual tokens, {side}, {name} {size}: {seconds:.2f} s, {result['peak']:.0f} "
-            "MB",
+            f"{visual} visual tokens, {side}, {name} {size}: {seconds:.2f} s, "
+            f"{result['peak']:.0f} MB",
             flush=True,
         )
 

@@ -147,8 +147,8 @@ def amber_tools() -> tuple[Callable[[str], list[str]], Callable[[str, str], floa
         raise DataError(
             f"amber: generative scoring needs nltk and spaCy with their data ({reason(error)}): "
             "pip install nltk spacy; python -m nltk.downloader punkt punkt_tab "
-            "averaged_perceptron_tagger averaged_perceptron_tagger_eng wordnet; "
-            "python -m spacy download en_core_web_lg"
+            "averaged_perceptron_tagger averaged_perceptron_tagger_eng wordnet; python -m spacy "
+            "download en_core_web_lg"
         ) from error
     return nouns, lambda a, b: vector(a).similarity(vector(b))
 

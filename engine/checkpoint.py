@@ -40,8 +40,8 @@ def load(
             if there != set(like):
                 odd = sorted(there ^ set(like))
                 raise ConfigError(
-                    f"checkpoint: {folder} is of another model ({len(odd)} weights, as "
-                    f"{odd[0]}). {again}"
+                    f"checkpoint: {folder} is of another model ({len(odd)} weights, as {odd[0]}). "
+                    f"{again}"
                 )
             tensors = {}
             for key in file.keys():  # noqa: SIM118

@@ -134,10 +134,9 @@ def url_problem(url: str) -> str:
         return "no key or password in its URL, which is written down; it goes to OPENAI_API_KEY"
     if parts.query:
         return (
-            "a judge's URL has no query; leave out the ? and what follows it (Azure: .../openai/v1 "
-            "needs no "
-            "api-version). And no key or password in its URL, which is written down; it goes to "
-            "OPENAI_API_KEY"
+            "a judge's URL has no query; leave out the ? and what follows it (Azure: "
+            ".../openai/v1 needs no api-version). And no key or password in its URL, which is "
+            "written down; it goes to OPENAI_API_KEY"
         )
     return ""
 
@@ -183,8 +182,8 @@ class EndpointJudge:
             raise ValueError("name the model that the judge's URL serves (--judge_model)")
         if not os.environ.get("OPENAI_API_KEY"):
             raise ValueError(
-                "set OPENAI_API_KEY in the environment; any word will do where the server asks for "
-                "no key"
+                "set OPENAI_API_KEY in the environment; any word will do where the server asks "
+                "for no key"
             )
         waits = Timeout(timeout, connect=min(timeout, 10.0))
         self.open = lambda: AsyncOpenAI(

@@ -109,8 +109,8 @@ class Learner:
         if size < at_least:
             raise DataError(
                 f"{self.stage}: {len(samples)} rows are too few; each update of {run.processes} "
-                "process(es) "
-                f"needs at least {at_least}. Give more rows, or fewer processes, or --nce_weight 0"
+                f"process(es) needs at least {at_least}. Give more rows, or fewer processes, or "
+                "--nce_weight 0"
             )
         if size < asked:
             run.say(
@@ -119,9 +119,8 @@ class Learner:
         if self.size not in (None, size):
             raise ConfigError(
                 f"{self.stage}: updates have had {self.size} of the {len(samples)} rows so far, "
-                "and "
-                f"{run.processes} processes would take {size}. Resume with as many processes as "
-                "before"
+                f"and {run.processes} processes would take {size}. Resume with as many processes "
+                "as before"
             )
         self.size = size
         self.bar = run.progress_bar(self.steps, self.stage, "step", self.step)
@@ -189,10 +188,9 @@ class Learner:
             again = f"--model {self.base} --sft_steps 0 " if self.stage == "rl" else ""
             raise Diverged(
                 f"{self.stage}: {self.skipped + 1} updates in a row had a non-finite loss or "
-                "gradient; their "
-                f"rows are in {file}. Give a lower --{self.stage}_lr or --max_grad_norm, or other "
-                "rows, and "
-                f"another folder: {again}--output_dir NEW. The last checkpoint is from before them"
+                f"gradient; their rows are in {file}. Give a lower --{self.stage}_lr or "
+                f"--max_grad_norm, or other rows, and another folder: {again}--output_dir NEW. "
+                "The last checkpoint is from before them"
             )
 
     def log(self, numbers: dict[str, tuple[float, float]], show: bool = True) -> dict[str, float]:

@@ -96,8 +96,8 @@ def medium_of(cell, root: Path | None, embedded: Embedded) -> Media:
         )
     if ".." in Path(cell).parts:
         raise DataError(
-            f"path: {name} leaves the folder of the data. Move the file there, or give an absolute "
-            "path"
+            f"path: {name} leaves the folder of the data. Move the file there, or give an "
+            "absolute path"
         )
     return root / cell.removeprefix("file://")
 

@@ -137,8 +137,7 @@ def check_media(medium: Media, data_type: str) -> Size:
     if long >= 200 * short:
         raise DataError(
             f"path: {name} has {size.width} x {size.height} pixels; Qwen2.5-VL takes no side 200 "
-            "times the "
-            "other. Cut it"
+            "times the other. Cut it"
         )
     return size
 

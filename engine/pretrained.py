@@ -150,8 +150,8 @@ def opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin
         if tokenizer.convert_tokens_to_ids(token) != number or not tokenizer("red").input_ids:
             raise ValueError(
                 f"its tokenizer lacks words, or the {kind} token of its config.json ({token}, "
-                f"{number}); give a folder "
-                "that holds the tokenizer's files (tokenizer.json, tokenizer_config.json)"
+                f"{number}); give a folder that holds the tokenizer's files (tokenizer.json, "
+                "tokenizer_config.json)"
             )
     # some checkpoints give it to one of the two alone
     tokenizer.chat_template = tokenizer.chat_template or processor.chat_template
@@ -171,8 +171,8 @@ def _base_of(path: str) -> tuple[str, str | None]:
     base = config.base_model_name_or_path
     if not base:
         raise ValueError(
-            f"{file} names no base_model_name_or_path; write the model there that it is an adapter "
-            "of"
+            f"{file} names no base_model_name_or_path; write the model there that it is an "
+            "adapter of"
         )
     if config.is_prompt_learning:
         raise ValueError(
@@ -271,8 +271,8 @@ def refuse_part(loaded: dict) -> None:
     if sizes := sorted(loaded["mismatched_keys"]):
         name, there, wanted = sizes[0]
         told += [
-            f"hold {len(sizes)} of another size than its config.json says ({name}: {[*there]}, not "
-            f"{[*wanted]})"
+            f"hold {len(sizes)} of another size than its config.json says ({name}: {[*there]}, "
+            f"not {[*wanted]})"
         ]
     if told:
         raise ValueError(

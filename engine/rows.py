@@ -21,8 +21,7 @@ from engine.media_check import check_media as _check_media
 
 FIELDS = (
     "data_type problem_type problem options path solution problem_id process process_and_answer "
-    "data_source category "
-    "pair objects relevant"
+    "data_source category pair objects relevant"
 ).split()
 
 COLUMNS = {  # ours, and what it may be called elsewhere
@@ -34,17 +33,13 @@ MARK, NUMBERED = re.compile(r"<(?:image|video)>"), re.compile(r"<(image|video)[ 
 FOREIGN = [  # marks of other families: ours
     (re.compile(pattern, re.IGNORECASE), ours)
     for pattern, ours in (
-        (
-            r"<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>",
-            r"<\1>",
-        ),  # Qwen2-VL's template
+        # Qwen2-VL's template
+        (r"<\|vision_start\|><\|(image|video)_pad\|><\|vision_end\|>", r"<\1>"),
         (r"(?:Picture ?\d+: ?)?<img>[^<]*</img>", r"<image>"),  # Qwen-VL, the first
         (r"\(<(image|video)>\./</\1>\)", r"<\1>"),  # MiniCPM-V
         (r"<\|(image|video)_(\d+)\|>", r"<\1_\2>"),  # Phi-3.5-vision
-        (
-            r"<(image|video)(?:here|_placeholder|_soft_token)>",
-            r"<\1>",
-        ),  # InternLM-XComposer, DeepSeek-VL, Gemma
+        # InternLM-XComposer, DeepSeek-VL, Gemma
+        (r"<(image|video)(?:here|_placeholder|_soft_token)>", r"<\1>"),
         (r"<image>", r"<image>"),  # in capitals
         (r"<video>", r"<video>"),
     )
@@ -56,9 +51,9 @@ LABEL = (
 )
 OPTION = re.compile(rf"{LABEL}\s*(.*)", re.DOTALL)
 LISTED = (
-    re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE),
-    re.compile(rf"(?<!\S){LABEL}\s*"),
-)  # on lines; in a row
+    re.compile(rf"^[ \t]*{LABEL}[ \t]*", re.MULTILINE),  # on lines
+    re.compile(rf"(?<!\S){LABEL}\s*"),  # in a row
+)
 # how mathematical sets write a whole solution
 WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$")
 

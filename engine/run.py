@@ -120,11 +120,8 @@ class Run:
     def _claim_folder(self) -> None:
         """Start or resume the run in its folder; refuse a folder of another configuration."""
         file, now = self.folder / "config.yaml", dict(vars(self.cfg))
-        claims = (
-            ".",
-            "config.yaml",
-            "data.json",
-        )  # a run that was stopped before its first result binds no one
+        # a run that was stopped before its first result may be replaced
+        claims = (".", "config.yaml", "data.json")
         here = self.folder.iterdir() if self.folder.exists() else ()
         self.begun = begun = any(not path.name.startswith(claims) for path in here)
         if file.exists() and begun:
@@ -137,9 +134,8 @@ class Run:
                 changes = "; ".join(f"{k}: {then.get(k)!r} there, {now[k]!r} now" for k in differ)
                 raise ConfigError(
                     f"output_dir: {self.folder} belongs to a run with another configuration "
-                    f"({changes}). "
-                    "Give another --output_dir, or the same options to resume it, or delete the "
-                    "folder to start again"
+                    f"({changes}). Give another --output_dir, or the same options to resume it, "
+                    "or delete the folder to start again"
                 )
         elif begun:
             raise ConfigError(
@@ -158,13 +154,11 @@ class Run:
         if not file.exists():
             raise ConfigError(
                 f"output_dir: {socket.gethostname()} does not see {self.folder}, which the first "
-                "machine has written. "
-                "Give a folder on a disk that all machines share"
+                "machine has written. Give a folder on a disk that all machines share"
             )
 
     def claim_data(self, rows: str) -> None:
-        """Refuse to go on with other rows than the run began with: its results would be of
-        neither."""
+        """Refuse to resume with other rows than the run began with."""
         file = self.folder / "data.json"
         then = self.from_main(
             lambda: json.loads(file.read_text())["rows"] if self.begun and file.exists() else rows
@@ -172,10 +166,8 @@ class Run:
         if then != rows:
             raise ConfigError(
                 f"data: the rows or their media have changed since the run in {self.folder} began "
-                f"({then} there, "
-                f"{rows} now; files are known by path, size and time of change). Give another "
-                "--output_dir, or the "
-                "data as they were"
+                f"({then} there, {rows} now; files are known by path, size and time of change). "
+                "Give another --output_dir, or the data as they were"
             )
         self.write(file, {"rows": rows})
 
@@ -194,14 +186,12 @@ class Run:
             )
         prepared = self.accelerator.prepare(policy, *others)
         if self.sharded:
-            # the views are never changed in place
+            # the model never changes these views in place
             warnings.filterwarnings(
                 "ignore", message="FSDP2-wrapped module .* returned a view tensor"
             )
-            for name in (
-                "encode",
-                "generate",
-            ):  # they use weights of the outermost shard, as `forward` does
+            # these use weights of the outermost unit, as `forward` does
+            for name in ("encode", "generate"):
                 register_fsdp_forward_method(policy, name)
         return prepared
 
@@ -285,10 +275,8 @@ class Run:
         lines = read_jsonl(file, repair=self.is_main)
         done = {line["id"] for line in lines}
         self.accelerator.wait_for_everyone()  # all have read before one writes
-        by_length, size = (
-            sorted(items, key=lambda item: item.length),
-            size * self.processes,
-        )  # little padding
+        # rows of a length together need little padding
+        by_length, size = sorted(items, key=lambda item: item.length), size * self.processes
         bar = self.progress_bar(len(items), name, "row", len(lines))
         for chunk in (by_length[i : i + size] for i in range(0, len(items), size)):
             if done.issuperset(item.id for item in chunk):

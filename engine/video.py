@@ -134,12 +134,8 @@ def read_video(
             frames, rate = _read_by_seeking(medium, fps, max_frames)
         except (NoSeeking, av.FFmpegError):
             frames, rate = _read_through(medium, fps, max_frames)
-    except (
-        av.FFmpegError,
-        OSError,
-        ValueError,
-        IndexError,
-    ) as error:  # the last: PyAV's, of a stream found later
+    # IndexError is PyAV's, of a stream found later
+    except (av.FFmpegError, OSError, ValueError, IndexError) as error:
         raise DataError(
             f"path: cannot decode {name_of(medium)} ({error}). Replace it, or leave its row out"
         ) from error

@@ -235,9 +235,8 @@ def test_mathvistas_empty_extraction_chooses_the_shortest():
         is None
     )
     assert rules.mathvista_normalize("(b) or (a)", choices=["x", "y"], **form) == "y"
-    assert (
-        rules.mathvista_normalize("E", choices=["D", "EE"], **form) == "D"
-    )  # no such letter: as near as "EE"
+    # no such letter: as near as "EE"
+    assert rules.mathvista_normalize("E", choices=["D", "EE"], **form) == "D"
 
 
 def test_mathvista_without_a_judge_decides_clear_cases_only():
@@ -525,9 +524,10 @@ def test_options_published_with_letters_are_not_lettered_again(options, shown, p
     ):
         (made,) = made_from("videommmu", [raw], f"{track}/test")
         assert ask("videommmu", made).endswith(f"{lead}Which one?\n{shown}{end}")
+        # VLMEvalKit's
         (from_text,) = made_from(
             "videommmu", [raw | {"options": json.dumps(options)}], f"{track}/test"
-        )  # VLMEvalKit's
+        )
         assert from_text == made
     texts = ["I would say that it is two lamps", "I would say that it is (P2, Q2)"]
     texts += ["so it must be b) two lamps then, yes", "I would say that it is b.two lamps"]
@@ -692,9 +692,10 @@ def test_letters_stand_for_their_words_when_they_were_asked_for():
     assert benchmarks.score("videohallucer", rows, outputs).headline.value == 0
     assert benchmarks.score("videohallucer", rows, outputs, lettered=True).headline.value == 1
     pope = [row(1, "no"), row(2, "yes")]
+    # "B" is a yes
     assert (
         benchmarks.score("pope", pope, ["B. no", "A"]).metrics["overall"]["accuracy"].value == 0.5
-    )  # "B" is a yes
+    )
     assert (
         benchmarks.score("pope", pope, ["B. no", "A"], lettered=True)
         .metrics["overall"]["accuracy"]
@@ -1680,9 +1681,8 @@ def test_outputs_that_do_not_fit_are_reported():
     scored = benchmarks.score("pope", rows, ["yes"] * 6)
     assert scored.problems == {"prediction for no row": ["#4", "#5"]}
     no = [row(i, "no") for i in range(2)]
-    assert (
-        benchmarks.score("pope", no, []).metrics["overall"]["accuracy"].value == 0
-    )  # nor by POPE's default
+    # nor by POPE's default
+    assert benchmarks.score("pope", no, []).metrics["overall"]["accuracy"].value == 0
     with pytest.raises(ValueError, match="'popes' is not one of pope"):
         benchmarks.score("popes", rows, [])
     with pytest.raises(ValueError, match="protocol: 'papers' is not one of official, paper"):
@@ -1793,9 +1793,8 @@ def test_long_outputs_take_a_second_and_are_reported(text):
         assert scored.problems.get("output of more than 20000 characters") == ["1"]
         assert scored.verdicts[0].verdict != "right" or name in ("pope", "videohallucer", "amber")
     rules.mathvista_normalize(text, "multi_choice", "text", list(options.values()), None)
-    assert (
-        time.process_time() - start < 4
-    )  # all of it, on a busy machine; a square of the length takes minutes
+    # all of it, on a busy machine; a square of the length takes minutes
+    assert time.process_time() - start < 4
 
 
 # --- intervals and comparisons --------------------------------------------------------------------

@@ -115,9 +115,8 @@ def test_the_format_of_two_stage_responses():
     assert value(scored([sample(0)], [text], four_stage=False), "format") == (1, 1)
     assert value(scored([sample(0)], [text]), "format") == (0, 1)
     described = sample(0, objects=("a",))
-    assert (
-        "captioned" not in scored([described], [text], four_stage=False)["rows"][0]
-    )  # there is no caption to count
+    # there is no caption to count
+    assert "captioned" not in scored([described], [text], four_stage=False)["rows"][0]
 
 
 def test_a_pair_is_right_only_when_both_of_its_rows_are():
@@ -365,9 +364,8 @@ def test_answerable_captions():
     assert [row["judge"] for row in result["rows"]] == ["A", "B", None, "A", None]
     assert value(result, "answerable captions") == (2 / 4, 4)  # of the four known verdicts
     assert len(asked) == 4  # an empty caption is wrong without a call
-    assert all(
-        "A. red" in prompt and "B. green" in prompt for prompt in asked
-    )  # the judge sees the options
+    # the judge sees the options
+    assert all("A. red" in prompt and "B. green" in prompt for prompt in asked)
     assert not any("<answer>C" in prompt for prompt in asked)  # and not what the policy answered
 
 
@@ -408,9 +406,8 @@ def test_the_gallery_shows_pictures_and_strips_of_clips(world, tmp_path):
         tmp_path / "gallery", {"test": [two, clip, *rest]}, fps=2.0, max_frames=16, n=3
     )
     files = list((tmp_path / "gallery").rglob("*.png"))
-    assert all(
-        re.fullmatch(r"[\w.-]+", file.name, re.ASCII) for file in files
-    )  # ids need not be file names
+    # ids need not be file names
+    assert all(re.fullmatch(r"[\w.-]+", file.name, re.ASCII) for file in files)
     pictures = {image.size: np.asarray(image) for image in map(Image.open, files)}
     assert len(files) == 3 and set(pictures) == {
         (2 * 168, 168),
@@ -522,9 +519,8 @@ def test_the_command_evaluates_a_checkpoint_and_writes_every_row(world, policy, 
         assert value(result[split], "accuracy")[1] == len(samples)
     assert value(result["test_pairs"], "paired")[1] == 2
     texts = [row["text"] for row in result["test"]["rows"]]
-    assert texts == measures.respond(
-        policy, sets["test"], max_new_tokens=8
-    )  # the same in this process
+    # the same in this process
+    assert texts == measures.respond(policy, sets["test"], max_new_tokens=8)
     categories = {s.category for s in sets["test"]}
     assert all(
         any(line.split()[:1] == [name] for line in done.stdout.splitlines()) for name in categories
@@ -822,9 +818,8 @@ def test_two_processes_and_a_killed_run_give_the_same_files(benchmarked, tmp_pat
     for name in ("scores.json", "counts.json", "mmvu.jsonl", "amber.jsonl", "outputs/amber.jsonl"):
         (tmp_path / "killed" / name).unlink()
     cut = (folder / "outputs/pope.jsonl").read_bytes()
-    (tmp_path / "killed/outputs/pope.jsonl").write_bytes(
-        cut[: len(cut) // 2]
-    )  # in the middle of a line
+    # in the middle of a line
+    (tmp_path / "killed/outputs/pope.jsonl").write_bytes(cut[: len(cut) // 2])
     evaluate(*options, "--output_dir", tmp_path / "killed")
     assert content(tmp_path / "killed") == content(folder)
 

@@ -38,15 +38,13 @@ def build(folder: Path, quiet: bool = False) -> Path:
             if not quiet:
                 print(
                     f"judge: {right['true']:.1%} right on captions held out of its training "
-                    f"({right['different']} "
-                    f"different), {right['empty']:.1%} without a caption (the best constant answer "
-                    "to each question: "
-                    f"{right['floor']:.1%})"
+                    f"({right['different']} different), {right['empty']:.1%} without a caption "
+                    f"(the best constant answer to each question: {right['floor']:.1%})"
                 )
             if right["true"] < 0.97:
                 raise RuntimeError(
-                    f"the judge answers only {right['true']:.1%} of new true captions; it needs 97 "
-                    "%"
+                    f"the judge answers only {right['true']:.1%} of new true captions; it needs "
+                    "97 %"
                 )
         unfinished.rename(folder / name)
     return folder

@@ -52,11 +52,8 @@ PRIOR = {
 }
 KINDS = ("existence", "count", "colour", "row", "motion")
 CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
-GROUND = (
-    122,
-    116,
-    104,
-)  # about the mean that the image processor subtracts: shapes stand out from zero
+# about the mean that the image processor subtracts: shapes stand out from zero
+GROUND = (122, 116, 104)
 TYPICAL = 0.4  # share of objects with their shape's usual colour; the same for rows and directions
 FLAW = 0.6  # share of cold-start rows whose reference follows the prior, true or not
 SIZES = {
