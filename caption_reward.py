@@ -140,8 +140,8 @@ class CaptionReward:
         return float(_is_right(question, reply, solution, problem_type)), reply
 
     def floor(self, items: list[tuple[str, str, str]]) -> float | None:
-        """How many of (question, solution, problem type) the judge gets right with no caption at
-        all: what the reward must be read against. None where it answered none."""
+        """The share of the answered (question, solution, problem type) that the judge gets right
+        without a caption: the floor of the reward. None where it answered none."""
         replies = map(
             _answer_of, self.judge([judge_prompt(question, "") for question, _, _ in items])
         )

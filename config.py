@@ -100,7 +100,7 @@ class Config:
     world: str = option("shapes-world", help="where the embedded world is built, once [choice]")
     output_dir: str = option("", resumable=True, help=
         "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
-    seed: int = option(0, help="of data order, sampling and LoRA initialisation [choice]")
+    seed: int = option(0, help="seed of data order, sampling and LoRA [choice]")
 
     min_pixels: int = option(3136, low=1, help=
         "pictures and frames are enlarged to at least this [qwen-vl-utils: 4 tokens]")
@@ -166,9 +166,9 @@ class Config:
     iterations: int = option(1, low=1, help=
         "updates per batch of responses; above 1 the clip acts, D-3 [official code]")
 
-    accuracy_weight: float = option(1.0, help="of the accuracy reward [official code]")
-    format_weight: float = option(0.1, help="of the format reward [official code]")
-    caption_weight: float = option(1.0, help="of the Caption Reward [official code]")
+    accuracy_weight: float = option(1.0, help="weight of the accuracy reward [official code]")
+    format_weight: float = option(0.1, help="weight of the format reward [official code]")
+    caption_weight: float = option(1.0, help="weight of the Caption Reward [official code]")
     leak_penalty: float = option(0.0, low=0, help=
         "taken off where a caption only states the answer, D-14; 0: counted [choice]")
     lenient: bool = option(False, help=
@@ -187,7 +187,7 @@ class Config:
     eval_batch: int = option(64, low=1, resumable=True, help=
         "rows per evaluation batch on each rank [choice]")
     held_out_rows: int = option(64, low=0, help=
-        "test rows, of every category, on which RL's checkpoints are compared; 0: no [choice]")
+        "rows (validation, or first test set) that compare RL's checkpoints; 0: no [choice]")
     save_every: int = option(20, low=1, resumable=True, help=
         "checkpoint every so many updates [choice; official code: 100]")
     keep_last: int = option(1, low=1, resumable=True, help=

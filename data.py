@@ -103,8 +103,10 @@ def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, 
 
 
 def refuse(problems: list[str], on_bad_row: str, say) -> None:
-    """The one way to treat bad rows, a line for each: DataError with the first ten, or with "skip"
-    all of them said."""
+    """Raise DataError with the first ten bad rows, or with "skip" print a line for each.
+
+    All readers of rows use this.
+    """
     if problems and on_bad_row == "error":
         more = f"\n... and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise DataError(
@@ -176,7 +178,7 @@ def _split(
         )
     if decided:
         say(
-            f"data: {label}: decided: "
+            f"data: {label}: assumed where rows leave it open: "
             + "; ".join(f"{what} ({n} rows)" for what, n in sorted(decided.items()))
         )
     return samples, [problems[number] for number in sorted(problems)]
@@ -242,9 +244,11 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
 
 
 def fingerprint(sets: dict[str, list[Sample]]) -> str:
-    """What a run works on, a few words for each set: equal where its rows are, in their order, with
-    every field and every picture and clip. A file is known by path, size and time of change,
-    anything else by its content."""
+    """A fingerprint of the data, a few words for each set.
+
+    It is equal if all rows, fields and media are equal and in the same order. A file counts by
+    path, size and modification time, other media by content.
+    """
     lines = []
     for name, rows in sorted(sets.items()):
         digest = hashlib.sha256()
@@ -390,13 +394,13 @@ def fitting(
             control = [token for token in commands if token in words]
             if control:
                 problems.append(
-                    f"{name} ({s.id}), text: holds {control[0]}, which the model takes for a "
-                    "command"
+                    f"{name} ({s.id}), text: contains {control[0]}, a control token of the model. "
+                    "Remove it"
                 )
             elif tokens > longest:
                 problems.append(
-                    f"{name} ({s.id}), prompt: {tokens} tokens, more than {longest}: a lower "
-                    "--max_pixels?"
+                    f"{name} ({s.id}), prompt: it has {tokens} tokens, and the limit is "
+                    f"{longest}. Lower --max_pixels, or shorten the text"
                 )
             else:
                 fit[name].append(s)

@@ -58,10 +58,12 @@ def settings_of(args: argparse.Namespace) -> Settings:
     """The options, and what the run that trained the model says. Raises ConfigError."""
     model, trained = checkpoint_of(Path(args.model))
     paths = by_name(args.benchmarks)
-    for name in [*paths, *by_name(args.media)]:
-        if name not in TABLE:
-            raise ConfigError(f"benchmarks: {name!r} is not one of {', '.join(TABLE)}")
-        if not (paths.get(name) or TABLE[name].hub):
+    for option in ("benchmarks", "media"):
+        for name in by_name(getattr(args, option)):
+            if name not in TABLE:
+                raise ConfigError(f"{option}: {name!r} is not one of {', '.join(TABLE)}")
+    for name, path in paths.items():
+        if not (path or TABLE[name].hub):
             raise ConfigError(f"benchmarks: {name} is not on the hub; give {name}=FOLDER")
     template = Path(args.template).read_text() if args.template else ""
     if template and "{Question}" not in template:

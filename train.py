@@ -370,7 +370,7 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
             f"judge: {judge} answered none of {len(few)} questions. Its last error: "
             f"{judge.last_error}"
         )
-    run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without any caption")
+    run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without a caption")
     if refused := getattr(judge, "refused", None):
         run.say(
             f"warning: the judge's server refuses {' and '.join(refused)}: replies may differ "

@@ -73,7 +73,10 @@ def read(raw: dict, number: int, source: Source) -> Iterator[Row]:
         raise DataError(known)
     truth = known[raw["id"] - 1] if 0 < raw["id"] <= len(known) else {}
     if truth.get("id") != raw["id"]:
-        raise DataError(f"id: annotations.json has no {raw['id']} in this place")
+        raise DataError(
+            f"id: entry {raw['id']} of annotations.json does not have this id. Give the "
+            "annotations.json of these queries"
+        )
     medium = source.files.find(raw["image"])
     if truth["type"] == "generative":
         kind = {
@@ -220,7 +223,7 @@ def _discriminative(name: str, parts: Sequence[str], total: Counter) -> dict[str
 
 
 def _generative(total: Counter, f1: Metric | None) -> Metrics:
-    """f1: of the discriminative part, for the AMBER score."""
+    """AMBER's generative measures. f1: that of the discriminative part, for the AMBER score."""
     keys = ("flags", "nouns", "named", "truth", "invented", "hallu", "clean", "n", "undecided")
     flags, nouns, named, truth, invented, hallu, clean, n, undecided = (
         total["generative", "", key] for key in keys

@@ -86,8 +86,12 @@ class Files:
                 raise DataError(f"path: {path} is there {len(hits)} times: {some}. Keep one")
             if hits:
                 return hits[0]
-        not_here = "the dataset, which is not on this disk: give its folder as media"
-        where = " and ".join(map(str, self.roots)) or not_here
+        if not self.roots:
+            raise DataError(
+                f"path: {paths[0]} is not on this disk, because the rows come from the hub. Give "
+                "the folder or zip that holds it as media"
+            )
+        where = " and ".join(map(str, self.roots))
         why = f" ({'; '.join(self.unreadable)})" if self.unreadable else ""
         raise DataError(f"path: {paths[0]} is missing in {where}{why}")
 

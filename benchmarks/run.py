@@ -75,7 +75,10 @@ def evaluate(
     scores, counts = run.from_main(lambda: [_read_json(file) for file in files])
     for name in sets:
         if not judge_name and (used := scores.get(name, {}).get("judge")):
-            raise DataError(f"judge: {name} was scored here with {used}; give it again")
+            raise DataError(
+                f"judge: the scores of {name} in {run.folder} used the judge {used}. Give it "
+                "again, or another --output_dir"
+            )
     for name, rows in sets.items():
         lines = _outputs(name, rows, policy, cfg, run)
         if run.is_main:
@@ -106,7 +109,8 @@ def _outputs(name: str, rows: list[Row], policy: Callable[[], VLM], cfg, run: Ru
     lines = run.resumable_map(file, samples, cfg.eval_batch, answer, name)
     if any(texts.get(line["id"], line["prompt"]) != line["prompt"] for line in lines):
         raise DataError(
-            f"{name}: {file} holds answers to other questions; delete it, or give --output_dir"
+            f"{name}: the prompts in {file} differ from those of this evaluation. Delete the "
+            "file, or give another --output_dir"
         )
     return lines
 

@@ -34,7 +34,7 @@ def read_jsonl(file: Path, repair: bool = True) -> list[dict]:
 
 
 def undecoded(table):
-    """Pictures stay bytes until they are opened, and lists lists."""
+    """The table without decoding: pictures and clips stay bytes, lists stay Python lists."""
     import datasets
 
     table = table.with_format(None)

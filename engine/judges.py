@@ -131,12 +131,15 @@ def url_problem(url: str) -> str:
     except ValueError as error:
         return f"its URL cannot be read ({error})"
     if parts.username or parts.password:
-        return "no key or password in its URL, which is written down; it goes to OPENAI_API_KEY"
+        return (
+            "its URL holds a key or password, and the run folder records the URL. Remove it, and "
+            "set OPENAI_API_KEY"
+        )
     if parts.query:
         return (
-            "a judge's URL has no query; leave out the ? and what follows it (Azure: "
-            ".../openai/v1 needs no api-version). And no key or password in its URL, which is "
-            "written down; it goes to OPENAI_API_KEY"
+            "its URL has a query. Remove the ? and what follows it (Azure: .../openai/v1 needs no "
+            "api-version). If it held a key, set OPENAI_API_KEY instead: the run folder records "
+            "the URL"
         )
     return ""
 
@@ -203,7 +206,7 @@ class EndpointJudge:
 
     @property
     def refused(self) -> list[str]:
-        """What the server has refused of that which makes replies the same each time."""
+        """The options for reproducible replies (temperature, seed) that the server has refused."""
         return [name for name in ("temperature", "seed") if name not in self.options]
 
     def __call__(self, prompts: list[str]) -> list[str | None]:
@@ -355,7 +358,8 @@ def _message_of(body: object) -> str:
 
 
 def _redacted(text: str, key: str, longest: int = 300) -> str:
-    """Without the key, nor what a server may leave of it ("sk-abcd****wxyz")."""
+    """The text with the API key, and words that hold a part of it ("sk-abcd****wxyz"), replaced by
+    [key]."""
     if len(key) < 8:  # "none", "EMPTY": no secret, and part of other words
         text = re.sub(rf"(?<!\w){re.escape(key)}(?!\w)", "[key]", text) if key else text
     else:

@@ -36,7 +36,8 @@ def updates(steps: int, epochs: float, rows: int, batch: int, processes: int = 1
 
 
 def batch_size(rows: int, asked: int, processes: int) -> int:
-    """Rows of an update: as many as asked for, if there are so many, and as many on each rank."""
+    """Rows of one update: `asked`, or all rows if there are fewer, rounded down to a multiple of
+    the processes."""
     return min(asked, rows) // processes * processes
 
 
@@ -107,10 +108,10 @@ class Learner:
         run, asked = self.run, size
         size, at_least = batch_size(len(samples), size, run.processes), max(at_least, run.processes)
         if size < at_least:
+            other = ", or --nce_weight 0" if at_least > run.processes else ""
             raise DataError(
-                f"{self.stage}: {len(samples)} rows are too few; each update of {run.processes} "
-                f"process(es) needs at least {at_least}. Give more rows, or fewer processes, or "
-                "--nce_weight 0"
+                f"{self.stage}: {len(samples)} rows are too few. An update on {run.processes} "
+                f"process(es) needs at least {at_least}. Give more rows, or fewer processes{other}"
             )
         if size < asked:
             run.say(
@@ -118,9 +119,9 @@ class Learner:
             )
         if self.size not in (None, size):
             raise ConfigError(
-                f"{self.stage}: updates have had {self.size} of the {len(samples)} rows so far, "
-                f"and {run.processes} processes would take {size}. Resume with as many processes "
-                "as before"
+                f"{self.stage}: each update before the interruption took {self.size} of the "
+                f"{len(samples)} rows. With {run.processes} processes it would take {size}. "
+                "Resume with the earlier number of processes"
             )
         self.size = size
         self.bar = run.progress_bar(self.steps, self.stage, "step", self.step)
@@ -327,8 +328,8 @@ def number(folder: Path) -> int:
 
 
 def rate(update: int, warmup: int, total: int) -> float:
-    """The share of the learning rate in update 0, 1, ...: a linear rise over `warmup` updates,
-    whose first has its share already, then half a cosine to 0."""
+    """The factor on the learning rate in update 0, 1, ...: (update + 1) / warmup in the warm-up,
+    then half a cosine to 0."""
     if update < warmup:
         return (update + 1) / warmup
     return (1 + math.cos(math.pi * (update - warmup) / max(1, total - warmup))) / 2

@@ -136,7 +136,9 @@ def stream_of(medium: Path | bytes | Embedded) -> Path | io.BytesIO:
 
 def name_of(medium: Media) -> str:
     return (
-        _short(str(medium)) if isinstance(medium, Path | Embedded) else "what is given in its place"
+        _short(str(medium))
+        if isinstance(medium, Path | Embedded)
+        else "the bytes or the PIL image of this row"
     )
 
 
@@ -145,8 +147,8 @@ def _short(name: str) -> str:
 
 
 def trace(medium: Media) -> tuple:
-    """What changes when it does: of a file path, size and time of change, of anything else a hash
-    of its content."""
+    """A fingerprint that changes when the medium does: a file's path, size and modification time,
+    or a hash of the content."""
     if isinstance(medium, Path):
         stat = medium.stat()
         return str(medium), stat.st_size, stat.st_mtime_ns

@@ -217,8 +217,8 @@ def _check_files(folder: str, name: str, older: str) -> None:
 
 
 def _processor_of(path: str, base: str) -> ProcessorMixin:
-    """A checkpoint's own processor; that of its base, with its own tokenizer if it has one, where
-    PEFT or a trainer has saved an adapter without."""
+    """The checkpoint's own processor. An adapter saved without one gets its base's processor, with
+    the adapter's own tokenizer if it has one."""
     if path == base or any(
         (Path(path) / f"{name}_config.json").exists() for name in ("processor", "preprocessor")
     ):

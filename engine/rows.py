@@ -178,8 +178,8 @@ def _sample(
     if problem_type == "multiple choice":
         if not isinstance(row["solution"], str | list):
             raise DataError(
-                f"solution: {row['solution']} is a number, a place or a text. Give the option's "
-                "letter"
+                f"solution: {row['solution']} is ambiguous: it may be an option's position or its "
+                "text. Give the option's letter"
             )
         if options:
             shown, names = _lettered(options, decided)
@@ -206,7 +206,8 @@ def _sample(
         "".join([problem, *options, *golds, process or ""]).encode()
     except UnicodeEncodeError as error:
         raise DataError(
-            f"problem: this or another text of the row holds half a character ({error})"
+            "problem: a text of this row holds a lone surrogate, which UTF-8 cannot encode "
+            f"({error}). Replace that character"
         ) from error
     places = range(len(cells)) if isinstance(row["path"], list) else [None]
     column = called.get("path", "path")
@@ -351,9 +352,11 @@ def _type(given: str | None, problem: str, options: list[str], golds: list[str],
 
 
 def _lettered(options: list[str], decided: list) -> tuple[list[str], dict[str, list[str]]]:
-    """Options as they are shown, "A. red", and by letter what a solution may call each: the option
-    as it is written, and the number that it begins with where all are numbered 1, 2, ... in
-    order."""
+    """The options as shown ("A. red"), and for each letter the names that a solution may use.
+
+    The names are the option as written, as shown, and its number if all are numbered 1, 2, ... in
+    order.
+    """
     if len(options) > 26:
         raise DataError(f"options: {len(options)} of them, and only 26 letters")
     letters, options = (
@@ -393,9 +396,11 @@ def _lettered(options: list[str], decided: list) -> tuple[list[str], dict[str, l
 
 
 def _listed(question: str, golds: list[str]) -> dict[str, list[str]]:
-    """By letter, what a solution may call each of the options that a question lists itself: on
-    lines of their own, or one behind the other, which is believed only where a solution names one.
-    {}: it lists none."""
+    """For each letter, the names of the options that the question itself lists; {} if none.
+
+    They stand on separate lines, or in a running line, which counts only if every accepted solution
+    names one of them.
+    """
     for pattern in LISTED:
         found = list(pattern.finditer(question))
         letters = [unicodedata.normalize("NFKC", match[1]) for match in found]

@@ -97,7 +97,8 @@ class Run:
         for name in ("prompts_per_step", "sft_batch"):
             if getattr(cfg, name, 0) % self.processes:
                 raise ConfigError(
-                    f"{name}: {getattr(cfg, name)} does not split over {self.processes} processes"
+                    f"{name}: {getattr(cfg, name)} is not a multiple of the {self.processes} "
+                    "processes. Give a multiple, or another number of processes"
                 )
         self._claim_folder()
         if cfg.tracker:
@@ -115,7 +116,12 @@ class Run:
             and self.processes > 1
             and torch.get_num_threads() * self.processes > (os.cpu_count() or 1)
         ):
-            self.say(f"warning: {self.processes} processes share {os.cpu_count()} CPU cores")
+            cores = os.cpu_count() or 1
+            self.say(
+                f"warning: {self.processes} processes of {torch.get_num_threads()} threads share "
+                f"{cores} CPU cores, which is slow. Set OMP_NUM_THREADS="
+                f"{max(1, cores // self.processes)}"
+            )
 
     def _claim_folder(self) -> None:
         """Start or resume the run in its folder; refuse a folder of another configuration."""

@@ -86,9 +86,11 @@ class _LogProb(torch.autograd.Function):
 
 
 def uniform_numbers(names: list[str], n: int, length: int, when: str) -> Tensor:
-    """The chance behind n completions of each prompt [B, n, T]: it depends on `when` (seed, update)
-    and the prompt's name only, not on the batch, the process or the device, so that the completions
-    do not either, up to rounding."""
+    """Uniform random numbers [B, n, T], one for each token of n completions per prompt.
+
+    They depend on `when` (seed, update) and the prompt's name only, not on batch, process or
+    device. Nor do the completions, up to rounding.
+    """
     numbers = torch.empty(len(names), n, length, dtype=torch.float64)
     for table, name in zip(numbers, names):
         stream = torch.Generator().manual_seed(random.Random(f"{when}/{name}").randrange(2**63))

@@ -223,8 +223,8 @@ def _video(container: av.container.InputContainer) -> av.video.stream.VideoStrea
 
 
 def _told_length(container: av.container.InputContainer) -> float | Fraction:
-    """The seconds that the head of the file tells, 0 where it tells none, or FFmpeg makes them from
-    the file's size."""
+    """The length in seconds that the file's header states; 0 if it states none, or if FFmpeg
+    derives it from the file's size."""
     stream, name = _video(container), container.format.name
     if name == "avi" and stream.average_rate:
         return stream.frames / stream.average_rate
@@ -232,7 +232,8 @@ def _told_length(container: av.container.InputContainer) -> float | Fraction:
 
 
 def _timed(container: av.container.InputContainer) -> list[av.stream.Stream]:
-    """Those that say how far a file goes: sound may go on where nothing new is to be seen."""
+    """The streams whose timestamps show where the file ends: video and audio, because sound may
+    continue after the last new frame."""
     return [
         _video(container),
         *(stream for stream in container.streams.audio if stream.codec_context),
@@ -240,8 +241,8 @@ def _timed(container: av.container.InputContainer) -> list[av.stream.Stream]:
 
 
 def _is_shown(packet: av.Packet) -> bool:
-    """Not the mark at the end, nor what an edit list cuts away, nor a frame of VP8 that others only
-    refer to."""
+    """True if the packet is a visible frame: not the empty end packet, not cut by an edit list, not
+    a hidden VP8 reference frame."""
     hidden = (
         packet.size > 0
         and packet.stream.codec_context.name == "vp8"
@@ -251,8 +252,8 @@ def _is_shown(packet: av.Packet) -> bool:
 
 
 def _span(container, stamps: list[int | None]) -> Span:
-    """By timestamps, of which the first and the last two suffice; where there are none, by the
-    frame rate."""
+    """The clip's span from its timestamps, or from its frame rate if it has none. The first and the
+    last two timestamps are enough."""
     stream = _video(container)
     # AVI has none: where frames are not stored in the order of showing, FFmpeg's are wrong
     stamped = container.format.name != "avi" or not stream.codec_context.has_b_frames
@@ -343,8 +344,8 @@ def _decode(container, key: Key, wanted: set[int]) -> dict[int, Image.Image]:
 
 
 def _nearest(times: Sequence[int], moment: Fraction, first: int) -> int:
-    """Of sorted times the nearest; of two as near, at a constant rate, that of an even number after
-    the first."""
+    """The nearest of the sorted times. At a constant frame rate a tie goes to the frame with the
+    even number (the first is 0)."""
     if not times:
         raise NoSeeking
     i = bisect_left(times, moment)

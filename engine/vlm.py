@@ -471,10 +471,12 @@ def _positions(body: nn.Module, inputs: BatchFeature) -> Tensor:
 
 @contextmanager
 def plain_generation(model: nn.Module):
-    """`generate` takes nothing from the checkpoint's own generation_config, of which transformers
-    fills in whatever the given one leaves open: a repetition penalty or T = 1e-6 (released
-    checkpoints ship both), beams, a minimum length. Log-probs are those of the plain distribution,
-    and so must the samples be. What is saved keeps the checkpoint's."""
+    """Context in which `generate` ignores the checkpoint's generation_config.
+
+    transformers would fill gaps from it: a repetition penalty or T = 1e-6 (released checkpoints
+    ship both), beams, a minimum length. Samples must follow the distribution that is scored. The
+    saved model keeps the checkpoint's.
+    """
     before, model.generation_config = model.generation_config, GenerationConfig()
     try:
         yield

@@ -1459,7 +1459,8 @@ def test_amber_from_its_repository(amber_folder):
         [{"id": 99, "image": "AMBER_1.jpg", "query": "?"}],
     )
     assert (
-        "annotations.json has no 99 in this place" in benchmarks.scan("amber", amber_folder)[1][0]
+        "entry 99 of annotations.json does not have this id"
+        in benchmarks.scan("amber", amber_folder)[1][0]
     )
     (amber_folder / "data/annotations.json").rename(amber_folder / "elsewhere.json")
     assert "annotations.json: missing in" in benchmarks.scan("amber", amber_folder)[1][0]

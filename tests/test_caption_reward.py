@@ -934,12 +934,12 @@ def test_a_small_response_that_unfolds_to_a_large_one(server):
 @pytest.mark.parametrize(
     "url, model, words",
     [
-        ("http://me:secret@127.0.0.1/v1", "m", "no key or password in its URL"),
-        ("http://127.0.0.1/v1?key=secret", "m", "no key or password in its URL"),
+        ("http://me:secret@127.0.0.1/v1", "m", "its URL holds a key or password"),
+        ("http://127.0.0.1/v1?key=secret", "m", "If it held a key, set OPENAI_API_KEY"),
         (
             "https://host/openai?api-version=x",
             "m",
-            "a judge's URL has no query; leave out the \\? and what follows it",
+            "its URL has a query. Remove the \\? and what follows it",
         ),
         ("http://[::1/v1", "m", "its URL cannot be read"),
         ("127.0.0.1:8000/v1", "m", "127.0.0.1:8000/v1 names no server"),
@@ -1203,7 +1203,7 @@ def test_a_judge_that_answers_nothing_ends_a_run_with_its_error(server, opened):
 def test_one_option_bounds_what_any_judge_says(server, opened, scripted):
     opened(lambda prompt: (200, "application/json", completion("A")), judge_max_tokens=77)
     assert {request.json["max_tokens"] for request in server.requests} == {77}
-    assert opened.said == ["judge: m, right on 100% of 2 questions without any caption"]
+    assert opened.said == ["judge: m, right on 100% of 2 questions without a caption"]
     path = str(scripted("s A <|im_end|>"))
     with pytest.raises(
         train.ConfigError, match="none of 2 .* cut off at 2 tokens: raise --judge_max_tokens"

@@ -873,7 +873,9 @@ def test_options_without_letters_get_them_in_order(media, tmp_path, options, sol
     )
     assert sample.options == tuple(f"{a}. {text}" for a, text in zip("ABC", options))
     assert sample.answer == letter
-    assert said == ["data: train.json: decided: options get letters in their order (1 rows)"]
+    assert said == [
+        "data: train.json: assumed where rows leave it open: options get letters in their order (1 rows)"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -895,7 +897,11 @@ def test_options_without_letters_get_them_in_order(media, tmp_path, options, sol
             "A",
             "options: seem to begin with C, A, B. Give them letters in order",
         ),
-        (["2", "3", "1"], 1, "1 is a number, a place or a text. Give the option's letter"),
+        (
+            ["2", "3", "1"],
+            1,
+            "1 is ambiguous: it may be an option's position or its text. Give the option's letter",
+        ),
         (["A. red", "B. blue"], ["A", "B"], "holds the letters A, B. Give one"),
         (["A. red", "B. blue"], "B. red", "'B. red' is not the letter"),
         ([str(i) for i in range(27)], "3", "options: 27 of them"),
@@ -1081,7 +1087,7 @@ def test_a_number_is_right_as_it_may_have_been_written(media, tmp_path):
             "with one turn",
         ),
         ("problem", " \n", "missing or empty"),
-        ("problem", "half a \ud83d", "holds half a character"),
+        ("problem", "half a \ud83d", "holds a lone surrogate"),
         ("problem_id", ["x"], "must be a string, got ['x']"),
         ("problem_id", True, "must be a string, got True"),
         ("problem_id", 1.5, "must be a string, got 1.5"),

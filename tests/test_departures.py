@@ -35,7 +35,7 @@ def test_what_the_departures_name_exists():
 
 def test_the_equation_map_of_the_readme_names_what_exists():
     rows = re.findall(
-        r"^\|[^|]+\|[^|]+\| `(\w+\.py)` `(\w+)` \| `(\w+)` \|",
+        r"^\|[^|]+\|[^|]+\| `([\w/]+\.py)` `(\w+)` \| `(\w+)` \|",
         (ROOT / "README.md").read_text(),
         re.M,
     )

@@ -976,7 +976,7 @@ def test_a_judge_decides_what_no_rule_does_and_is_remembered(
     asked = [prompt for prompt in asked if prompt not in trials]
     assert len(trials) == 2, "each run tries it first"
     assert len(asked) == len(set(asked)) > 0, "asked once"
-    with pytest.raises(SystemExit, match="was scored here with .*judge; give it again"):
+    with pytest.raises(SystemExit, match="used the judge .*Give it again"):
         evaluate(*benchmarked[2], "--output_dir", folder)
 
 

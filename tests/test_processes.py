@@ -269,7 +269,7 @@ def test_a_launch_file_that_does_not_fit_is_refused(environment, gpus, cores, sa
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--prompts_per_step", "3"], "prompts_per_step: 3 does not split over 2 processes"),
+        (["--prompts_per_step", "3"], "prompts_per_step: 3 is not a multiple of the 2 processes"),
         (["--data", "/nowhere"], "/nowhere does not exist"),
     ],
 )

@@ -185,6 +185,6 @@ def test_batches_split_over_processes_or_are_refused(tmp_path, monkeypatch):
     for name, size in (("prompts_per_step", 32), ("sft_batch", 8)):
         options = {"prompts_per_step": 6, "sft_batch": 6} | {name: size}
         with pytest.raises(
-            run.ConfigError, match=f"{name}: {size} does not split over 3 processes"
+            run.ConfigError, match=f"{name}: {size} is not a multiple of the 3 processes"
         ):
             run_of(tmp_path / name, **options)

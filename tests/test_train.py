@@ -1077,11 +1077,11 @@ def test_the_lenient_rule_is_an_option(world):
         ),
         (
             ["--judge", "https://me:secret@host//v1", "--judge_model", "m"],
-            "judge: no key or password in its URL",
+            "judge: its URL holds a key or password",
         ),
         (
             ["--judge", "https://host/v1?api-version=x", "--judge_model", "m"],
-            "a judge's URL has no query; leave out",
+            "judge: its URL has a query. Remove",
         ),
         (
             ["--prompts_per_step", "2"],

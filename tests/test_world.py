@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 import data
 import reasoning
 import world
+from engine import ConfigError
 from world import models, scenes
 
 torch.set_num_threads(1)
@@ -703,7 +704,7 @@ def test_an_unfinished_part_is_not_taken_for_whole(workshop, tmp_path):
 
 def test_build_refuses_a_judge_that_cannot_read(workshop, tmp_path, monkeypatch):
     monkeypatch.setattr(models, "judge_accuracy", lambda folder: {**REPORT, "true": 0.6})
-    with pytest.raises(RuntimeError, match="60.0%"):
+    with pytest.raises(ConfigError, match="60.0%"):
         world.build(tmp_path, quiet=True)
     assert not (tmp_path / "judge").exists()
 

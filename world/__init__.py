@@ -13,6 +13,7 @@ evaluates on them knows only files on disk.
 import shutil
 from pathlib import Path
 
+from engine import ConfigError
 from world import models, scenes
 
 
@@ -42,9 +43,10 @@ def build(folder: Path, quiet: bool = False) -> Path:
                     f"(the best constant answer to each question: {right['floor']:.1%})"
                 )
             if right["true"] < 0.97:
-                raise RuntimeError(
-                    f"the judge answers only {right['true']:.1%} of new true captions; it needs "
-                    "97 %"
+                raise ConfigError(
+                    f"world: the trained judge is right on {right['true']:.1%} of the true "
+                    "captions held out of its training, and needs 97 %. Report this with your "
+                    "versions of torch and transformers"
                 )
         unfinished.rename(folder / name)
     return folder
