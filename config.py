@@ -131,7 +131,8 @@ class Config:
     sft_lr: float = option(2e-3, above=0, help=
         "cold-start learning rate [choice for a 1.5 M model; official code: 1e-6]")
 
-    responses: int = option(64, low=2, help="responses per prompt scored for selection [paper]")
+    responses: int = option(64, low=2, help=
+        "responses per prompt scored for selection; one has no variance [paper]")
     keep: float = option(0.5, above=0, high=1, help="share of the prompts kept [paper]")
     select_within: str = option("", choices=("", "category"), help=
         "category: at most that share of each category; empty: of all prompts [paper]")
@@ -146,7 +147,8 @@ class Config:
         "prompts per update, over all ranks [choice; official code: 8]")
     prompts_per_pass: int = option(0, low=0, resumable=True, help=
         "prompts per micro-batch on each rank, to save memory; 0: all [choice]")
-    group_size: int = option(8, low=2, help="G, responses per prompt [official code; paper silent]")
+    group_size: int = option(8, low=2, help=
+        "G, responses per prompt; one has no advantage [official code; paper silent]")
     max_new_tokens: int = option(40, low=1, help="longest response [choice; official code: 768]")
     rl_lr: float = option(3e-4, above=0, help=
         "learning rate, cosine [choice for a 1.5 M model; official code: 1e-6]")
@@ -286,7 +288,7 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
     }
     if value is not None and not all(holds[words](bound) for words, bound in bounds.items()):
         wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
-        raise ConfigError(f"{name}: must be {wanted}, got {value}")
+        raise ConfigError(f"{name}: must be {wanted}, got {value} ({field.metadata['help']})")
 
 
 def parse_config(argv: list[str]) -> Config:
@@ -320,9 +322,9 @@ def parse_config(argv: list[str]) -> Config:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train.py",
+        usage="accelerate launch train.py [--config FILE] [--option VALUE ...]",
         description="Ground What You See: cold start, selection, GRPO with caption reward and "
         "InfoNCE, evaluation, report. D-1 and the like are explained in DEPARTURES.md.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -333,12 +335,10 @@ def _parser() -> argparse.ArgumentParser:
         if f.name in HEADINGS:
             group = parser.add_argument_group(HEADINGS[f.name])
         kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
-        how = (
-            {"type": string_to_bool, "nargs": "?", "const": True}
-            if kind is bool
-            else {"type": kind}
-        )
-        group.add_argument(
-            f"--{f.name}", default=f.default, help=f.metadata["help"].replace("%", "%%"), **how
-        )
+        flag = {"nargs": "?", "const": True}  # --quiet, --quiet true
+        how = {"type": string_to_bool, **flag} if kind is bool else {"type": kind}
+        text = f.metadata["help"].replace("%", "%%")
+        text += "" if f.default in (None, "") else f" (default: {f.default})"
+        spelt = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
+        group.add_argument(*spelt, dest=f.name, default=f.default, help=text, **how)
     return parser

@@ -85,10 +85,10 @@ class Conflict:
             # best and advantage need all branches, the others the last only
             first = 0 if cfg.nce_feature in ("best", "advantage") else -1
             with torch.no_grad():
-                scores = [
+                scores = (  # one at a time
                     policy(m.inputs, m.branches[:, first:], m.scored_mask[:, first:])
                     for m in micro_batches
-                ]
+                )
                 self.tables = self._all_gather(list(map(self._table, micro_batches, scores)))
 
     def cosine(self, i: int, scores: vlm.TokenScores) -> Tensor:

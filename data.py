@@ -53,7 +53,8 @@ from engine import ConfigError, DataError, reason
 from engine.files import read_rows, undecoded
 from engine.media import read_image, trace
 from engine.media_check import Checked
-from engine.rows import FIELDS, MARK, Sample, _sample, columns_of
+from engine.media_check import check_media as _check_media  # noqa: F401, to check one file
+from engine.rows import FIELDS, MARK, Sample, columns_of, read_row
 from engine.video import frames_taken, read_video
 
 LIMITS = SimpleNamespace(  # of `check`; the defaults of config.Config
@@ -150,7 +151,7 @@ def _split(
         called, choices = columns_of(row), []
         calls.append(called)
         try:
-            sample = _sample(row, root, rows, number, called, choices, check=None)
+            sample = read_row(row, root, rows, number, called, choices, check=None)
             found.append((number, sample))
             unknown.update(set(row) - set(FIELDS) - set(called.values()))
             decided.update(choices)

@@ -86,10 +86,10 @@ def dead_zone(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """D_KL(pi_theta || pi_ref), estimated at the sampled tokens.   [N, T], [N, T] -> [N, T]
 
-    With x = log pi_ref - log pi:   k1 = -x,   k2 = x^2 / 2,   k3 = e^x - x - 1 (never
-    negative),   rho_k3 = rho k3. As part of the loss on on-policy samples, the gradients differ: k1
-    has none on average, k2 and rho_k3 follow the reverse KL(pi || pi_ref), and k3 (GRPO's, the
-    default) the forward KL(pi_ref || pi).
+    With x = log pi_ref - log pi:   k1 = -x,   k2 = x^2 / 2,   k3 = e^x - x - 1,   rho_k3 = rho k3.
+    k3 is never negative. As part of the loss on on-policy samples, the gradients differ: k1 has
+    none on average, k2 and rho_k3 follow the reverse KL(pi || pi_ref), and k3 (GRPO's, the default)
+    the forward KL(pi_ref || pi).
     """
     _same_shape(logp=logp, ref_logp=ref_logp)
     x = ref_logp - logp
@@ -149,8 +149,8 @@ def grpo_loss(
     mask: 1 on the tokens that count, 0 on padding, which may hold anything. w: `sequence_weights`
     of loss_norm and of the global batch's counts, by default those of this mask. At rho = 1 and
     beta = 0 the value is about 0, because advantages sum to 0 in each group, while its gradient is
-    not: a loss of 0 does not mean that nothing is learned. Also returns per-token statistics [N,
-    T]: kl (None at beta = 0) and clipped, 1 where the gradient was cut off.
+    not: a loss of 0 does not mean that nothing is learned. Also returns statistics of each token,
+    [N, T]: kl (None at beta = 0) and clipped, 1 where the gradient was cut off.
     """
     if beta and ref_logp is None:
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")
@@ -160,8 +160,7 @@ def grpo_loss(
         float(mask.sum()) if tokens is None else tokens,
     )
     weights = sequence_weights(mask, loss_norm, *counts, max_tokens or mask.shape[1])
-    # padding may hold anything, even NaN: cleared before the arithmetic, or its gradient would be 0
-    # * NaN
+    # padding may hold anything, even NaN: cleared before the arithmetic, because 0 x NaN is NaN
     real = mask > 0
     logp, old_logp = (torch.where(real, x, 0.0) for x in (logp, old_logp))
     per_token, kl = -clipped_surrogate(logp, old_logp, adv, eps_low, eps_high), None
@@ -230,10 +229,10 @@ def sharpening_threshold(probs: Tensor) -> Tensor:
     """p* = exp(W(C e^H) - H), the root of p (log p + H) = C: A > 0 sharpens iff pi_y > p*.
     [..., V] -> [...]
 
-    A < 0 flattens iff pi_y > p*. Below p* both halves of the paper's sentence reverse. 1 /
-    perplexity <= p* <= max pi: the paper is right on the likeliest token, and wrong on every token
-    rarer than 1 / perplexity (D-71). W is Lambert's function, the root w of w e^w = x, here by
-    Newton's method.
+    A < 0 flattens iff pi_y > p*. Below p* both halves of the paper's sentence reverse. p* lies
+    between 1 / perplexity and max pi: the paper is right on the likeliest token, and wrong on every
+    token rarer than 1 / perplexity (D-71). W is Lambert's function, the root w of w e^w = x, here
+    by Newton's method.
     """
     s, entropy = _minus_entropy_slope(probs)
     x = (probs * s).sum(-1).clamp_min(0) * entropy.exp()
@@ -268,10 +267,8 @@ def _same_shape(**tensors: Tensor) -> None:
 
 def _one_each(rows: Tensor, **given: Tensor | float) -> list[Tensor]:
     """Each as [N], one number a row of `rows`; a single number stands for all of them."""
-    n, tensors = (
-        len(rows),
-        {name: torch.as_tensor(x, device=rows.device) for name, x in given.items()},
-    )
+    n = len(rows)
+    tensors = {name: torch.as_tensor(x, device=rows.device) for name, x in given.items()}
     for name, t in tensors.items():
         if t.shape not in ((n,), ()):
             raise ValueError(

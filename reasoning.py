@@ -38,8 +38,7 @@ class Stages:
 
 
 def question(problem: str, options: list[str] | tuple[str, ...] = ()) -> str:
-    """The question as policy and judge both see it: the problem, then one option a line ("A.
-    red")."""
+    """The question as policy and judge both see it: the problem, then one option a line."""
     return "\n".join([problem, *(["Options:", *options] if options else [])])
 
 

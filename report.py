@@ -475,10 +475,8 @@ def figures(run: Results) -> str:
     batch = min(run.config.get("prompts_per_step", 1), len(run.selected.get("kept", ())) or 10**9)
     anchors = [row | {"share": row["nce/active"] / batch} for row in conflict]
     rewards = {"reward/accuracy": "answer", "reward/caption": "caption", "reward/format": "format"}
-    cosine, band = (
-        {"nce/cosine_mean": "mean"},
-        partial(cosine_band, conflict, run.config.get("tau")),
-    )
+    cosine = {"nce/cosine_mean": "mean"}
+    band = partial(cosine_band, conflict, run.config.get("tau"))
     drawn = {
         "Rewards": curves(
             rl, rewards, "Means over sampled responses (paper, Figure 3).", ylim=(0, 1.02)

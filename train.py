@@ -40,7 +40,7 @@ import reasoning
 import report
 import variance_select
 import world
-from caption_reward import CaptionReward
+from caption_reward import CaptionReward, Judge
 from config import Config, parse_config
 from conflict import Conflict
 from engine import ConfigError, DataError, judges
@@ -63,8 +63,7 @@ def main(cfg: Config) -> None:
     evaluate("before", start, sets, judge, cfg, run)
 
     if cfg.method != "sft":
-        # Reward Variance-Guided Sample Selection: 64 responses a prompt; keep the half that varies
-        # most.
+        # Reward Variance-Guided Sample Selection: 64 responses a prompt, the top half by variance.
         prompts = select_prompts(start, sets["train"], judge, cfg, run)
 
         # Reinforcement learning: GRPO with the Caption Reward and Conflict-Aware Regularization.
@@ -228,7 +227,8 @@ def reinforce(
     learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, held_out(sets, judge, cfg, run))
     reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
     least = 2 if cfg.nce_weight else 1  # Eq. 4 compares prompts
-    if batch_size(len(prompts), cfg.prompts_per_step, run.processes) == least == 2:
+    size = batch_size(len(prompts), cfg.prompts_per_step, run.processes)
+    if size == least == 2 and not learner.finished:
         run.say("warning: Eq. 4 is 0 in updates of 2 prompts: it needs a positive and a negative")
     for step, batch in learner.batches(prompts, cfg.prompts_per_step, least):
         with run.unsharded(learner.policy):
@@ -379,7 +379,7 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     return asked
 
 
-def judge_of(cfg: Config, device: torch.device | str) -> tuple[judges.Judge, str]:
+def judge_of(cfg: Config, device: torch.device | str) -> tuple[Judge, str]:
     """The judge of a configuration, and the name that its replies are kept under."""
     where = cfg.judge or str(Path(cfg.world) / "judge")
     name = cfg.judge_model if judges.is_url(where) else where

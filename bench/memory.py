@@ -15,7 +15,6 @@ times slower than that.
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -90,10 +89,8 @@ def needs(cfg, shards: int = 1) -> dict:
     else:
         trained = count["text"]
         training = {
-            "AdamW": trained
-            * 4
-            * (3 if size == 2 else 2)
-            / shards,  # moments, and a copy of half-precision weights
+            # moments, and a copy of half-precision weights
+            "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,
             "gradients in the update": trained * 4 / shards,
             "reference": (trained + count["vision"]) * size,
         }
@@ -159,8 +156,7 @@ def main() -> None:
         help="processes that share the policy under FSDP2 [default 1]",
     )
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
-    import train
+    from config import parse_config
 
     print(
         "Computed, not measured. "
@@ -170,7 +166,7 @@ def main() -> None:
     print(f"| preset | training, GB | of it | generation, GB | {columns} |")
     print("|---|---|---|---|" + "---|" * len(CARDS))
     for file in args.presets:
-        cfg = train.parse_config(["--config", str(file)])
+        cfg = parse_config(["--config", str(file)])
         need = needs(cfg, args.shards)
         parts = ", ".join(
             f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7

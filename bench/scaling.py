@@ -14,7 +14,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 from pathlib import Path
 
@@ -60,7 +59,6 @@ def main() -> None:
         "--out", type=Path, default=Path("bench-scaling"), help="folder for scaling.json and .png"
     )
     args = parser.parse_args()
-    sys.path.insert(0, str(step.ROOT))
     results: dict[str, dict[int, dict]] = {}
     with tempfile.TemporaryDirectory() as folder:
         step.write_model(Path(folder))

@@ -4,8 +4,7 @@
 
 Same policy (a run's cold start), same prompts, T = 1 from the whole distribution, same limit; in
 turn, in one process for time and in processes of their own for the highest resident set. Writes
-JSON and a plot to --out. (Not named select.py: scripts beside it would import it in place of the
-standard library's module.)
+JSON and a plot to --out.
 """
 
 import argparse

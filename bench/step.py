@@ -104,12 +104,10 @@ def ours(folder: Path, steps: int, work: dict) -> dict:
     import ntk_infonce
     from engine import pretrained
 
-    processes, size, group, length = (
-        int(os.environ.get("WORLD_SIZE", 1)),
-        work["size"],
-        work["group"],
-        work["length"],
-    )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    size = work["size"]
+    group = work["group"]
+    length = work["length"]
     policy = pretrained.load(str(folder), max_pixels=PIXELS)
     reference = pretrained.load(str(folder), max_pixels=PIXELS, trainable=False)
     policy.end_ids = [NEVER]
@@ -209,10 +207,8 @@ def trl(folder: Path, steps: int, work: dict) -> dict:
     from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
-    model, processor = (
-        AutoModelForImageTextToText.from_pretrained(folder),
-        AutoProcessor.from_pretrained(folder),
-    )
+    model = AutoModelForImageTextToText.from_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     model.model.visual.requires_grad_(False)
     model.generation_config.eos_token_id = NEVER
     processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": PIXELS}
@@ -465,7 +461,6 @@ def main() -> None:
     )
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     if args.worker:
         side, (folder, steps, work) = args.worker[0], json.loads(args.worker[1])
         result = {"ours": ours, "trl": trl}[side](Path(folder), steps, work)

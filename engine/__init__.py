@@ -1,5 +1,4 @@
-"""The engine: what the concepts run on. The only code that knows ranks, files and the quirks of
-transformers.
+"""The engine: what the concepts run on. It deals with ranks, files and the quirks of transformers.
 
 run             one run: its processes, its folder, its screen
 learner         a policy under training: optimiser, schedule, metrics, reference model

@@ -21,16 +21,8 @@ from engine.files import read_jsonl, to_jsonl
 from engine.vlm import end_token_ids
 
 LONGEST_RESPONSE = 2**22  # bytes that are read of an endpoint's response [choice]
-WHOLE = {
-    "stop",
-    "eos",
-    "eos_token",
-    "end_turn",
-    "stop_sequence",
-    "complete",
-    "none",
-    "",
-}  # finish reasons of a reply
+# finish reasons of a complete reply
+COMPLETE = {"stop", "eos", "eos_token", "end_turn", "stop_sequence", "complete", "none", ""}
 
 
 class LocalJudge:
@@ -49,12 +41,10 @@ class LocalJudge:
         batch: int = 64,
         max_new_tokens: int = MAX_TOKENS,
     ):
-        self.path, self.batch, self.max_new_tokens, self.last_error = (
-            path,
-            batch,
-            max_new_tokens,
-            "",
-        )
+        self.path = path
+        self.batch = batch
+        self.max_new_tokens = max_new_tokens
+        self.last_error = ""
         self.tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         if not self.tokenizer.chat_template:
@@ -192,12 +182,10 @@ class EndpointJudge:
         self.open = lambda: AsyncOpenAI(
             base_url=base_url, timeout=waits, max_retries=retries, http_client=_bounded_client()
         )
-        self.base_url, self.model, self.concurrency, self.deadline = (
-            base_url,
-            model,
-            concurrency,
-            deadline,
-        )
+        self.base_url = base_url
+        self.model = model
+        self.concurrency = concurrency
+        self.deadline = deadline
         self.options = {"max_tokens": max_tokens, "temperature": 0.0, "seed": 0}
         self.last_error = ""
 
@@ -284,7 +272,7 @@ def _text_of(completion) -> str:
         raise ValueError(
             f"its reply was cut off (finish_reason {finish}): raise --judge_max_tokens"
         )
-    if reason not in WHOLE:
+    if reason not in COMPLETE:
         raise ValueError(f"its reply is incomplete (finish_reason {finish})")
     thoughts = (
         getattr(message, name, None)
@@ -373,9 +361,6 @@ def _redacted(text: str, key: str, longest: int = 300) -> str:
     return line if len(line) <= longest else line[:longest] + " ..."
 
 
-Judge = LocalJudge | EndpointJudge
-
-
 def is_url(judge: str) -> bool:
     return judge.startswith(("http://", "https://"))
 
@@ -386,7 +371,7 @@ def open_judge(
     device: str | torch.device = "cpu",
     max_tokens: int = MAX_TOKENS,
     **endpoint,
-) -> Judge:
+) -> LocalJudge | EndpointJudge:
     """A local causal LM (folder or hub id), or the `model` behind a URL with the other options of
     `EndpointJudge`.
 

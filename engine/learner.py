@@ -64,9 +64,8 @@ class Learner:
         self.result = self.folder / "policy"
         self.finished = run.from_main(self.result.exists)
         self.step, self.size, self.losses = 0, None, []
-        self.skipped = self.left_out = (
-            0  # skipped updates in a row before this one, and in this one
-        )
+        # skipped updates in a row before this one, and in this one
+        self.skipped = self.left_out = 0
         self.policy = None
         run.micro_batch_limit = sys.maxsize  # another stage needs other memory
         if self.finished:
@@ -108,10 +107,11 @@ class Learner:
         run, asked = self.run, size
         size, at_least = batch_size(len(samples), size, run.processes), max(at_least, run.processes)
         if size < at_least:
-            other = ", or --nce_weight 0" if at_least > run.processes else ""
+            other = ", or fewer processes" if run.processes > 1 else ""
+            other += ", or --nce_weight 0" if at_least > run.processes else ""
             raise DataError(
                 f"{self.stage}: {len(samples)} rows are too few. An update on {run.processes} "
-                f"process(es) needs at least {at_least}. Give more rows, or fewer processes{other}"
+                f"process(es) needs at least {at_least}. Give more rows{other}"
             )
         if size < asked:
             run.say(

@@ -219,9 +219,8 @@ def _grey(image: Image.Image) -> Image.Image:
     empty = np.isnan(values) | np.isin(values, NOTHING)
     with contextlib.suppress(ValueError):
         empty |= values == float(tags.get(42113, "nan").strip(" \0"))  # GDAL's own
-    known = values[
-        ~empty & (np.abs(values.astype(np.float64)) < 1e38)
-    ]  # and none of the type's ends
+    # without the ends of the type
+    known = values[~empty & (np.abs(values.astype(np.float64)) < 1e38)]
     black, white = (known.min().item(), known.max().item()) if known.size else (0, 0)
     if black >= 0 and values.dtype.kind in "ui" and white < 2**16:
         black, white = 0, next(2**bits - 1 for bits in (8, 10, 12, 14, 16) if white < 2**bits)

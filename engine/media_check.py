@@ -16,7 +16,7 @@ import PIL
 from huggingface_hub import cached_assets_path
 from PIL import UnidentifiedImageError
 
-from engine import DataError
+from engine import DataError, media, video
 from engine.media import Media, Size, name_of, read_image, trace
 from engine.video import size_of_video
 
@@ -34,13 +34,9 @@ class Checked:
         self.file, self.before, self.now, self.saved = None, {}, {}, time.monotonic()
         self.locks: dict[str, threading.Lock] = {}
         try:
-            # this code and its libraries decide what is good
-            by = (
-                Path(__file__).read_bytes(),
-                av.__version__,
-                PIL.__version__,
-                *map(os.path.realpath, source),
-            )
+            # this code, and the libraries that it uses, decide what is good
+            code = [Path(file).read_bytes() for file in (__file__, media.__file__, video.__file__)]
+            by = (*code, av.__version__, PIL.__version__, *map(os.path.realpath, source))
             folder = cached_assets_path("ground-what-you-see", "media")
             self.file = folder / f"{hashlib.sha256(repr(by).encode()).hexdigest()[:32]}.json"
             kept = {

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
 from peft import (
     LoraConfig,
@@ -57,10 +58,8 @@ def load(
     ValueError or OSError for what `context` refuses, and where a weight has no place or a place no
     weight.
     """
-    ours = {
-        "sdpa": "shared_prefix",
-        "flex_attention": "flex_attention",
-    }  # of the language model, not of the tower
+    # of the language model, not of the tower
+    ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
     base, adapter, _, processor = opened(path)
     # what a new adapter will remember
     base = str(Path(base).resolve()) if Path(base).exists() else base
@@ -99,7 +98,9 @@ def open_policy(model: str, cfg, device: str | torch.device, trainable: bool = F
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     try:
         return load(model, **options, trainable=trainable).to(device)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+            raise  # out of memory says nothing about the checkpoint
         raise ConfigError(f"model: cannot load {model}: {reason(error)}") from error
 
 
@@ -299,10 +300,8 @@ def with_adapter(model: nn.Module, adapter: str) -> PeftModel:
             if not (sizes := re.search("size mismatch for .*", str(error))):
                 raise
             raise ValueError(f"{adapter} and its adapter_config.json differ: {sizes[0]}") from error
-    there, taken = (
-        len(load_peft_weights(adapter, device="cpu")),
-        len(get_peft_model_state_dict(found)),
-    )
+    there = len(load_peft_weights(adapter, device="cpu"))
+    taken = len(get_peft_model_state_dict(found))
     if there != taken:
         raise ValueError(
             f"{adapter} holds {there} weights, of which its adapter_config.json has places for "

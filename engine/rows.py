@@ -17,7 +17,7 @@ import answers
 import reasoning
 from engine import DataError
 from engine.media import Embedded, Media, Size, medium_of
-from engine.media_check import check_media as _check_media
+from engine.media_check import check_media
 
 FIELDS = (
     "data_type problem_type problem options path solution problem_id process process_and_answer "
@@ -80,14 +80,12 @@ class Sample:
     @property
     def length(self) -> tuple[int, int]:
         """Sorts prompts by their length, nearly: pixels first, then text."""
-        return sum(size.frames * size.height * size.width for size in self.sizes), len(
-            self.question
-        )
+        pixels = sum(size.frames * size.height * size.width for size in self.sizes)
+        return pixels, len(self.question)
 
     @property
     def question(self) -> str:
-        """What the judge reads, without marks; several among the words are "picture 1", "picture
-        2", ..."""
+        """What the judge reads. Marks go; several among the words become "picture 1" and so on."""
         *before, last = MARK.split(reasoning.question(self.problem, self.options))
         words = "".join(before)
         if len(before) > 1 and words.strip():
@@ -114,14 +112,14 @@ def _missing(value) -> bool:
     return value is None or (isinstance(value, list) and not value)
 
 
-def _sample(
+def read_row(
     row: dict,
     root: Path | None,
     table=None,
     number=0,
     called=None,
     decided=None,
-    check=_check_media,
+    check=check_media,
 ):
     """One row, checked; DataError("field: what is wrong. What to do"). called: its `columns_of`.
     decided: gets a few words for each thing that the row leaves open."""
@@ -333,16 +331,12 @@ def _type(given: str | None, problem: str, options: list[str], golds: list[str],
     if given:
         return given, names
     if options or names:
-        kind, why = (
-            "multiple choice",
-            "by its options" if options else "by lettered options in the question",
-        )
+        kind = "multiple choice"
+        why = "by its options" if options else "by lettered options in the question"
     elif all(letters := [re.fullmatch(r"\(?([A-Z])\)?[.:]?", gold) for gold in golds]):
-        kind, why, names = (
-            "multiple choice",
-            "by a letter as solution",
-            {letter[1]: [] for letter in letters},
-        )
+        kind = "multiple choice"
+        why = "by a letter as solution"
+        names = {letter[1]: [] for letter in letters}
     elif all(answers.NUMBER.fullmatch(gold) for gold in golds):
         kind, why = "numerical", "by a number as solution"
     else:
@@ -359,10 +353,8 @@ def _lettered(options: list[str], decided: list) -> tuple[list[str], dict[str, l
     """
     if len(options) > 26:
         raise DataError(f"options: {len(options)} of them, and only 26 letters")
-    letters, options = (
-        string.ascii_uppercase[: len(options)],
-        [option.strip() for option in options],
-    )
+    letters = string.ascii_uppercase[: len(options)]
+    options = [option.strip() for option in options]
     options = [
         option[2:-2] if re.fullmatch(r"\*\*[^*]+\*\*", option) else option for option in options
     ]

@@ -1,5 +1,4 @@
-"""One run: its processes, its folder and its screen. The only file that knows about ranks, launch
-files and sharding.
+"""One run: its processes, its folder and its screen. The only file that reads launch files.
 
 `accelerate launch` (configs/accelerate/) decides how the processes share the work. A step is the
 same code everywhere:
@@ -50,6 +49,7 @@ from transformers.utils import logging as transformers_logging
 
 from engine import ConfigError
 from engine.files import read_jsonl, rewrite, to_jsonl
+from engine.judges import is_url
 
 # at least twice the judge's deadline, for which other ranks wait
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
@@ -86,11 +86,9 @@ class Run:
         if self.accelerator.device.type == "cuda":
             # TF32 in float32 products; softmax and sums stay in float32
             torch.set_float32_matmul_precision("high")
-        self.cfg, self.processes, self.rank = (
-            cfg,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
+        self.cfg = cfg
+        self.processes = self.accelerator.num_processes
+        self.rank = self.accelerator.process_index
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
         self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
@@ -133,7 +131,7 @@ class Run:
         if file.exists() and begun:
             then = yaml.safe_load(file.read_text())
             free = set(self.cfg.resumable)
-            if all(str(cfg.get("judge")).startswith("http") for cfg in (then, now)):
+            if all(is_url(cfg.get("judge") or "") for cfg in (then, now)):
                 free.add("judge")  # the same --judge_model at another address
             differ = [k for k in now if k not in free and then.get(k) != now[k]]
             if differ:

@@ -142,20 +142,19 @@ def inverse_cdf(scores: Tensor, u: Tensor, block: int = 128) -> Tensor:
     return which * block + within
 
 
-def branch_mask(prompt_mask: Tensor, fed: list[int], dtype: torch.dtype, attention: str):
-    """What each of the L = P + sum(fed) tokens of a row may look at: the prompt, and its own
-    branch's past.
+def branch_mask(prompt_mask: Tensor, lengths: list[int], dtype: torch.dtype, attention: str):
+    """What a token of a row [prompt | branches] may see: the prompt, and its own branch's past.
 
-    A mask [B, 1, L, L] to be added, 0 or the lowest number; for `branch_attention` in two, the
-    prompt's [B, 1, P, P] (None where plain causal attention will do) and the branches' [B, 1, L -
-    P, L]; for flex attention its blocks.
+    lengths: the tokens of each branch; L = P + sum(lengths). An additive mask [B, 1, L, L], 0 or
+    the lowest number. `branch_attention` gets two: [B, 1, P, P] for the prompt (None where plain
+    causal attention is enough) and [B, 1, L - P, L] for the branches. Flex attention gets blocks.
     """
     (b, p), device = prompt_mask.shape, prompt_mask.device
-    length = p + sum(fed)
-    branch = torch.arange(len(fed) + 1, device=device).repeat_interleave(
-        torch.tensor([p, *fed], device=device)
+    length = p + sum(lengths)
+    branch = torch.arange(len(lengths) + 1, device=device).repeat_interleave(
+        torch.tensor([p, *lengths], device=device)
     )
-    valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, sum(fed)).bool()], 1)
+    valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, sum(lengths)).bool()], 1)
 
     def may_see(row, _head, q, k):
         same = (branch[k] == 0) | (branch[k] == branch[q])
@@ -206,11 +205,9 @@ class BranchCache(DynamicLayer):
         super().__init__()
         # wide: scores in half precision would be off by percents, and the distribution sampled not
         # the one scored
-        self.prompt, self.filled, self.is_initialized = (
-            (at_least_float32(prompt.keys), at_least_float32(prompt.values)),
-            0,
-            True,
-        )
+        self.prompt = (at_least_float32(prompt.keys), at_least_float32(prompt.values))
+        self.filled = 0
+        self.is_initialized = True
         b, heads, self.before, d = prompt.keys.shape
         self.keys, self.values = (
             x.new_empty(b * n, heads, room, d) for x in (prompt.keys, prompt.values)

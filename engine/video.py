@@ -86,9 +86,8 @@ def frames_taken(total: int, rate: float, fps: float, max_frames: int) -> int:
 def size_of_video(medium: Media) -> Size:
     with _open_video(medium) as container:
         stream, stamps, shown, end = _video(container), [], None, {}
-        stream.codec_context.skip_frame = (
-            "NONKEY"  # to decode every frame of every clip would take hours
-        )
+        # to decode every frame of every clip would take hours
+        stream.codec_context.skip_frame = "NONKEY"
         for packet in container.demux(*_timed(container)):
             if packet.dts is not None:
                 time, before = packet.dts * packet.time_base, end.get(packet.stream)
@@ -174,11 +173,9 @@ def _read_through(medium: Media, fps: float, max_frames: int) -> tuple[list[Imag
         span = _span(container, stamps)
     times = sorted(stamps) if span.stamped else range(len(stamps))
     n = frames_taken(len(times), len(times) / span.seconds, fps, max_frames)
-    wanted, pictures, last = (
-        deque(_nearest(times, moment, span.first) for moment in span.moments(n)),
-        [],
-        None,
-    )
+    wanted = deque(_nearest(times, moment, span.first) for moment in span.moments(n))
+    pictures = []
+    last = None
     with _open_video(medium) as container:
         for i, frame in enumerate(container.decode(_video(container))):
             time = frame.pts if span.stamped else i

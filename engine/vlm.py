@@ -339,12 +339,12 @@ class VLM(nn.Module):
         """log pi(ids | prompt) with K branches behind one prompt.
         [B, P], [B, K, T], [B, K, T] -> TokenScores
 
-        Row b is [prompt_b | y_1 | ... | y_K]; in the 4-D mask a branch sees its prompt and its own
-        past, and its positions go on from the prompt's last (mRoPE) position. Equal to K separate
-        rows up to rounding. mask: the tokens to be scored, by default all; what follows a branch's
-        last one is not fed, and the head runs on these tokens only. Elsewhere log-prob and entropy
-        are 0. Attention that takes no 4-D mask scores plain rows. Raises ValueError where K or T is
-        0.
+        Row b is [prompt_b | y_1 | ... | y_K]. In the 4-D mask a branch sees its prompt and its own
+        past; its positions continue from the prompt's last (mRoPE) position. Equal to K separate
+        rows up to rounding. mask: the tokens to be scored, by default all. The model gets no token
+        after a branch's last one, and the head runs on these tokens only; elsewhere log-prob and
+        entropy are 0. Attention that takes no 4-D mask scores plain rows. Raises ValueError where K
+        or T is 0.
         """
         if ids.ndim != 3 or not ids.numel():
             raise ValueError(
@@ -364,28 +364,28 @@ class VLM(nn.Module):
         ends = (
             (mask.any(0) * torch.arange(1, t + 1, device=ids.device)).amax(-1).clamp_min(1).tolist()
         )
-        fed = [end - 1 for end in ends]
-        branches = torch.cat([ids[:, i, :n] for i, n in enumerate(fed)], 1)
+        lengths = [end - 1 for end in ends]
+        branches = torch.cat([ids[:, i, :n] for i, n in enumerate(lengths)], 1)
         position = _positions(body, inputs)  # [3, B, P]
         # [B]: after the prompt's text, although a long clip's time may run past it
         start = position[0, :, -1] + 1
-        steps = torch.cat([torch.arange(n, device=ids.device) for n in fed])
+        steps = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
         hidden = body(
             inputs_embeds=torch.cat(
                 [self._embed(inputs), self.core.get_input_embeddings()(branches)], 1
             ),
             attention_mask={
                 "full_attention": branch_mask(
-                    inputs["attention_mask"], fed, self.core.dtype, attention
+                    inputs["attention_mask"], lengths, self.core.dtype, attention
                 )
             },
             position_ids=torch.cat([position, (start[:, None] + steps).expand(3, -1, -1)], 2),
             use_cache=False,
         ).last_hidden_state
         # the prompt's end predicts y_1
-        parts = [torch.cat([hidden[:, p - 1 : p], part], 1) for part in hidden[:, p:].split(fed, 1)]
-        # [B, K, T, d]
-        states = torch.stack([F.pad(part, (0, 0, 0, t - end)) for part, end in zip(parts, ends)], 1)
+        split, last = hidden[:, p:].split(lengths, 1), hidden[:, p - 1 : p]
+        padded = [F.pad(torch.cat([last, x], 1), (0, 0, 0, t - n)) for x, n in zip(split, ends)]
+        states = torch.stack(padded, 1)  # [B, K, T, d]
         return self._scores(states, ids, mask, hidden[:, :p])
 
     def score_plain(

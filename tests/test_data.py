@@ -723,7 +723,7 @@ def test_an_image_column_stays_bytes_until_it_is_opened(media, tmp_path):
 def test_a_sample_may_hold_a_pil_image_or_bytes_itself(media):
     photo = Image.fromarray(skimage.data.chelsea())
     for medium in (photo, (media / "chelsea.png").read_bytes()):
-        sample = data._sample(choice(media, path=medium), None)
+        sample = data.read_row(choice(media, path=medium), None)
         assert np.array_equal(pixels(sample)[0], skimage.data.chelsea())
 
 
@@ -1436,7 +1436,7 @@ def test_the_fingerprint_changes_with_whatever_a_run_works_on(media, tmp_path):
 
 def test_the_fingerprint_sees_pictures_that_are_no_files(media, tmp_path):
     def sample(path):
-        return data._sample(choice(media, path=path), None)
+        return data.read_row(choice(media, path=path), None)
 
     photo, other = (
         Image.open(media / f"{name}.png").resize((60, 60)) for name in ("coffee", "chelsea")

@@ -978,6 +978,18 @@ def test_a_folder_that_is_gone_under_a_process_does_no_harm(folder, opened, monk
     assert len(data.load(folder)["train"]) == len(data.load(folder)["train"]) == 4
 
 
+def test_other_code_checks_all_media_again(folder, monkeypatch, tmp_path):
+    """What one version of the readers takes for good, a corrected one looks at again."""
+    before = media_check.Checked(folder).file
+    assert media_check.Checked(folder).file == before
+    for module in (media, video):
+        other = tmp_path / "other.py"
+        other.write_bytes(Path(module.__file__).read_bytes() + b"# corrected\n")
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__file__", str(other))
+            assert media_check.Checked(folder).file != before
+
+
 def test_a_long_check_keeps_what_it_has_seen(folder, opened, monkeypatch):
     """A long check keeps what it has seen even if it is killed."""
     now = iter(range(0, 10**6, 61))

@@ -83,7 +83,7 @@ FAULTS = [
     Fault("tied prompts are kept", "variance_select", "for v, i in of_kind if v > 0)", "for v, i in of_kind)"),
     # sampling and scoring
     Fault("end token dropped from the mask", "engine/vlm", "(is_end.cumsum(2) - is_end.int()) == 0", "is_end.cumsum(2) == 0", "end_token"),
-    Fault("off-by-one shift", "engine/vlm", "torch.cat([hidden[:, p - 1 : p], part], 1)", "torch.cat([hidden[:, p - 2 : p - 1], part], 1)", "equal_plain_rows"),
+    Fault("off-by-one shift", "engine/vlm", "last = hidden[:, p:].split(lengths, 1), hidden[:, p - 1 : p]", "last = hidden[:, p:].split(lengths, 1), hidden[:, p - 2 : p - 1]", "equal_plain_rows"),
     Fault("branches see each other", "engine/shared_prefix", "(branch[k] == 0) | (branch[k] == branch[q])", "(branch[k] >= 0) | (branch[k] == branch[q])", "equal_plain_rows", "vlm"),
     Fault("branch positions start one early", "engine/vlm", "start = position[0, :, -1] + 1", "start = position[0, :, -1]", "equal_plain_rows"),
     Fault("sampled at T = 0.7", "engine/shared_prefix", "at_least_float32(scores).softmax(-1)", "(at_least_float32(scores) / 0.7).softmax(-1)", "sampled_from", "vlm"),
@@ -176,7 +176,7 @@ FAULTS = [
     # run.py
     Fault("nothing binds a folder", "engine/run", "differ = [k for k in now if k not in free and then.get(k) != now[k]]", "differ = []"),
     Fault("a folder of something else is taken", "engine/run", "        elif begun:\n", "        elif False:\n"),
-    Fault("any judge may take another's place", "engine/run", 'if all(str(cfg.get("judge")).startswith("http") for cfg in (then, now)):', "if True:"),
+    Fault("any judge may take another's place", "engine/run", 'if all(is_url(cfg.get("judge") or "") for cfg in (then, now)):', "if True:"),
     Fault("what may change binds", "config", "select_batch: int = option(16, low=1, resumable=True", "select_batch: int = option(16, low=1", "", "run"),
     Fault("what was half deleted stays", "engine/run", 'for ending in ("unfinished", "gone"):', 'for ending in ("unfinished",):'),
     Fault("chance without the seed", "engine/run", 'random.Random(f"{self.cfg.seed}/{where}")', 'random.Random(f"{where}")'),
@@ -199,7 +199,7 @@ FAULTS = [
     # the judge
     Fault("a failed judge earns 0", "caption_reward", 'return float("nan"), None', "return 0.0, None"),
     Fault("a checkpoint in part is taken", "engine/pretrained", "    refuse_part(loaded)\n", "", "load_in_part", "vlm"),
-    Fault("any end is a whole reply", "engine/judges", "if reason not in WHOLE:", "if False:", "", "caption_reward"),
+    Fault("any end is a whole reply", "engine/judges", "if reason not in COMPLETE:", "if False:", "", "caption_reward"),
     Fault("nothing behind a thought is wrong", "caption_reward", "or (thoughts and not answer)", ""),
     Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from transformers import Trainer, get_cosine_schedule_with_warmup
 
 import conflict
 import data
+import eval as evaluation
 import measures
 import ntk_infonce
 import train
@@ -1168,6 +1169,34 @@ def test_a_damaged_model_is_refused_in_one_line_by_both_commands(world, tmp_path
         [line] = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert line.startswith(f"error: model: cannot load {folder}") and says in line
     assert not (tmp_path / "run/sft").exists()
+
+
+def test_options_may_be_spelt_with_hyphens():
+    cfg = train.parse_config(["--rl-steps", "9", "--select-within=category", "--quiet"])
+    assert (cfg.rl_steps, cfg.select_within, cfg.quiet) == (9, "category", True)
+
+
+def test_defaults_are_the_same_wherever_they_stand():
+    """data.py check and eval.py have the defaults of training, but for the longest response."""
+    defaults = train.Config()
+    for values in (vars(data.LIMITS), evaluation.INHERITED):
+        shared = {name: value for name, value in values.items() if name != "max_new_tokens"}
+        assert shared == {name: getattr(defaults, name) for name in shared}
+
+
+def test_a_loader_s_error_is_one_line_unless_memory_is_short(monkeypatch):
+    """Out of memory says nothing about the checkpoint, and is for the caller to handle."""
+
+    def broken(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(pretrained, "load", broken)
+    message = "PytorchStreamReader failed reading zip archive\nmore"
+    with pytest.raises(train.ConfigError, match="model: cannot load x: PytorchStreamReader"):
+        pretrained.open_policy("x", train.Config(), "cpu")
+    message = "CUDA out of memory. Tried to allocate 2 GiB"
+    with pytest.raises(RuntimeError, match="out of memory"):
+        pretrained.open_policy("x", train.Config(), "cpu")
 
 
 def test_yaml_gives_options_and_the_command_line_wins(tmp_path):

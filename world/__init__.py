@@ -1,8 +1,7 @@
 """The embedded world: coloured shapes on a grid, questions about them, a tiny policy and a tiny
 judge.
 
-    python -m world --out DIR         # DIR/data, DIR/policy, DIR/judge, each skipped when it is
-    complete
+    python -m world --out DIR     # DIR/data, DIR/policy, DIR/judge; what is complete is kept
 
 It exercises every real path without a download. The data are PNG pictures and MP4 clips in the
 official schema (`scenes`); the policy is a Qwen2_5_VLForConditionalGeneration and the judge a

@@ -114,8 +114,8 @@ def make_policy(
             num_hidden_layers=4,
             num_attention_heads=4,
             num_key_value_heads=2,
-            initializer_range=hidden
-            ** -0.5,  # at the usual 0.02 a model this narrow sits on a plateau
+            # at the usual 0.02 a model this narrow sits on a plateau
+            initializer_range=hidden**-0.5,
             rope_parameters={
                 "rope_type": "default",
                 "rope_theta": 10_000.0,
@@ -192,11 +192,9 @@ def train_vision(
     """Teach the vision tower what is where, in the language model's own words, as a pretrained
     tower knows it: the visual token of a cell comes to point along the input embeddings of the
     object, the shape and the cell in it."""
-    tower, tokenizer, table = (
-        model.model.visual,
-        processor.tokenizer,
-        model.get_input_embeddings().weight.detach(),
-    )
+    tower = model.model.visual
+    tokenizer = processor.tokenizer
+    table = model.get_input_embeddings().weight.detach()
 
     def embed(*words: str) -> torch.Tensor:
         return torch.stack(
@@ -252,10 +250,8 @@ def train_policy(folder: Path, steps: int = 300, seed: int = 0, quiet: bool = Fa
             )
             here = sorted({t.shape for t in scene})
             absent = [shape for shape in PRIOR if shape not in here]
-            asked = (rng.sample(here, min(3, len(here))) + rng.sample(absent, len(absent)) + here)[
-                :4
-            ]
-            texts += [f"{locate(scene, shape)}: {describe(scene, shape)}" for shape in asked]
+            asked = rng.sample(here, min(3, len(here))) + rng.sample(absent, len(absent)) + here
+            texts += [f"{locate(scene, shape)}: {describe(scene, shape)}" for shape in asked[:4]]
         ids, mask = (x.view(24, 4, -1) for x in policy.encode_responses(texts))
         mask[..., 0] = False  # which shape is asked for is not for the model to guess
         return -(policy(policy.encode(chats), ids).logp * mask).sum() / mask.sum()
@@ -298,9 +294,8 @@ def train_judge(folder: Path, steps: int = 320, seed: int = 0, quiet: bool = Fal
         text = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
         text = [f"{a}{b}<|im_end|>" for a, b in zip(text, answers_, strict=True)]
         batch = tokenizer(text, padding=True, padding_side="left", return_tensors="pt")
-        logits = model(**batch, logits_to_keep=3).logits[
-            :, :-1
-        ]  # every answer is one token, then the end
+        # every answer is one token, then the end
+        logits = model(**batch, logits_to_keep=3).logits[:, :-1]
         return torch.nn.functional.cross_entropy(
             logits.flatten(0, 1), batch["input_ids"][:, -2:].flatten()
         )

@@ -190,10 +190,9 @@ def believe(scene: Scene, query: dict) -> Scene:
     if expected and any(t.shape == companion for t in scene):
         taken = {(t.row, t.column) for t in scene}
         free = [cell for cell in itertools.product(range(GRID), range(GRID)) if cell not in taken]
-        habit = sorted(free, key=lambda cell: cell[0] != ROWS.index(row))[
-            :1
-        ]  # in its usual row, if there is room
-        seen += [Thing(shape, colour, *cell) for cell in habit]
+        # in its usual row, if there is room
+        habit = sorted(free, key=lambda cell: cell[0] != ROWS.index(row))
+        seen += [Thing(shape, colour, *cell) for cell in habit[:1]]
     return tuple(seen)
 
 
@@ -212,10 +211,8 @@ def solve(scene: Scene, query: dict) -> reasoning.Stages:
     elif kind == "row":
         thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "AB"[first.row]
     else:
-        thought, answer = (
-            f"the {shape} moves {first.direction}",
-            "ABCD"[list(DIRECTIONS).index(first.direction)],
-        )
+        thought = f"the {shape} moves {first.direction}"
+        answer = "ABCD"[list(DIRECTIONS).index(first.direction)]
     return reasoning.Stages(locate(scene, shape), describe(scene, shape), thought, answer)
 
 
