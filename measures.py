@@ -71,10 +71,10 @@ def evaluate(
                 for pair in part
             ]
             bar.update(len(chunk))
-        mine, texts = [list(x) for x in zip(*answered)] or ([], [])
+        shard, texts = [list(x) for x in zip(*answered)] or ([], [])
         rows = {
             row["id"]: row
-            for row in run.gather_object(verdicts(mine, texts, names, cfg.four_stage, judge))
+            for row in run.gather_object(verdicts(shard, texts, names, cfg.four_stage, judge))
         }
         in_order = [rows[s.id] for s in samples]
         result[split] = {"metrics": metrics(samples, in_order), "rows": in_order}

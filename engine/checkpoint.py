@@ -18,9 +18,11 @@ def save(run: Run, folder: Path, state: dict, tensors: dict[str, Tensor]) -> Non
     """Write `state` and the unsharded `tensors` to a folder, complete or not at all."""
     full = full_tensors(run, tensors)
 
-    def fill(beside: Path) -> None:
-        save_file(full, beside / "state.safetensors")
-        rewrite(beside / "state.json", json.dumps(state | {"processes": run.processes}, indent=1))
+    def fill(temporary: Path) -> None:
+        save_file(full, temporary / "state.safetensors")
+        rewrite(
+            temporary / "state.json", json.dumps(state | {"processes": run.processes}, indent=1)
+        )
 
     run.write_folder(folder, fill)
 

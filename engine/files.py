@@ -10,9 +10,9 @@ from engine import DataError
 
 def rewrite(file: Path, text: str) -> None:
     """Replace a file's content, whole or not at all."""
-    beside = file.with_name(f".{file.name}.unfinished")
-    beside.write_text(text, encoding="utf-8")
-    os.replace(beside, file)
+    temporary = file.with_name(f".{file.name}.unfinished")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, file)
 
 
 def to_jsonl(lines: list[dict]) -> str:

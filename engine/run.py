@@ -227,9 +227,9 @@ class Run:
             with nullcontext() if sync else self.accelerator.no_sync(model):
                 yield i, micro_batch
 
-    def clip_grad_norm(self, model: nn.Module, most: float) -> float:
+    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> float:
         """Clip the gradients in place. Returns their norm before."""
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), most)
+        norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def micro_batches(self, batch: list, size: int, work: Callable, *args) -> list:
@@ -385,21 +385,21 @@ class Run:
         """A folder that `save` fills, on the main process; a failed attempt leaves nothing
         behind."""
         if self.is_main:
-            beside = folder.with_name(f".{folder.name}.unfinished")
-            shutil.rmtree(beside, ignore_errors=True)
+            temporary = folder.with_name(f".{folder.name}.unfinished")
+            shutil.rmtree(temporary, ignore_errors=True)
             try:
-                beside.mkdir(parents=True)
-                save(beside)
+                temporary.mkdir(parents=True)
+                save(temporary)
                 # on the disk before an older one is deleted
-                for file in filter(Path.is_file, beside.rglob("*")):
+                for file in filter(Path.is_file, temporary.rglob("*")):
                     with file.open("rb") as written:
                         os.fsync(written.fileno())
             except BaseException:
-                shutil.rmtree(beside, ignore_errors=True)
+                shutil.rmtree(temporary, ignore_errors=True)
                 raise
             # of an attempt that was killed before it counted
             shutil.rmtree(folder, ignore_errors=True)
-            os.replace(beside, folder)
+            os.replace(temporary, folder)
         self.accelerator.wait_for_everyone()
 
     def remove(self, folder: Path) -> None:

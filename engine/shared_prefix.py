@@ -46,10 +46,11 @@ class _LogProb(torch.autograd.Function):
         for h, y in zip(hidden.split(rows), ids.split(rows)):
             z = at_least_float32(h @ weight.T)
             z[:, banned] = torch.finfo(z.dtype).min / 2
-            most = z.amax(-1, keepdim=True)
-            weights = z.sub_(most).exp()  # log-sum-exp by hand: its parts give the entropy as well
+            highest = z.amax(-1, keepdim=True)
+            # log-sum-exp by hand: its parts give the entropy as well
+            weights = z.sub_(highest).exp()
             total = weights.sum(-1)
-            norm.append(most[:, 0] + total.log())
+            norm.append(highest[:, 0] + total.log())
             logp.append(z.gather(-1, y[:, None])[:, 0] - total.log())
             entropy.append(total.log() - torch.linalg.vecdot(weights, z) / total)
         norm = torch.cat(norm)

@@ -263,16 +263,18 @@ class VLM(nn.Module):
                 for layer in branches.layers:
                     layer.keep(rows.flatten())
             index = kept[..., None].expand(-1, -1, stop - start)
-            said = ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start)).flatten(0, 1)
+            so_far = (
+                ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start)).flatten(0, 1)
+            )
             numbers = (
                 draws[..., start:stop].to(device).gather(1, index).flatten(0, 1) if sample else None
             )
             core.model.rope_deltas = delta.repeat_interleave(left)[:, None]
             with attention_function(core, "shared_prefix"), plain_generation(core):
                 sequences = core.generate(
-                    input_ids=torch.cat([prompts.repeat_interleave(left, 0), said], 1),
+                    input_ids=torch.cat([prompts.repeat_interleave(left, 0), so_far], 1),
                     attention_mask=torch.cat(
-                        [valid.repeat_interleave(left, 0), torch.ones_like(said)], 1
+                        [valid.repeat_interleave(left, 0), torch.ones_like(so_far)], 1
                     ),
                     logits_processor=[
                         TokenSampler(self.banned_ids, self.end_ids[0], ended.flatten(), numbers)
@@ -295,13 +297,13 @@ class VLM(nn.Module):
         # first end token kept, whatever follows it dropped
         mask = (is_end.cumsum(2) - is_end.int()) == 0
         # decoded whole, special tokens too: stage tags may be among a checkpoint's
-        said = mask & ~is_end
+        text_mask = mask & ~is_end
         text = [
             [
                 self.processor.tokenizer.decode(row[keep])
                 for row, keep in zip(rows, keeps, strict=True)
             ]
-            for rows, keeps in zip(ids, said, strict=True)
+            for rows, keeps in zip(ids, text_mask, strict=True)
         ]
         length = mask.sum(2).max()
         ids, mask = ids[..., :length], mask[..., :length]

@@ -120,10 +120,10 @@ FAULTS = [
     Fault("a checkpoint without moments", "engine/learner", 'tensors |= {f"{key}/{name}": value for', '{f"{key}/{name}": value for', "killed_in_every", "nothing_lost"),
     Fault("the rate starts again", "engine/learner", "self.schedule.load_state_dict(", "dict(", "killed_in_every", "nothing_lost"),
     Fault("an update that is not finite counts", "engine/learner", "if run.all_reduce(torch.tensor(bad, device=run.device)) == 0:", "if True:", "not_finite", "nothing_lost"),
-    Fault("what is half written looks whole", "engine/run", 'beside = folder.with_name(f".{folder.name}.unfinished")', "beside = folder", "a_checkpoint_that_fails", "nothing_lost"),
+    Fault("what is half written looks whole", "engine/run", 'temporary = folder.with_name(f".{folder.name}.unfinished")', "temporary = folder", "a_checkpoint_that_fails", "nothing_lost"),
     Fault("a checkpoint of another model is taken", "engine/checkpoint", "if there != set(like):", "if False:", "of_another_model", "nothing_lost"),
     # options that must arrive, and what went wrong without a word
-    Fault("clipped at 1e9", "engine/run", "clip_grad_norm_(model.parameters(), most)", "clip_grad_norm_(model.parameters(), 1e9)", "clipped", "wiring"),
+    Fault("clipped at 1e9", "engine/run", "clip_grad_norm_(model.parameters(), max_norm)", "clip_grad_norm_(model.parameters(), 1e9)", "clipped", "wiring"),
     Fault("eps_high not passed on", "config", '"beta", "eps_low", "eps_high", "kl_kind", "loss_norm"', '"beta", "eps_low", "kl_kind", "loss_norm"', "loss_is", "wiring"),
     Fault("kl_kind not passed on", "config", '"beta", "eps_low", "eps_high", "kl_kind", "loss_norm"', '"beta", "eps_low", "eps_high", "loss_norm"', "loss_is", "wiring"),
     Fault("loss_norm not passed on", "config", '"beta", "eps_low", "eps_high", "kl_kind", "loss_norm"', '"beta", "eps_low", "eps_high", "kl_kind"', "loss_is", "wiring"),
