@@ -644,7 +644,7 @@ def test_rows_that_the_model_cannot_be_asked_are_refused_first(world, tmp_path, 
         rows[0]["problem_id"]
     ]
     monkeypatch.setattr(pretrained, "load", None)
-    with pytest.raises(SystemExit, match=f"error: .*{rows[1]['problem_id']}.*holds <.im_end.>"):
+    with pytest.raises(SystemExit, match=f"error: .*{rows[1]['problem_id']}.*contains <.im_end.>"):
         evaluate(*options)
 
 

@@ -246,7 +246,8 @@ def test_checkpoints_are_compared_on_validation(mixed, tmp_path):
 def test_every_launch_file_is_one_to_accelerate(file):
     config = load_config_from_file(str(file))
     assert config.num_processes == yaml.safe_load(file.read_text())["num_processes"]
-    command = file.read_text().splitlines()[1]
+    lines = file.read_text().splitlines()
+    command = next(line for line in lines if line.startswith("# accelerate launch"))
     assert f"--config_file configs/accelerate/{file.name}" in command and "train.py" in command
 
 
