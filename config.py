@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
+from operator import ge, gt, le, lt
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -41,6 +42,7 @@ HEADINGS = {  # the first option of each group in `--help`
     "nce_feature": "conflict regulariser, Eq. 4",
     "eval_batch": "evaluation, checkpoints, screen",
 }
+HOLDS = {"at least": ge, "at most": le, "above": gt, "below": lt}
 MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 2  # a judge may be asked twice while other ranks wait
 
 
@@ -280,13 +282,7 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
     name, choices, bounds = field.name, field.metadata["choices"], field.metadata["bounds"]
     if choices and value not in choices:
         raise ConfigError(f"{name}: {value!r} is not one of {', '.join(filter(None, choices))}")
-    holds = {
-        "at least": lambda bound: value >= bound,
-        "at most": lambda bound: value <= bound,
-        "above": lambda bound: value > bound,
-        "below": lambda bound: value < bound,
-    }
-    if value is not None and not all(holds[words](bound) for words, bound in bounds.items()):
+    if value is not None and not all(HOLDS[words](value, bound) for words, bound in bounds.items()):
         wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
         raise ConfigError(f"{name}: must be {wanted}, got {value} ({field.metadata['help']})")
 

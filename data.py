@@ -151,7 +151,7 @@ def _split(
         called, choices = columns_of(row), []
         calls.append(called)
         try:
-            sample = read_row(row, root, rows, number, called, choices, check=None)
+            sample = read_row(row, root, rows, number, called, choices)
             found.append((number, sample))
             unknown.update(set(row) - set(FIELDS) - set(called.values()))
             decided.update(choices)
@@ -302,8 +302,9 @@ def check(source: str, model: str = "", limits: SimpleNamespace = LIMITS) -> boo
     splits, problems = _read(source, print)
     count_text = None
     if model:
-        count_text = prompt_text_tokens(_context(model)[1])
-        splits, unfit = fitting(splits, model, limits)
+        longest, tokenizer = _context(model)
+        count_text = prompt_text_tokens(tokenizer)
+        splits, unfit = fitting(splits, longest, tokenizer, limits)
         problems = [*problems, *unfit]
     for name, rows in splits.items():
         print(
@@ -372,16 +373,15 @@ def _context(model: str):
 
 
 def fitting(
-    sets: dict[str, list[Sample]], model: str, limits
+    sets: dict[str, list[Sample]], longest: int, tokenizer, limits
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """The rows that a model can be asked, and a line for each other row.
 
     A multimodal prompt is never truncated: one of more tokens than the model takes is a bad row,
     and so is one with a control token in its text. limits: four_stage, min_pixels, max_pixels, fps,
-    max_frames, max_new_tokens and max_prompt_tokens, as in `config.Config`. Raises ConfigError
-    where the model cannot be loaded.
+    max_frames, max_new_tokens and max_prompt_tokens, as in `config.Config`. longest, tokenizer: the
+    model's context.
     """
-    longest, tokenizer = _context(model)
     longest = limits.max_prompt_tokens or longest - limits.max_new_tokens
     text_tokens, problems, fit = prompt_text_tokens(tokenizer, limits.four_stage), [], {}
     commands = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -413,7 +413,7 @@ def fit_to_model(
 ) -> dict[str, list[Sample]]:
     """The rows of `fitting`. The others are bad rows; a set of bad rows alone is an error also with
     "skip"."""
-    fit, problems = fitting(sets, model, limits)
+    fit, problems = fitting(sets, *_context(model), limits)
     refuse(problems, on_bad_row if all(fit.values()) else "error", say)
     return fit
 

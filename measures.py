@@ -12,7 +12,7 @@ A measure whose fields the rows lack is left out.
 """
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -98,9 +98,10 @@ def verdicts(
     judge: CaptionReward | None = None,
 ) -> list[dict]:
     """What was said to each sample, and whether it is right. names: from `vocabulary`."""
-    rows = []
+    rows, captions = [], []
     for sample, text in zip(samples, texts, strict=True):
         stages = reasoning.parse(text)
+        captions.append(stages.caption)
         answer = answers.extract(stages.answer, text)
         row = {
             "id": sample.id,
@@ -125,8 +126,8 @@ def verdicts(
         rows.append(row)
     if judge and four_stage:
         asked = [
-            (s.question, reasoning.parse(t).caption, s.answer, s.problem_type)
-            for s, t in zip(samples, texts)
+            (s.question, caption, s.answer, s.problem_type)
+            for s, caption in zip(samples, captions, strict=True)
         ]
         judged: list[tuple[float, str | None]] = []
         for i in range(0, len(asked), 256):  # a deadline for each 256
@@ -186,8 +187,9 @@ def pope(samples: list[data.Sample], rows: list[dict]) -> dict | None:
             truth.append(sample.answer == letters["yes"])
     if not yes:
         return None
+    cells = Counter(zip(yes, truth))
     tp, fp, fn, tn = (
-        list(zip(yes, truth)).count(pair) for pair in ((1, 1), (1, 0), (0, 1), (0, 0))
+        cells[pair] for pair in ((True, True), (True, False), (False, True), (False, False))
     )
     found = {name: value or 0.0 for name, value in yes_no_measures(tp, fp, fn, tn).items()}
     return {"accuracy": (tp + tn) / len(yes), **found, "n": len(yes)}

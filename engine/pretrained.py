@@ -1,4 +1,4 @@
-"""What a checkpoint holds (folder, hub id, or adapter of one), checked before anything heavy is
+"""A checkpoint (folder, hub id, or adapter of one): checked before anything heavy is loaded, then
 loaded."""
 
 import json

@@ -17,7 +17,6 @@ import answers
 import reasoning
 from engine import DataError
 from engine.media import Embedded, Media, Size, medium_of
-from engine.media_check import check_media
 
 FIELDS = (
     "data_type problem_type problem options path solution problem_id process process_and_answer "
@@ -112,17 +111,11 @@ def _missing(value) -> bool:
     return value is None or (isinstance(value, list) and not value)
 
 
-def read_row(
-    row: dict,
-    root: Path | None,
-    table=None,
-    number=0,
-    called=None,
-    decided=None,
-    check=check_media,
-):
-    """One row, checked; DataError("field: what is wrong. What to do"). called: its `columns_of`.
-    decided: gets a few words for each thing that the row leaves open."""
+def read_row(row: dict, root: Path | None, table=None, number=0, called=None, decided=None):
+    """One row, checked but for its media; DataError("field: what is wrong. What to do").
+
+    called: its `columns_of`. decided: gets a few words for each thing that the row leaves open.
+    """
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object, got {type(row).__name__}")
     called, decided = called or {}, [] if decided is None else decided
@@ -212,7 +205,6 @@ def read_row(
     media = tuple(
         medium_of(cell, root, Embedded(table, number, i, column)) for i, cell in zip(places, cells)
     )
-    sizes = tuple(check(medium, row["data_type"]) for medium in media) if check else ()
     as_tuple = {
         name: tuple(row[name]) if row.get(name) is not None else None
         for name in ("objects", "relevant")
@@ -228,7 +220,6 @@ def read_row(
         process=process,
         category=_name_of(row, "category") or problem_type,
         pair=_name_of(row, "pair"),
-        sizes=sizes,
         **as_tuple,
     )
 

@@ -229,7 +229,7 @@ def test_models_are_loaded_as_asked(ran):
 
 def test_rows_and_prompts_are_as_asked(ran):
     for seen in ran.values():
-        assert seen["fitting"] and all(args[2] is seen.cfg for args, _ in seen["fitting"])
+        assert seen["fitting"] and all(args[3] is seen.cfg for args, _ in seen["fitting"])
         assert all(
             args[1:] == (True, seen.cfg.fps, seen.cfg.max_frames) for args, _ in seen["prompts"]
         )
