@@ -19,6 +19,7 @@ from transformers.utils import is_flash_attn_2_available
 
 import grpo
 import ntk_infonce
+import variance_select
 from caption_reward import MAX_TOKENS
 from engine import ConfigError
 from engine.judges import is_url, url_problem
@@ -43,6 +44,11 @@ HEADINGS = {  # the first option of each group in `--help`
     "eval_batch": "evaluation, checkpoints, screen",
 }
 HOLDS = {"at least": ge, "at most": le, "above": gt, "below": lt}
+SHARED = (  # what decides a cold start and its responses: runs that share them agree on these
+    "four_stage model data on_bad_row judge judge_model world seed min_pixels max_pixels fps "
+    "max_frames dtype attention lora_rank train_vision sft_steps sft_epochs sft_batch sft_lr "
+    "warmup weight_decay max_grad_norm responses max_new_tokens lenient eval_responses"
+).split()
 MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 2  # a judge may be asked twice while other ranks wait
 
 
@@ -104,6 +110,9 @@ class Config:
         "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
     seed: int = option(0, help="seed of data order, sampling and LoRA [choice]")
 
+    share: str = option("", help=
+        "run folder whose cold start, its evaluation and scored responses are taken over [choice]")
+
     min_pixels: int = option(3136, low=1, help=
         "pictures and frames are enlarged to at least this [qwen-vl-utils: 4 tokens]")
     max_pixels: int = option(401408, low=1, help="and reduced to at most this [official code]")
@@ -138,14 +147,16 @@ class Config:
     keep: float = option(0.5, above=0, high=1, help="share of the prompts kept [paper]")
     select_within: str = option("", choices=("", "category"), help=
         "category: at most that share of each category; empty: of all prompts [paper]")
+    select_class: str = option("", choices=("", *variance_select.CLASSES), help=
+        "keep that share of this class only; empty: of all prompts [paper, Table 3]")
     select_batch: int = option(16, low=1, resumable=True, help=
         "prompts scored at a time on each rank, by memory [choice]")
 
-    rl_steps: int = option(60, low=0, help=
+    rl_steps: int = option(40, low=0, help=
         "updates of reinforcement learning [choice; official code: 1 epoch]")
     rl_epochs: float = option(0.0, low=0, help=
         "above 0: this many passes over the prompts in place of rl_steps [official code: 1]")
-    prompts_per_step: int = option(32, low=1, help=
+    prompts_per_step: int = option(24, low=1, help=
         "prompts per update, over all ranks [choice; official code: 8]")
     prompts_per_pass: int = option(0, low=0, resumable=True, help=
         "prompts per micro-batch on each rank, to save memory; 0: all [choice]")
@@ -185,11 +196,15 @@ class Config:
     tau_quantile: float = option(0.0, low=0, below=1, help=
         "above 0: tau is this quantile of the batch's cosines instead [choice]")
     nce_temperature: float = option(1.0, above=0, help="temperature of Eq. 4, D-53 [paper: none]")
+    nce_control: bool = option(False, help=
+        "control: cosines of other pairs decide which pairs of Eq. 4 are positives [choice]")
     nce_sketch: int = option(0, low=0, help=
         "above 0: f_i as a TensorSketch of so many numbers, for a y_i of many tokens [choice]")
 
     eval_batch: int = option(64, low=1, resumable=True, help=
         "rows per evaluation batch on each rank [choice]")
+    eval_responses: int = option(4, low=0, help=
+        "responses sampled to each test row with a judge, for the slope; 0: none [choice]")
     held_out_rows: int = option(64, low=0, help=
         "rows (validation, or first test set) that compare RL's checkpoints; 0: no [choice]")
     save_every: int = option(20, low=1, resumable=True, help=

@@ -91,6 +91,12 @@ class Conflict:
                 )
                 self.tables = self._all_gather(list(map(self._table, micro_batches, scores)))
 
+    def order(self, n: int) -> Tensor | None:
+        """With --nce_control, the permutation of the update's n prompts that `info_nce` takes."""
+        if not self.cfg.nce_control:
+            return None
+        return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+
     def cosine(self, i: int, scores: vlm.TokenScores) -> Tensor:
         """cos(f_i, f_j) [n, n] of all prompts, with gradient to micro-batch i of this rank. A
         prompt without any token in f_i is left out."""

@@ -88,6 +88,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         seed=args.seed,
         limit=args.limit,
         eval_batch=args.batch,
+        eval_responses=args.responses,
         tracker="",
         quiet=False,
         **inherited,
@@ -163,7 +164,8 @@ def on_own_rows(args: argparse.Namespace) -> None:
     result = measures.evaluate(policy, sets, reward, cfg, run, "evaluate")
     for split, scored in result.items():
         run.say(f"{split}: {measures.one_line(scored)}")
-        for name, value in scored["metrics"]["by category"].items():
+        for name, some in scored["metrics"]["by category"].items():
+            value = some["accuracy"]
             both = f"[{value['low']:.1%}, {value['high']:.1%}]"
             run.say(f"  {name:<16} {value['value']:6.1%}  {both}  n {value['n']}")
         if existence := scored["metrics"].get("existence"):
@@ -212,6 +214,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--dtype", choices=("float32", "bfloat16"), help="(default: the run's, or float32)")
     add("--batch", type=int, default=64, help="rows at a time in each process")
     add("--output_dir", help="folder of --benchmarks (default: benchmarks/ in the run folder)")
+    add("--responses", type=int, default=0, help=
+        "with --data: sampled to each row with a judge, for the slope (0: none)")
     add("--out", type=Path, help="with --data: also write scores and responses to this JSON file")
     add("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out")
     # fmt: on

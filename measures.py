@@ -1,20 +1,33 @@
-"""What is counted on own rows, one greedy response each: right answers, hallucinations, format.
+"""What is counted on own rows: right answers, hallucinations, and how the two hang together.
 
-    accuracy        by `category`, with Wilson 95 % intervals
+Each row gets one greedy response. All measures are taken of each set and of each `category` in it.
+
+    accuracy        with Wilson 95 % intervals
+    blind accuracy  the same, with the media of another row of the category: the control
     existence       POPE's on yes/no questions: accuracy, precision, recall, F1, share of "yes"
     paired          VideoHallucer's: both rows of a `pair` right
     captions        CHAIR's: share of captioned objects that are not in `objects`, share of captions
                     with such an object; and the share of `relevant` objects that the caption covers
     format          responses with all their stages
     answerable      captions from which the judge answers right, whatever was rewarded in training
+    right, caption wrong; both right
+                    rows with the right answer behind a caption that the judge cannot answer from
+                    or that names what is not there; and behind any other caption
+    slope           of "right" on "answerable" within the sampled responses of a row: how far a
+                    reward for answers is one for captions; and the entropy of their tokens
 
 A measure whose fields the rows lack is left out.
 """
 
+import math
+import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
+import torch
 from PIL import Image, ImageOps
 
 import answers
@@ -24,6 +37,7 @@ from caption_reward import CaptionReward
 from engine import vlm
 from engine.media import gallery_file
 from engine.run import Run
+from engine.shared_prefix import uniform_numbers
 
 
 def respond(
@@ -53,33 +67,103 @@ def evaluate(
     verdicts on it.
 
     Each row is answered, and its caption judged, by one process; every process gets all. cfg:
-    four_stage, eval_batch, max_new_tokens, fps, max_frames.
+    four_stage, eval_batch, eval_responses, max_new_tokens, fps, max_frames, seed.
     """
     names, result, size = vocabulary(sets), {}, cfg.eval_batch * run.processes
+    n = cfg.eval_responses if judge and cfg.four_stage else 0
     bar = run.progress_bar(sum(map(len, sets.values())), title, "row")
 
-    def answer(some: list[data.Sample]) -> list[tuple[data.Sample, str]]:
-        said = respond(policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
-        return list(zip(some, said, strict=True))
+    def answer(some: list[data.Sample], elsewhere: dict[str, data.Sample]) -> list[tuple]:
+        how = (cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames)
+        said = respond(policy, some, *how)
+        moved = [s.id for s in some if s.id in elsewhere]
+        blind = dict(zip(moved, respond(policy, [elsewhere[i] for i in moved], *how), strict=True))
+        drawn = draw(policy, some, n, cfg) if n else [None] * len(some)
+        return [(s, text, blind.get(s.id), d) for s, text, d in zip(some, said, drawn)]
 
     for split, samples in sets.items():
-        answered = []
+        answered, elsewhere = [], other_media(samples)
         for chunk in (samples[i : i + size] for i in range(0, len(samples), size)):
-            answered += [
-                pair
-                for part in run.local_micro_batches(run.shard(chunk), 0, answer)
-                for pair in part
-            ]
+            parts = run.local_micro_batches(run.shard(chunk), 0, answer, elsewhere)
+            answered += [row for part in parts for row in part]
             bar.update(len(chunk))
-        shard, texts = [list(x) for x in zip(*answered)] or ([], [])
-        rows = {
-            row["id"]: row
-            for row in run.gather_object(verdicts(shard, texts, names, cfg.four_stage, judge))
-        }
+        shard, texts, blind, drawn = [list(x) for x in zip(*answered)] or ([], [], [], [])
+        found = verdicts(shard, texts, names, cfg.four_stage, judge)
+        for row, sample, text in zip(found, shard, blind, strict=True):
+            row["blind"] = None if text is None else is_right(sample, text)
+        if n:
+            add_sampled(found, shard, drawn, judge)
+        rows = {row["id"]: row for row in run.gather_object(found)}
         in_order = [rows[s.id] for s in samples]
         result[split] = {"metrics": metrics(samples, in_order), "rows": in_order}
     bar.close()
     return result
+
+
+def draw(policy: vlm.VLM, samples: list[data.Sample], n: int, cfg) -> list[tuple]:
+    """n responses to each sample at T = 1, and the mean entropy of their tokens."""
+    inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
+    ids, length = [s.id for s in samples], cfg.max_new_tokens
+    draws = uniform_numbers(ids, n, length, f"{cfg.seed}/evaluation")
+    rolls = policy.generate(inputs, n, length, draws=draws)
+    with torch.no_grad():
+        entropy = policy(inputs, rolls.ids, rolls.mask).entropy
+    mean = (entropy * rolls.mask).sum((1, 2)) / rolls.mask.sum((1, 2))
+    return list(zip(rolls.text, mean.tolist(), strict=True))
+
+
+def other_media(samples: list[data.Sample]) -> dict[str, data.Sample]:
+    """Each sample with the media of another one of its category and type, drawn by its id; without
+    those that have none. Rows of one `pair` show the same."""
+    kinds = defaultdict(list)
+    for s in samples:
+        kinds[s.category, s.data_type, len(s.media)].append(s)
+    found = {}
+    for some in kinds.values():
+        for s in some:
+            rng = random.Random(f"{s.id}/another")
+            for other in rng.sample(some, min(len(some), 8)):
+                if other.media != s.media and (s.pair is None or other.pair != s.pair):
+                    found[s.id] = replace(s, media=other.media, sizes=other.sizes)
+                    break
+    return found
+
+
+def is_right(sample: data.Sample, text: str) -> bool:
+    """The strict verdict on a response."""
+    answer = answers.extract(reasoning.parse(text).answer, text)
+    return answers.is_correct(answer, sample.answer, sample.problem_type)
+
+
+def add_sampled(
+    rows: list[dict], samples: list[data.Sample], drawn: list[tuple], judge: CaptionReward
+) -> None:
+    """row["sampled"]: of each drawn response whether it is right, and whether its caption is
+    answerable (None: unknown)."""
+    asked = [
+        (s.question, reasoning.parse(text).caption, s.answer, s.problem_type)
+        for s, (texts, _) in zip(samples, drawn, strict=True)
+        for text in texts
+    ]
+    verdict = iter(ask_in_parts(judge, asked))
+    for row, sample, (texts, entropy) in zip(rows, samples, drawn, strict=True):
+        row["sampled"] = {
+            "right": [is_right(sample, text) for text in texts],
+            "answerable": [None if v != v else bool(v) for v, _ in islice(verdict, len(texts))],
+            "entropy": round(entropy, 6),
+        }
+
+
+def ask_in_parts(judge: CaptionReward, asked: list[tuple]) -> list[tuple[float, str | None]]:
+    """The judge's verdicts and replies, with a deadline for each 256 captions."""
+    judged: list[tuple[float, str | None]] = []
+    for i in range(0, len(asked), 256):
+        judged += judge(asked[i : i + 256])
+        if any(v != v for v, _ in judged[i:]) and not any(reply for _, reply in judged[i:]):
+            # it is gone: do not wait again
+            judged += [(math.nan, None)] * (len(asked) - len(judged))
+            break
+    return judged
 
 
 def vocabulary(sets: dict[str, list[data.Sample]]) -> list[str]:
@@ -129,32 +213,27 @@ def verdicts(
             (s.question, caption, s.answer, s.problem_type)
             for s, caption in zip(samples, captions, strict=True)
         ]
-        judged: list[tuple[float, str | None]] = []
-        for i in range(0, len(asked), 256):  # a deadline for each 256
-            judged += judge(asked[i : i + 256])
-            if any(v != v for v, _ in judged[i:]) and not any(reply for _, reply in judged[i:]):
-                # it is gone: do not wait again
-                judged += [(float("nan"), None)] * (len(asked) - len(judged))
-                break
-        for row, (verdict, reply) in zip(rows, judged, strict=True):
+        for row, (verdict, reply) in zip(rows, ask_in_parts(judge, asked), strict=True):
             row["answerable"], row["judge"] = (None if verdict != verdict else bool(verdict)), reply
     return rows
 
 
-def metrics(samples: list[data.Sample], rows: list[dict]) -> dict:
-    """All measures of one set; a measure that the rows cannot give is left out."""
+def metrics(samples: list[data.Sample], rows: list[dict], by_category: bool = True) -> dict:
+    """All measures of one set, and of each category in it; a measure that the rows cannot give is
+    left out."""
     result = {
         "accuracy": rate([r["right"] for r in rows]),
         "format": rate([r["format"] for r in rows]),
     }
     if any(r["right_lenient"] != r["right"] for r in rows):
         result["accuracy_lenient"] = rate([r["right_lenient"] for r in rows])
-    by_category, pairs = defaultdict(list), defaultdict(list)
+    if blind := [r["blind"] for r in rows if r.get("blind") is not None]:
+        result["blind accuracy"] = rate(blind)
+    pairs, kinds = defaultdict(list), defaultdict(list)
     for sample, row in zip(samples, rows, strict=True):
-        by_category[sample.category].append(row["right"])
+        kinds[sample.category].append((sample, row))
         if sample.pair:
             pairs[sample.pair].append(row["right"])
-    result["by category"] = {name: rate(values) for name, values in sorted(by_category.items())}
     if pairs:
         result["paired"] = rate([all(values) for values in pairs.values()])
     if existence := pope(samples, rows):
@@ -167,9 +246,50 @@ def metrics(samples: list[data.Sample], rows: list[dict]) -> dict:
         result["hallucinated captions"] = rate([bool(r["hallucinated"]) for r in known])
     if relevant := sum(r["relevant"] for r in known):
         result["coverage"] = rate_of(sum(r["covered"] for r in known), relevant)
-    if judged := [r["answerable"] for r in rows if r.get("answerable") is not None]:
-        result["answerable captions"] = rate(judged)
+    if judged := [r for r in rows if r.get("answerable") is not None]:
+        result["answerable captions"] = rate([r["answerable"] for r in judged])
+        for name, wrong in (("right, caption wrong", True), ("both right", False)):
+            result[name] = rate([r["right"] and caption_wrong(r) == wrong for r in judged])
+    if found := slope([covariance(r) for r in rows if "sampled" in r]):
+        result["slope"] = found
+    if entropy := [r["sampled"]["entropy"] for r in rows if "sampled" in r]:
+        result["entropy"] = {"value": sum(entropy) / len(entropy), "n": len(entropy)}
+    if by_category:
+        result["by category"] = {
+            name: metrics(*map(list, zip(*some)), by_category=False)
+            for name, some in sorted(kinds.items())
+        }
     return result
+
+
+def caption_wrong(row: dict) -> bool:
+    """Does the judge fail on the caption, or does it name what is not there?"""
+    return not row["answerable"] or bool(row.get("hallucinated"))
+
+
+def covariance(row: dict) -> tuple[float, float]:
+    """sum (a - mean a)(r - mean r) and sum (a - mean a)^2 over a row's sampled responses, where
+    r = right and a = answerable. Unknown ones are left out."""
+    pairs = zip(row["sampled"]["right"], row["sampled"]["answerable"], strict=True)
+    known = [(float(r), float(a)) for r, a in pairs if a is not None]
+    if not known:
+        return 0.0, 0.0
+    r_mean, a_mean = (sum(values) / len(known) for values in zip(*known))
+    both = sum((a - a_mean) * (r - r_mean) for r, a in known)
+    return both, sum((a - a_mean) ** 2 for _, a in known)
+
+
+def slope(parts: list[tuple[float, float]], z: float = 1.96) -> dict[str, float] | None:
+    """b = sum_i S_ra,i / sum_i S_aa,i over rows i, with a 95 % interval from the spread over rows.
+    n: rows whose captions differ in being answerable; fewer than two give None."""
+    parts = [(both, own) for both, own in parts if own]
+    if len(parts) < 2:
+        return None
+    n, total = len(parts), sum(own for _, own in parts)
+    b = sum(both for both, _ in parts) / total
+    spread = sum((both - b * own) ** 2 for both, own in parts) * n / (n - 1)
+    half = z * spread**0.5 / total
+    return {"value": b, "low": b - half, "high": b + half, "n": n}
 
 
 def pope(samples: list[data.Sample], rows: list[dict]) -> dict | None:
@@ -249,8 +369,8 @@ def one_line(scored: dict) -> str:
         "accuracy",
         "paired",
         "answerable captions",
+        "right, caption wrong",
         "hallucinated objects",
-        "coverage",
         "format",
     )
     return "  ".join(

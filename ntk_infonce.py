@@ -317,7 +317,7 @@ def _check_tokens(
 
 
 def info_nce(
-    cosine: Tensor, tau: float = 0.54, temperature: float = 1.0
+    cosine: Tensor, tau: float = 0.54, temperature: float = 1.0, order: Tensor | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Eq. 4:  L = -mean_i log [ sum_{j in P(i)} exp(s_ij / T) / sum_{k != i} exp(s_ik / T) ].
     [n, n] -> scalar
@@ -328,6 +328,8 @@ def info_nce(
     (q_k - p_k) / T with q the softmax over all k and p that over P(i), sums to 0 in a row:
     positives are pulled up and negatives pushed down, but only against each other. The paper's
     "balanced range" is not in it: pairs leave for one side of tau, where the loss is 0 (D-73).
+    order: a permutation [n] for a control: membership comes from s of (order[i], order[j]), so as
+    many pairs are positive, but other ones.
     Statistics: active anchors, number of ordered pairs, share of them at or below tau (positive),
     mean and sd of their cosines.
     """
@@ -340,7 +342,8 @@ def info_nce(
         raise ValueError(f"temperature must be above 0, got {temperature}")
     others = ~torch.eye(n, dtype=torch.bool, device=cosine.device)
     # clamped: rounding takes duplicates beyond 1
-    positive = (cosine.detach().clamp(-1, 1) <= tau) & others
+    decides = cosine.detach() if order is None else cosine.detach()[order][:, order]
+    positive = (decides.clamp(-1, 1) <= tau) & others
     active = positive.any(1) & (others & ~positive).any(1)
     # rows that are left out get finite numbers before logsumexp, so that no NaN reaches the
     # backward pass

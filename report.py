@@ -1,15 +1,12 @@
 """Tables and figures from a run folder: one self-contained report.html, and a table for the
 terminal.
 
-    python report.py RUN_FOLDER
+    python report.py RUN_FOLDER      # before and after RL
+    python report.py RUN_A RUN_B     # after RL in A and in B, row by row: RUN_B/contrast.html
 
 The page needs no network and no JavaScript: figures are inline SVG, pictures are base64. What the
 run folder lacks (an unfinished run, --method sft, no captions) is left out or said in a sentence.
 Text of models and data is escaped.
-
-How a difference is judged: its 95 % interval comes from the rows themselves, each question before
-and after being compared with itself; where rows cannot be matched, from the two Wilson intervals
-(Newcombe). It covers the choice of questions, not the choice of seed.
 """
 
 import argparse
@@ -19,65 +16,40 @@ import json
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from html import escape
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
 import matplotlib
-import yaml
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+import measures
 import reasoning
-from engine.files import read_jsonl, rewrite
+from comparison import (
+    MEASURES,
+    NOTHING,
+    POPE,
+    SIDES,
+    Line,
+    Results,
+    compare,
+    contrast_of,
+    percent,
+    table,
+    table_of,
+)
+from engine.files import rewrite
 from engine.media import gallery_file
 
 STAGES = {"prethink": "Planning", "caption": "Caption", "think": "Thinking", "answer": "Answer"}
-SIDES = {"before": "Before RL", "after": "After RL"}
-NOTHING = "nothing was evaluated: the data have no test*.json, or the run has not reached it"
+DISEASE = ("accuracy", "answerable captions", "right, caption wrong", "hallucinated objects")
 PICTURES = 4  # gallery rows per held-out set
 NEARLY_NONE = 1 / 3  # a category that keeps less than this part of its share is warned about
 POINTS = 3000  # most dots in the scatter; more only make the page heavy
 
-MEASURES = {  # of eval/*.json: which way is better (0: neither), and what it is
-    "accuracy": (1, "questions answered rightly / questions"),
-    "paired": (1, "pairs with both questions right / pairs (VideoHallucer)"),
-    "answerable captions": (
-        1,
-        "captions from which the text-only judge answers rightly / captions that it judged",
-    ),
-    "hallucinated objects": (
-        -1,
-        "objects that captions name and the picture lacks / objects named (CHAIR, objects)",
-    ),
-    "hallucinated captions": (
-        -1,
-        "captions with at least one such object / captions (CHAIR, sentences)",
-    ),
-    "coverage": (1, "objects relevant to the question that the caption names / relevant objects"),
-    "format": (1, "responses that are exactly their stages, in order / responses"),
-}
-POPE = {  # of yes/no questions, yes being positive
-    "f1": (1, "2 precision recall / (precision + recall) of yes, on yes/no questions (POPE)"),
-    "yes ratio": (
-        0,
-        "yes/no questions answered yes / yes/no questions; best where it equals the share that is "
-        "true",
-    ),
-}
-# one row's part in a measure: (top, bottom) of the share, or a falsehood where it was not scored
-PARTS = {
-    "accuracy": lambda r: (r["right"], 1),
-    "answerable captions": lambda r: r.get("answerable") is not None and (r["answerable"], 1),
-    "hallucinated objects": lambda r: "captioned" in r and (len(r["hallucinated"]), r["captioned"]),
-    "hallucinated captions": lambda r: "captioned" in r and (len(r["hallucinated"]) > 0, 1),
-    "coverage": lambda r: "captioned" in r and (r["covered"], r["relevant"]),
-    "format": lambda r: (r["format"], 1),
-}
 METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one update
     "reward/accuracy": "sampled responses with the right answer / responses",
     "reward/format": "sampled responses that are exactly their stages / responses",
@@ -104,197 +76,6 @@ METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one upd
     "grad_norm": "Euclidean norm of the gradient before clipping",
     "lr": "learning rate of the update",
 }
-
-
-@dataclass
-class Results:
-    """What a run folder holds; a missing file is an empty list or dict."""
-
-    name: str
-    folder: Path
-    config: dict
-    sft: list[dict]
-    rl: list[dict]
-    scores: list[dict]
-    selected: dict
-    evals: dict[str, dict]  # "before", "after" -> split -> {"metrics", "rows"}
-
-    @classmethod
-    def read(cls, folder: Path) -> "Results":
-        return cls(
-            name=folder.resolve().name,
-            folder=folder,
-            config=_read(folder / "config.yaml", {}) or {},
-            sft=_read(folder / "sft" / "metrics.jsonl", []),
-            rl=_read(folder / "rl" / "metrics.jsonl", []),
-            scores=_read(folder / "select" / "scores.jsonl", []),
-            selected=_read(folder / "select" / "selected.json", {}),
-            evals={
-                side: found
-                for side in SIDES
-                if (found := _read(folder / "eval" / f"{side}.json", {}))
-            },
-        )
-
-    @property
-    def splits(self) -> list[str]:
-        return list(dict.fromkeys(split for scored in self.evals.values() for split in scored))
-
-
-def _read(file: Path, missing: Any) -> Any:
-    """A YAML, JSON or JSONL file; of a JSONL file that may still grow, the complete lines."""
-    if not file.exists():
-        return missing
-    if file.suffix == ".jsonl":
-        return read_jsonl(file, repair=False)
-    text = file.read_text(encoding="utf-8")
-    return yaml.safe_load(text) if file.suffix == ".yaml" else json.loads(text)
-
-
-# --- before and after -----------------------------------------------------------------------------
-
-
-@dataclass
-class Line:
-    """One measure of one held-out set, before and after, as shares in [0, 1] with their
-    intervals."""
-
-    split: str
-    label: str
-    better: int
-    before: dict | None
-    after: dict | None
-    interval: tuple[float, float] | None = None  # of after - before
-    headline: bool = False
-    truth: float | None = None  # the value that would be right, where that is neither 0 nor 1
-
-    @property
-    def verdict(self) -> str:
-        """better or worse where the difference's interval leaves out 0; '' where nothing can be
-        said."""
-        if not self.interval or not self.better:
-            return ""
-        if self.interval[0] <= 0 <= self.interval[1]:
-            return "no clear change"
-        return "better" if (self.interval[0] > 0) == (self.better > 0) else "worse"
-
-    @property
-    def difference(self) -> str:
-        """In points, with its interval."""
-        if not self.before or not self.after:
-            return ""
-        points = f"{100 * (self.after['value'] - self.before['value']):+.1f}"
-        return points + (
-            " [{:+.1f}, {:+.1f}]".format(*(100 * x for x in self.interval)) if self.interval else ""
-        )
-
-
-def compare(run: Results) -> Iterator[Line]:
-    """Every measure of every held-out set that at least one evaluation gives; accuracy by category
-    as well."""
-    for split in run.splits:
-        scored = [run.evals.get(side, {}).get(split, {"metrics": {}, "rows": []}) for side in SIDES]
-        metrics, rows = [s["metrics"] for s in scored], [s["rows"] for s in scored]
-        for name, (better, _) in MEASURES.items():
-            pair = [m.get(name) for m in metrics]
-            if any(pair):
-                label = "paired accuracy" if name == "paired" else name
-                yield Line(
-                    split,
-                    label,
-                    better,
-                    *pair,
-                    difference_interval(name, pair, rows),
-                    headline=True,
-                )
-            by_category = [m.get("by category", {}) for m in metrics]
-            categories = sorted({*by_category[0], *by_category[1]}) if name == "accuracy" else []
-            for category in categories if len(categories) > 1 else []:
-                pair = [rates.get(category) for rates in by_category]
-                some = [[r for r in side if r["category"] == category] for side in rows]
-                yield Line(
-                    split, f"- {category}", better, *pair, difference_interval(name, pair, some)
-                )
-        pope = [m.get("existence") for m in metrics]
-        truth = next(map(true_yes, filter(None, pope)), None)
-        for name, (better, _) in POPE.items() if any(pope) else ():
-            pair = [found and {"value": found[name], "n": found["n"]} for found in pope]
-            if name == "f1":
-                yield Line(split, "F1 of yes", better, *pair)
-            else:
-                label = "said yes" + (f" (true: {truth:.0%})" if truth is not None else "")
-                yield Line(split, label, better, *pair, truth=truth)
-
-
-def difference_interval(
-    name: str, pair: list[dict | None], rows: list[list[dict]]
-) -> tuple[float, float] | None:
-    """95 % interval of after - before, for a share = sum(top) / sum(bottom) over rows.
-
-    Every row is compared with itself: its linearised ratio is (top - share * bottom) /
-    mean(bottom), for a plain share top - share, and the interval follows from the spread over rows
-    of its change. With fewer than 20 rows in common, none as for pairs, or no change at all,
-    Newcombe's interval from the two Wilson intervals, too wide for the same questions.
-    """
-    if not all(pair):
-        return None
-    known = [
-        {r["id"]: part for r in side if (part := name in PARTS and PARTS[name](r))} for side in rows
-    ]
-    shared = [i for i in known[0] if i in known[1]]
-    totals = [[sum(side[i][k] for i in shared) for k in (0, 1)] for side in known]
-    if len(shared) < 20 or not all(bottom for _, bottom in totals):
-        return newcombe(*pair)
-    share = [top / bottom for top, bottom in totals]
-    linear = [
-        [(side[i][0] - share[k] * side[i][1]) * len(shared) / totals[k][1] for i in shared]
-        for k, side in enumerate(known)
-    ]
-    half = 1.96 * stdev(b - a for a, b in zip(*linear, strict=True)) / len(shared) ** 0.5
-    return (share[1] - share[0] - half, share[1] - share[0] + half) if half else newcombe(*pair)
-
-
-def newcombe(p: dict, q: dict) -> tuple[float, float]:
-    """95 % interval of q - p from the two shares' own intervals, as if they came from different
-    questions."""
-    below = ((q["value"] - q["low"]) ** 2 + (p["high"] - p["value"]) ** 2) ** 0.5
-    above = ((q["high"] - q["value"]) ** 2 + (p["value"] - p["low"]) ** 2) ** 0.5
-    return q["value"] - p["value"] - below, q["value"] - p["value"] + above
-
-
-def true_yes(pope: dict) -> float | None:
-    """The share of yes/no questions whose truth is yes: precision x (said yes) = recall x (true
-    yes) = hits."""
-    return pope["yes ratio"] * pope["precision"] / pope["recall"] if pope["recall"] else None
-
-
-def percent(rate: dict | None) -> str:
-    if not rate:
-        return "-"
-    interval = f" [{abs(100 * rate['low']):.1f}, {100 * rate['high']:.1f}]" if "low" in rate else ""
-    return f"{100 * rate['value']:.1f}{interval}"
-
-
-def table(folder: Path) -> str:
-    """The before-and-after table in ASCII (but for the data's own names), in percent and points."""
-    run = Results.read(Path(folder))
-    if not run.evals:
-        return NOTHING
-    out, split, both = [], None, len(run.evals) == len(SIDES)
-    for line in compare(run):
-        if line.split != split:
-            split = line.split
-            out += ["", f"{split:<27}{SIDES['before']:<24}" + f"{SIDES['after']:<22}points" * both]
-        cells = (
-            f"  {line.label:<24} {percent(line.before):<20}"
-            + f" -> {percent(line.after):<21}" * both
-        )
-        out.append(f"{cells} {line.difference:<21} {line.verdict}".rstrip())
-    about = (
-        "percent [95% interval]"
-        + "; better, worse: the interval of the difference excludes 0" * both
-    )
-    return "\n".join([*out[1:], "", about])
 
 
 # --- figures --------------------------------------------------------------------------------------
@@ -469,6 +250,35 @@ def selected_by_category(selected: dict) -> list[str]:
     return lines
 
 
+def disease_and_cure(run: Results) -> Drawing | None:
+    """Accuracy, and what stands behind it, at every side of the first test set."""
+    split = next(iter(run.splits), None)
+    shown = {
+        side: scored[split]["metrics"]
+        for side, scored in run.evals.items()
+        if split in scored and set(DISEASE) <= set(scored[split]["metrics"])
+    }
+    if len(shown) < 2:
+        return None
+
+    def draw(axes: Axes) -> None:
+        looks = ((GRID, ""), (ONE, "//"), (TWO, ".."))[-len(shown) :]
+        wide = 0.8 / len(shown)
+        for k, ((side, metrics), (colour, hatch)) in enumerate(zip(shown.items(), looks)):
+            x = [i + (k - (len(shown) - 1) / 2) * wide for i in range(len(DISEASE))]
+            y = [100 * metrics[name]["value"] for name in DISEASE]
+            axes.bar(x, y, wide, color=colour, hatch=hatch, edgecolor=INK, label=run.sides[side])
+        axes.set_xticks(range(len(DISEASE)), [name.replace(" ", "\n", 1) for name in DISEASE])
+        axes.set(ylabel="%", ylim=(0, 100))
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3)
+
+    ends = "; ".join(
+        f"{name} " + " → ".join(f"{100 * m[name]['value']:.0f}" for m in shown.values())
+        for name in DISEASE
+    )
+    return f"On {split}, in percent: {ends}.", draw
+
+
 def figures(run: Results) -> str:
     """All figures whose numbers the run has, and a sentence on those it has not."""
     rl, conflict = run.rl, [row for row in run.rl if "nce/active" in row]
@@ -477,7 +287,9 @@ def figures(run: Results) -> str:
     rewards = {"reward/accuracy": "answer", "reward/caption": "caption", "reward/format": "format"}
     cosine = {"nce/cosine_mean": "mean"}
     band = partial(cosine_band, conflict, run.config.get("tau"))
+    disease = disease_and_cure(run)
     drawn = {
+        **({"Disease and cure": disease} if disease else {}),  # needs captions and a judge
         "Rewards": curves(
             rl, rewards, "Means over sampled responses (paper, Figure 3).", ylim=(0, 1.02)
         ),
@@ -550,21 +362,7 @@ def summary(run: Results, lines: list[Line]) -> str:
         ]
         text.append(f"There is no evaluation after RL: {why}.")
         return " ".join(text + [f"Accuracy before it: {', '.join(accuracy)}."] * bool(accuracy))
-    for verdict in ("better", "worse", "no clear change"):
-        found = defaultdict(list)
-        for line in lines:
-            if line.headline and line.verdict == verdict:
-                change = f" {100 * line.before['value']:.1f} → {100 * line.after['value']:.1f} %"
-                found[line.label].append(
-                    line.split + (change if verdict != "no clear change" else "")
-                )
-        if verdict == "no clear change":
-            found = {
-                label: ["every set"] if len(where) == len(run.splits) else where
-                for label, where in found.items()
-            }
-        listed = "; ".join(f"{label} ({', '.join(where)})" for label, where in found.items())
-        text.append(f"{verdict.capitalize()} after RL: {listed or 'nothing'}.")
+    text += changes(run, lines, "after RL")
     biased = [
         f"{line.split} {line.before['value']:.0%} → {line.after['value']:.0%}, true "
         f"{line.truth:.0%}"
@@ -584,7 +382,28 @@ def summary(run: Results, lines: list[Line]) -> str:
     return " ".join(text)
 
 
-def comparison(lines: list[Line]) -> str:
+def changes(run: Results, lines: list[Line], where: str) -> list[str]:
+    """A sentence each on what is better, worse and not clearly changed."""
+    text = []
+    for verdict in ("better", "worse", "no clear change"):
+        found = defaultdict(list)
+        for line in lines:
+            if line.headline and line.verdict == verdict:
+                change = f" {100 * line.before['value']:.1f} → {100 * line.after['value']:.1f} %"
+                found[line.label].append(
+                    line.split + (change if verdict != "no clear change" else "")
+                )
+        if verdict == "no clear change":
+            found = {
+                label: ["every set"] if len(where) == len(run.splits) else where
+                for label, where in found.items()
+            }
+        listed = "; ".join(f"{label} ({', '.join(where)})" for label, where in found.items())
+        text.append(f"{verdict.capitalize()} {where}: {listed or 'nothing'}.")
+    return text
+
+
+def comparison(lines: list[Line], sides: list[str]) -> str:
     """The before-and-after table."""
     if not lines:
         return f"<p>{NOTHING.capitalize()}.</p>"
@@ -608,7 +427,7 @@ def comparison(lines: list[Line]) -> str:
         )
     heads = "".join(
         f"<th scope=col>{head}</th>"
-        for head in ("", "n", "Before RL, %", "After RL, %", "Points", "")
+        for head in ("", "n", *(f"{escape(side)}, %" for side in sides), "Points", "")
     )
     return (
         # focus lets keys scroll it
@@ -631,12 +450,14 @@ def gallery(run: Results) -> str:
             for side, scored in run.evals.items()
             if split in scored
         }
-        first, last = list(sides.values())[0], list(sides.values())[-1]
+        first, last = list(sides.values())[-2:][0], list(sides.values())[-1]
         cases = [(first[i], last[i]) for i in first if i in last]
         turned = [(a["right"], b["right"]) for a, b in cases]
         pictured = [(a, b) for a, b in cases if picture(run, split, a).exists()]
         pictured.sort(
             key=lambda case: (
+                not is_sick(case[0]),
+                not (is_sick(case[0]) and case[1]["right"] and not is_sick(case[1])),
                 case[0]["right"] == case[1]["right"],
                 case[0]["text"] == case[1]["text"],
             )
@@ -644,6 +465,9 @@ def gallery(run: Results) -> str:
         if pictured:
             gained, lost = turned.count((False, True)), turned.count((True, False))
             counts = f"{gained} turned right and {lost} turned wrong"
+            if any(map(is_sick, (*first.values(), *last.values()))):
+                sick = [sum(map(is_sick, side.values())) for side in (first, last)]
+                counts += "; right answers behind wrong captions: {} → {}".format(*sick)
             note = (
                 f"<p class=soft>Of all {len(cases)} rows, {counts}.</p>" if len(sides) > 1 else ""
             )
@@ -654,16 +478,23 @@ def gallery(run: Results) -> str:
             parts.append(f"<h3>{escape(split)}</h3>{note}{shown}")
     rule = (
         "<p>Not picked by hand. Of the first rows of each held-out set, whose pictures the run "
-        f"keeps, you see up to {PICTURES}: first those whose answer turned right or wrong, then "
-        "those whose response changed, then others, each in the order of the file. So changes "
-        "are over-represented. <mark>Marked and underlined</mark>: an object that the caption "
-        "names and the picture does not hold.</p>"
+        f"keeps, you see up to {PICTURES}: first those whose answer was right and whose "
+        "caption was wrong, those that were mended before the others; then those whose answer "
+        "turned right or wrong, those whose response changed, and others, each in the order of "
+        "the file. So such rows and changes are over-represented. <mark>Marked and "
+        "underlined</mark>: an object that the caption names and the picture does not hold.</p>"
     )
     return (
         rule + "".join(parts)
         if parts
         else "<p>This run kept no pictures, or evaluated nothing.</p>"
     )
+
+
+def is_sick(row: dict) -> bool:
+    """Is the answer right and the caption wrong?"""
+    judged = row.get("answerable") is not None
+    return bool(judged and row["right"] and measures.caption_wrong(row))
 
 
 def picture(run: Results, split: str, row: dict) -> Path:
@@ -681,7 +512,7 @@ def example(run: Results, split: str, sides: dict[str, dict]) -> str:
         f"{escape(row['id'])}, {escape(row['category'])}</div>"
         f"<div class=question><b>{escape(row['problem'])}</b>{options}<br>"
         f"Right answer: <b>{escape(row['solution'])}</b></div>"
-        f"{''.join(response(SIDES[side], row) for side, row in sides.items())}</article>"
+        f"{''.join(response(run.sides[side], row) for side, row in sides.items())}</article>"
     )
 
 
@@ -728,33 +559,56 @@ def write(folder: Path) -> Path:
     run = Results.read(Path(folder))
     lines = list(compare(run))
     logged = {key for rows in (run.sft, run.rl) for row in rows[-1:] for key in row}
+    configuration = {name: json.dumps(value) for name, value in run.config.items()}
+    held = {name: text for name, (_, text) in (MEASURES | POPE).items()}
     sections = {
-        "Before and after": comparison(lines),
+        "Before and after": comparison(lines, list(SIDES.values())),
         "Figures": figures(run),
         "Held-out pictures": gallery(run),
-        "Configuration": definitions(
-            {name: json.dumps(value) for name, value in run.config.items()}
-        ),
-        "What the table measures": definitions(
-            {name: text for name, (_, text) in (MEASURES | POPE).items()}
-        ),
+        "Configuration": definitions(configuration),
+        "What the table measures": definitions(held),
         "What metrics.jsonl holds": definitions(
             {name: text for name, text in METRICS.items() if name in logged}
         ),
     }
+    title = f"Run {run.name}, method {run.config.get('method', 'unknown')}"
+    return _write_page(run.folder / "report.html", title, summary(run, lines), sections)
+
+
+def _write_page(file: Path, title: str, text: str, sections: dict[str, str]) -> Path:
+    verdicts = r"(Better|Worse|No clear change) (after RL|in the second run):"
     page = PAGE.format(
-        title=escape(f"Run {run.name}, method {run.config.get('method', 'unknown')}"),
-        summary=re.sub(
-            r"(Better|Worse|No clear change) after RL:",
-            r"<b>\g<0></b>",
-            escape(summary(run, lines)),
-        ),
-        body="".join(f"<h2>{title}</h2>{text}" for title, text in sections.items()),
+        title=escape(title),
+        summary=re.sub(verdicts, r"<b>\g<0></b>", escape(text)),
+        body="".join(f"<h2>{heading}</h2>{part}" for heading, part in sections.items()),
         css=CSS,
     )
-    file = run.folder / "report.html"
     rewrite(file, page)
     return file
+
+
+def contrast(run: Results) -> Path:
+    """Write contrast.html into the second run's folder: two runs after RL, row by row."""
+    a, b = (run.sides[side] for side in run.compared)
+    lines = list(compare(run))
+    start = (
+        "Both began with the same responses"
+        if "before" in run.evals
+        else "They did not begin with the same responses, so RL is not their only difference"
+    )
+    text = f"{a} against {b}, after RL. {start}. " + " ".join(
+        changes(run, lines, "in the second run")
+    )
+    drawn = disease_and_cure(run)
+    held = {name: text for name, (_, text) in (MEASURES | POPE).items()}
+    sections = {
+        "Row by row": comparison(lines, [a, b]),
+        "Disease and cure": figure("Disease and cure", *drawn) if drawn else "-",
+        "Held-out pictures": gallery(run),
+        "Options that differ": definitions(run.config),
+        "What the table measures": definitions(held),
+    }
+    return _write_page(run.folder / "contrast.html", f"{a} and {b}", text, sections)
 
 
 PAGE = """<!doctype html>
@@ -821,19 +675,28 @@ mark { background: var(--mark); color: inherit; text-decoration: underline wavy 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description="Write report.html into a run folder and print its table."
+        description="Write report.html into a run folder and print its table; of two runs, "
+        "contrast.html into the second one's."
     )
     parser.add_argument(
-        "folder", type=Path, metavar="RUN_FOLDER", help="the --output_dir of train.py"
+        "folders", type=Path, nargs="+", metavar="RUN_FOLDER", help="the --output_dir of train.py"
     )
-    folder = parser.parse_args().folder
-    if not (folder / "config.yaml").is_file():
-        sys.exit(
-            f"error: {folder} is not a run folder: it has no config.yaml. Give the --output_dir "
-            "of train.py"
-        )
-    page = write(folder)
-    print(table(folder))
+    folders = parser.parse_args().folders
+    if len(folders) > 2:
+        parser.error("give one run folder, or two")
+    for folder in folders:
+        if not (folder / "config.yaml").is_file():
+            sys.exit(
+                f"error: {folder} is not a run folder: it has no config.yaml. Give the "
+                "--output_dir of train.py"
+            )
+    if len(folders) == 1:
+        page = write(folders[0])
+        print(table(folders[0]))
+    else:
+        both = contrast_of(*folders)
+        page = contrast(both)
+        print(table_of(both))
     print(f"\nReport: {page}")
 
 

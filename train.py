@@ -15,22 +15,19 @@ Options are in config.py, departures from the paper in DEPARTURES.md.
 """
 
 import dataclasses
-import json
-import math
 import random
 import shutil
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable
-from functools import cache, partial
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
 
 import data
 import grpo
@@ -38,7 +35,6 @@ import measures
 import ntk_infonce
 import reasoning
 import report
-import variance_select
 import world
 from caption_reward import CaptionReward, Judge
 from config import Config, parse_config
@@ -48,7 +44,8 @@ from engine.learner import Diverged, Learner, Reference, batch_size, updates
 from engine.pretrained import open_policy
 from engine.run import Run, stop
 from engine.vlm import VLM
-from rollouts import global_counts, log_rollouts, reward, rewards_as_json, roll_out
+from rollouts import global_counts, log_rollouts, reward, roll_out
+from selection import select_prompts, share
 
 JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is trained
 
@@ -56,6 +53,7 @@ JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is tra
 def main(cfg: Config) -> None:
     run = Run(cfg)
     sets = open_data(cfg, run)
+    share(cfg, run)
     judge = open_judge(sets, cfg, run)
 
     # Redefine the Reasoning Paradigm: a cold start teaches planning, caption, thinking and answer.
@@ -117,99 +115,6 @@ def reference_response(sample: data.Sample, four_stage: bool) -> str:
     return text
 
 
-def select_prompts(
-    start: str, samples: list[data.Sample], judge: CaptionReward | None, cfg: Config, run: Run
-) -> list[data.Sample]:
-    """Score every prompt by its responses' rewards and keep the top share by variance (D-40).
-
-    select/scores.jsonl gets one line per prompt as it is scored, so an interrupted stage is resumed
-    where it stopped. A prompt with a missing verdict is scored again, once and whenever the stage
-    is resumed; one with most of them missing is not ranked.
-    """
-    if not cfg.selection:
-        return samples
-    chosen, file = (run.folder / "select" / name for name in ("selected.json", "scores.jsonl"))
-    if not run.from_main(chosen.exists):
-        # not needed where all are scored
-        policy = cache(lambda: open_policy(start, cfg, run.device))
-
-        def score(shard: list[data.Sample]) -> list[dict]:
-            micro_batches = run.micro_batches(
-                shard, 0, lambda some: roll_out(some, policy(), None, cfg, "select", cfg.responses)
-            )
-            rewards = [tables for tables, _ in reward(micro_batches, judge, cfg)]
-            scored = zip(micro_batches, rewards)
-            return [line for m, tables in scored for line in score_lines(m.samples, tables, cfg)]
-
-        for _ in range(2):
-            run.keep_lines(file, lambda line: line["known"] == cfg.responses)
-            scores = run.resumable_map(file, samples, cfg.select_batch, score, "select")
-        run.write(chosen, _selected(samples, scores, judge, cfg, run))
-    found = run.from_main(lambda: json.loads(chosen.read_text()))
-    kept = set(found["kept"])
-    run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
-    for line in filter(None, report.selected_by_category(found)):
-        run.say(f"  {line}")
-    return [s for s in samples if s.id in kept]
-
-
-def _selected(
-    samples, scores: list[dict], judge: CaptionReward | None, cfg: Config, run: Run
-) -> dict:
-    """selected.json: the ids kept, and by category how many were kept, scored and tied."""
-    known = [line for line in scores if 2 * line["known"] >= cfg.responses]
-    if len(known) < len(scores) / 2:
-        errors = run.gather_object([getattr(judge.judge, "last_error", "")])
-        raise ConfigError(
-            f"selection: the judge gave no verdict on most captions of {len(scores) - len(known)} "
-            f"of {len(scores)} prompts, although it was asked twice. Its last error: "
-            f"{next(filter(None, errors), 'unknown')}. The same command asks again"
-        )
-    kind = {sample.id: sample.category for sample in samples}
-    ids = [line["id"] for line in known]
-    variance = torch.tensor([line["variance"] for line in known])
-    within = [kind[i] for i in ids] if cfg.select_within else None
-    kept = variance_select.select_top_variance(ids, variance, cfg.keep, within)
-    if not kept:
-        raise DataError(
-            f"selection: all {cfg.responses} responses of every prompt earn the same reward, so "
-            "RL has nothing to learn from. Train the cold start longer, or give harder or easier "
-            "prompts"
-        )
-    tied = [line["id"] for line in known if line["variance"] == 0]
-    counts = [Counter(kind[i] for i in some) for some in (kept, kind, tied)]
-    return {
-        "kept": kept,
-        "of": len(scores),
-        "tied": len(tied),
-        "unjudged": len(scores) - len(known),
-        "within": cfg.select_within,
-        "categories": {name: [count[name] for count in counts] for name in sorted(counts[1])},
-    }
-
-
-def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
-    """Lines of select/scores.jsonl, one per prompt: statistics of the total reward, class, every
-    reward."""
-    total = grpo.total_reward(rewards, cfg.reward_weights)
-    # a mean in place of an unknown one would lower the variance
-    if cfg.reward_weights.get("caption"):
-        total = total.masked_fill(rewards["caption"].isnan(), math.nan)
-    stats = variance_select.reward_statistics(total)
-    best = sum(cfg.reward_weights.values()) - cfg.reward_weights.get("leak", 0.0)
-    return [
-        {
-            "id": sample.id,
-            "known": int(stats.count[i]),
-            "mean": round(stats.mean[i].nan_to_num(0.0).item(), 6),
-            "variance": round(stats.variance[i].item(), 6),
-            "class": variance_select.classify(stats.mean[i].item(), stats.variance[i].item(), best),
-            **rewards_as_json(rewards, i),
-        }
-        for i, sample in enumerate(samples)
-    ]
-
-
 def reinforce(
     start: str,
     prompts: list[data.Sample],
@@ -255,7 +160,9 @@ def reinforce(
                     tau = cfg.tau
                     if cfg.tau_quantile:
                         tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile)
-                    nce, m.nce_stats = ntk_infonce.info_nce(cosine, tau, cfg.nce_temperature)
+                    nce, m.nce_stats = ntk_infonce.info_nce(
+                        cosine, tau, cfg.nce_temperature, conflict.order(len(cosine))
+                    )
                 learner.backward(loss + cfg.nce_weight * nce)
                 m.record(scores, loss, nce)
             learner.update()

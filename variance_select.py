@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 # of the largest possible variance; the paper names the classes but no thresholds [choice]
+CLASSES = ("easy", "medium", "hard")
 LOW_VARIANCE = 0.25
 HIGH_MEAN = 0.5  # of the largest possible reward [choice]
 

@@ -1,5 +1,6 @@
 """Fixtures: a small world on disk whose models are real and real-format, but barely trained."""
 
+import json
 import os
 import random
 import tempfile
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from engine import pretrained, vlm
-from world import models, scenes
+from world import VERSION, models, scenes
 
 torch.set_num_threads(1)
 
@@ -37,6 +38,7 @@ def world(tmp_path_factory):
     model, processor = models.make_policy(models.make_tokenizer())
     vlm.VLM(model, processor, 3136, 401_408).save(folder / "policy")
     models.train_judge(folder / "judge", steps=45, quiet=True)
+    (folder / "world.json").write_text(json.dumps({"version": VERSION, "seed": 0}))
     return folder
 
 

@@ -81,7 +81,8 @@ def test_accuracy_is_counted_in_all_and_by_category():
     result = scored(samples, [response(said) for _, said, _ in rows])
     assert value(result, "accuracy") == (4 / 7, 7)
     by_category = {
-        name: (rate["value"], rate["n"]) for name, rate in result["metrics"]["by category"].items()
+        name: (some["accuracy"]["value"], some["accuracy"]["n"])
+        for name, some in result["metrics"]["by category"].items()
     }
     assert by_category == {"colour": (3 / 5, 5), "count": (1 / 2, 2)}
     assert [row["right"] for row in result["rows"]] == [True, False, True, True, False, True, False]
@@ -1080,3 +1081,66 @@ def test_bad_options_are_one_line_before_a_model_is_loaded(published, tmp_path, 
         done.stderr
     )
     assert "Traceback" not in done.stderr
+
+
+# --- what stands behind an answer -----------------------------------------------------------------
+
+
+def test_right_answers_behind_wrong_captions_by_hand():
+    """The caption is wrong where the judge fails on it or where it names what is not there."""
+    rows = [  # right, answerable, hallucinated -> right behind a wrong caption, both right
+        (True, True, []),  # both
+        (True, True, ["cat"]),  # wrong: names what is not there
+        (True, False, []),  # wrong: cannot be answered from
+        (False, True, []),
+        (False, False, ["cat"]),
+        (True, None, ["cat"]),  # no verdict: left out
+    ]
+    rows = [
+        {"right": r, "right_lenient": r, "format": True, "answerable": a, "hallucinated": h}
+        | {"captioned": 1, "covered": 0, "relevant": 0}
+        for r, a, h in rows
+    ]
+    found = measures.metrics([sample(i) for i in range(6)], rows)
+    counted = {name: (found[name]["value"], found[name]["n"]) for name in found if "right" in name}
+    assert counted == {"right, caption wrong": (2 / 5, 5), "both right": (1 / 5, 5)}
+    assert found["by category"]["colour"] == {
+        name: part for name, part in found.items() if name != "by category"
+    }
+
+
+def test_the_slope_is_that_of_a_regression_within_rows():
+    """numpy's least squares with a dummy for each row, over the responses with a known verdict."""
+    rng = np.random.default_rng(0)
+    rows, design, target = [], [], []
+    for i in range(30):
+        answerable = [None if rng.random() < 0.1 else bool(rng.random() < 0.5) for _ in range(8)]
+        right = [bool(rng.random() < (0.8 if a else 0.3)) for a in answerable]
+        rows.append({"sampled": {"right": right, "answerable": answerable}})
+        for r, a in zip(right, answerable):
+            if a is not None:
+                design.append([float(a), *(float(i == k) for k in range(30))])
+                target.append(float(r))
+    want = np.linalg.lstsq(np.array(design), np.array(target), rcond=None)[0][0]
+    found = measures.slope([measures.covariance(row) for row in rows])
+    assert found["value"] == pytest.approx(want, abs=1e-9) and found["low"] < want < found["high"]
+    same = {"sampled": {"right": [True, False], "answerable": [True, True]}}
+    assert measures.slope([measures.covariance(same)] * 5) is None  # its captions do not differ
+
+
+def test_the_blind_control_shows_another_row_of_the_category():
+    """Never the row's own media or its pair's; the category and the type are the row's."""
+    samples = [
+        sample(
+            i, category="colour" if i % 2 else "count", media=(f"{i // 4}.png",), pair=f"p{i // 4}"
+        )
+        for i in range(24)
+    ] + [sample(99, category="alone", media=("x.png",))]
+    found = measures.other_media(samples)
+    assert set(found) == {s.id for s in samples[:24]}  # the lonely one has no other
+    by_media = {s.media: s for s in samples}
+    for s in samples[:24]:
+        other = by_media[found[s.id].media]
+        assert found[s.id].media != s.media and other.pair != s.pair
+        assert (found[s.id].problem, found[s.id].answer) == (s.problem, s.answer)
+    assert found == measures.other_media(samples)

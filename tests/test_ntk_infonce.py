@@ -1171,3 +1171,22 @@ def test_weights_of_no_prompt_or_no_token_are_empty():
 def test_a_temperature_that_is_not_positive_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature"):
         info_nce(MIXED, 0.5, temperature)
+
+
+def test_the_control_has_as_many_positives_but_other_ones(double_and_seeded):
+    """Membership from permuted cosines, scores from the prompts' own: Eq. 4 written as a loop."""
+    f = torch.randn(7, 5)
+    cosine, order, tau = ntk_infonce.cosine(f), torch.randperm(7), 0.1
+    loss, stats = ntk_infonce.info_nce(cosine, tau, 1.0, order)
+    terms = []
+    for i in range(7):
+        others = [j for j in range(7) if j != i]
+        chosen = [j for j in others if cosine[order[i], order[j]] <= tau]
+        if chosen and len(chosen) < 6:
+            top = sum(cosine[i, j].exp() for j in chosen)
+            terms.append(-(top / sum(cosine[i, j].exp() for j in others)).log())
+    torch.testing.assert_close(loss, torch.stack(terms).mean())
+    plain, usual = ntk_infonce.info_nce(cosine, tau)
+    assert stats["positive"] == usual["positive"] and not torch.isclose(loss, plain)
+    same, _ = ntk_infonce.info_nce(cosine, tau, 1.0, torch.arange(7))
+    assert same == plain

@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+import comparison
 import report
 from engine.media import gallery_file
 
@@ -87,6 +88,7 @@ def scored(
     ]
     n, wrong = len(rows), sum(map(len, hallucinated))
     parity = {"row": rate(sum(right[::2]), n // 2), "count": rate(sum(right[1::2]), n // 2)}
+    parity = {kind: {"accuracy": value} for kind, value in parity.items()}
     metrics = {
         "accuracy": rate(sum(right), n),
         "format": rate(n - len(texts), n),
@@ -227,7 +229,7 @@ def test_interval_of_a_ratio_is_that_of_a_jackknife():
         for k, side in enumerate(named, 1)
     ]
     pair = [rate(1, 10), rate(2, 10)]
-    low, high = report.difference_interval("hallucinated objects", pair, rows)
+    low, high = comparison.difference_interval("hallucinated objects", pair, rows)
 
     def ratio(side):
         return sum(len(r["hallucinated"]) for r in side) / sum(r["captioned"] for r in side)
@@ -255,7 +257,7 @@ def test_few_rows_fall_back_to_newcombe():
             "high": (p + z * z / (2 * n) + half) / scale,
         }
 
-    interval = report.difference_interval("paired", [wilson(48, 80), wilson(56, 70)], [[], []])
+    interval = comparison.difference_interval("paired", [wilson(48, 80), wilson(56, 70)], [[], []])
     assert interval == pytest.approx((0.0524, 0.3339), abs=1e-4)
 
 
@@ -271,7 +273,10 @@ def test_hostile_names_are_escaped(run, undrawn):
     for side in ("before", "after"):
         file = run / f"eval/{side}.json"
         scores = json.loads(file.read_text())["test"]
-        scores["metrics"]["by category"] = {HOSTILE: rate(1, 2), '"><script>': rate(1, 2)}
+        scores["metrics"]["by category"] = {
+            HOSTILE: {"accuracy": rate(1, 2)},
+            '"><script>': {"accuracy": rate(1, 2)},
+        }
         file.write_text(json.dumps({f"test{HOSTILE}": scores}))
     assert "<script" not in page(run) and "<img src=http" not in page(run)
 
@@ -491,3 +496,49 @@ def test_a_category_that_selection_nearly_loses_is_warned_about():
     assert report.selected_by_category({"kept": kept, "of": 100, "tied": 3}) == [""], (
         "a run of an earlier version"
     )
+
+
+# --- two runs -------------------------------------------------------------------------------------
+
+
+def test_two_runs_are_compared_row_by_row_after_rl(run, undrawn):
+    """The second one's rows against the first one's, and what both began with once."""
+    other = run.parent / "b run"
+    shutil.copytree(run, other)
+    (other / "config.yaml").write_text(yaml.safe_dump(CONFIG | {"seed": 77}))
+    shutil.copy(run / "eval/before.json", other / "eval/after.json")  # as if it had learned nothing
+    both = report.contrast_of(run, other)
+    assert list(both.evals) == ["before", "a", "b"] and both.config == {"seed": "0 | 77"}
+    text = report.table_of(both)
+    assert re.search(r"test +a run +b run +points", text)
+    assert re.search(r"  accuracy +62\.5 .*-> 25\.0 .*-37\.5.* worse", text)
+    html = report.contrast(both).read_text()
+    assert "Both began with the same responses" in plain(html)
+    assert html.count("<h4>Before RL") == html.count("<h4>b run") == html.count("<h4>a run") > 0
+    # another beginning is said, and not shown as if it were common
+    shutil.copy(run / "eval/after.json", other / "eval/before.json")
+    both = report.contrast_of(run, other)
+    assert list(both.evals) == ["a", "b"]
+    assert "did not begin with the same responses" in plain(report.contrast(both).read_text())
+
+
+def test_a_run_without_its_end_is_not_compared(run):
+    other = run.parent / "b run"
+    shutil.copytree(run, other)
+    (other / "eval/after.json").unlink()
+    with pytest.raises(SystemExit, match="b run has no evaluation after RL"):
+        report.contrast_of(run, other)
+
+
+def test_the_gallery_opens_with_right_answers_behind_captions(run, undrawn):
+    """One that RL has mended comes first, then one that it has not."""
+    for side, captions in (("before", {4: False, 5: False}), ("after", {4: False, 5: True})):
+        file = run / f"eval/{side}.json"
+        scores = json.loads(file.read_text())
+        for i, row in enumerate(scores["test"]["rows"]):
+            row |= {"right": True, "answerable": captions.get(i, True), "hallucinated": []}
+        file.write_text(json.dumps(scores))
+    html = page(run)
+    shown = re.findall(r'alt="picture or clip test:(\d)"', html)
+    assert shown[:2] == ["5", "4"]
+    assert "right answers behind wrong captions: 2 → 1" in html

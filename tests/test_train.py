@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 from collections import Counter
@@ -25,8 +26,9 @@ import data
 import eval as evaluation
 import measures
 import ntk_infonce
+import selection
 import train
-from engine import judges, learner, pretrained, shared_prefix
+from engine import DataError, judges, learner, pretrained, shared_prefix
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -789,13 +791,15 @@ def scoring(world, monkeypatch):
         ]
         return SimpleNamespace(samples=batch, text=text, mask=torch.zeros(1))
 
-    monkeypatch.setattr(train, "open_policy", lambda *_: None)
-    monkeypatch.setattr(train, "roll_out", roll_out)
+    monkeypatch.setattr(selection, "open_policy", lambda *_: None)
+    monkeypatch.setattr(selection, "roll_out", roll_out)
 
     def select(folder, judge, **options):
         options = {"responses": 4, "select_batch": 3} | options
         cfg = train.Config(output_dir=str(folder), **options)
-        kept = train.select_prompts("", samples, train.CaptionReward(judge), cfg, train.Run(cfg))
+        kept = selection.select_prompts(
+            "", samples, train.CaptionReward(judge), cfg, train.Run(cfg)
+        )
         return [s.id for s in kept], json.loads((folder / "select/selected.json").read_text())
 
     return samples, select
@@ -851,13 +855,15 @@ def test_unknown_verdicts_leave_the_variance_of_the_others(world):
         train.Config(),
     )
     rewards = {"accuracy": torch.zeros(1, 8), "format": torch.ones(1, 8), "leak": torch.zeros(1, 8)}
-    [line] = train.score_lines(samples, rewards | {"caption": torch.tensor([some])}, cfg)
+    [line] = selection.score_lines(samples, rewards | {"caption": torch.tensor([some])}, cfg)
     assert (
         line["known"] == 2
         and line["variance"] == pytest.approx(0.5)
         and line["mean"] == pytest.approx(0.6)
     )
-    [line] = train.score_lines(samples, rewards | {"caption": torch.full((1, 8), math.nan)}, cfg)
+    [line] = selection.score_lines(
+        samples, rewards | {"caption": torch.full((1, 8), math.nan)}, cfg
+    )
     assert line["known"] == 0 and line["variance"] == 0
 
 
@@ -954,7 +960,7 @@ def test_a_caption_that_only_states_the_answer_is_counted(world):
     judge = train.CaptionReward(lambda prompts: ["A" for _ in prompts])
     [(rewards, _)] = train.reward([part], judge, cfg)
     assert rewards["leak"].tolist() == [[-1.0, 0.0]] and cfg.reward_weights["leak"] == 0.5
-    [line] = train.score_lines(samples, rewards, cfg)
+    [line] = selection.score_lines(samples, rewards, cfg)
     total = [1 + 0.1 + rewards["caption"][0, 0].item() - 0.5, 0.1 + rewards["caption"][0, 1].item()]
     assert line["mean"] == pytest.approx(sum(total) / 2, abs=1e-5)
 
@@ -1333,3 +1339,61 @@ def test_concept_files_import_no_model_library():
         source = (ROOT / f"{name}.py").read_text()
         for word in ("transformers", "peft", "accelerate", "vlm", "train"):
             assert f"import {word}" not in source and f"from {word}" not in source, (name, word)
+
+
+# --- runs that share a cold start -----------------------------------------------------------------
+
+
+def test_a_run_takes_over_the_cold_start_and_what_was_scored(finished, world, tmp_path):
+    """Its cold start is the other's to the byte; variance is that of its own rewards."""
+    source, _ = finished
+    arm = ["--caption_reward", "false", "--share", source, "--rl_steps", 2]
+    done = launch("--world", world, "--output_dir", tmp_path / "arm", *SMALL, *arm)
+    assert "sft   1" not in done.stdout and "select" in done.stdout
+    for name in ("sft/policy/model.safetensors", "sft/metrics.jsonl", "eval/before.json"):
+        assert (tmp_path / "arm" / name).read_bytes() == (source / name).read_bytes()
+    there, here = (
+        [json.loads(x) for x in (folder / "select/scores.jsonl").read_text().splitlines()]
+        for folder in (source, tmp_path / "arm")
+    )
+    for one, two in zip(there, here, strict=True):
+        assert one["accuracy"] == two["accuracy"] and "caption" not in two
+        total = [a + 0.1 * f for a, f in zip(one["accuracy"], one["format"])]
+        assert two["variance"] == pytest.approx(statistics.variance(total), abs=1e-6)
+    assert "caption" not in json.loads((tmp_path / "arm/rl/rollouts.jsonl").open().readline())
+    # the same command goes on, and nothing is taken over twice
+    launch("--world", world, "--output_dir", tmp_path / "arm", *SMALL, *arm)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--seed", 1], "has another cold start: seed: 0"),
+        (["--sft_steps", 41], "has another cold start: sft_steps: 40"),
+        (["--method", "grpo"], "has another cold start: four_stage: True"),
+        (["--share", "/nowhere"], "/nowhere is not a run folder with a finished cold start"),
+    ],
+)
+def test_another_cold_start_is_not_shared(finished, world, tmp_path, options, says):
+    source, _ = finished
+    line = ["--world", world, "--output_dir", tmp_path / "arm", *SMALL, "--share", source, *options]
+    done = launch(*line, check=False)
+    assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "arm" / "sft").exists()
+
+
+def test_only_prompts_of_the_class_are_kept(world, tmp_path):
+    """The top share within the class; the other classes are never trained."""
+    lines = [
+        {"id": f"{kind}-{i}", "known": 4, "mean": 0.5, "variance": 0.1 * i, "class": kind}
+        for kind in ("easy", "medium", "hard")
+        for i in range(4)
+    ]
+    samples = [SimpleNamespace(id=line["id"], category="c") for line in lines]
+    cfg = train.Config(responses=4, keep=0.5, select_class="medium", world=str(world))
+    found = selection._selected(samples, lines, None, cfg, None)
+    assert found["kept"] == ["medium-3", "medium-2"] and found["of"] == 12
+    with pytest.raises(DataError, match="of class hard"):
+        some = [line | {"variance": 0.0} for line in lines]
+        cfg = train.Config(responses=4, select_class="hard", world=str(world))
+        selection._selected(samples, some, None, cfg, None)

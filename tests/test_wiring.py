@@ -14,6 +14,7 @@ import data
 import grpo
 import measures
 import ntk_infonce
+import selection
 import train
 import variance_select
 from engine import judges, learner, pretrained, run, vlm
@@ -62,6 +63,8 @@ RUNS = {
         "tau": 0.2,
         "nce_temperature": 0.7,
         "nce_sketch": 64,
+        "nce_control": True,
+        "eval_responses": 5,
         "eval_batch": 3,
         "show_every": 2,
         "save_every": 1,
@@ -83,6 +86,7 @@ RUNS = {
         "judge_max_tokens": 33,
         "on_bad_row": "skip",
         "train_vision": True,
+        "select_class": "medium",
         "sft_epochs": 0.2,
         "rl_epochs": 1.0,
         "tau_quantile": 0.3,
@@ -91,8 +95,8 @@ RUNS = {
     },
 }
 # given to every run here; with tests of their own below; and in test_train.py,
-# "the_lenient_rule_is_an_option"
-ELSEWHERE = {"world", "output_dir", "quiet", "tracker", "lenient"}
+# "the_lenient_rule_is_an_option" and "a_run_takes_over_the_cold_start"
+ELSEWHERE = {"world", "output_dir", "quiet", "tracker", "lenient", "share"}
 BASE = {
     "sft_batch": 8,
     "responses": 3,
@@ -174,7 +178,8 @@ def ran(world, tmp_path_factory):
                 return lambda prompts: ["A"] * len(prompts)
 
             monkeypatch.setattr(judges, "EndpointJudge", endpoint)
-            monkeypatch.setattr(train, "reward", varied)
+            for stage in (train, selection):
+                monkeypatch.setattr(stage, "reward", varied)
 
             def save(learner, calls=calls, original=train.Learner._save_checkpoint):
                 original(learner)
@@ -259,7 +264,8 @@ def test_stages_take_as_many_updates_of_as_many_rows(ran):
         assert {len(line["accuracy"]) for line in scores} == {seen.cfg.responses}
         asked = {args[2:4] for args, _ in seen["generate"]}  # n, max_new_tokens
         assert asked == {
-            (n, seen.cfg.max_new_tokens) for n in (seen.cfg.responses, seen.cfg.group_size, 1)
+            (n, seen.cfg.max_new_tokens)
+            for n in (seen.cfg.responses, seen.cfg.group_size, seen.cfg.eval_responses, 1)
         }
     assert [len(args[0]) for args, _ in ours["prompts"]][:2] == [5, 5], "sft_batch"
     sizes = {
@@ -298,7 +304,10 @@ def test_the_loss_is_the_one_that_was_asked_for(ran):
 
 def test_eq_4_is_the_one_that_was_asked_for(ran):
     ours, other = ran["ours"], ran["grpo"]
-    assert {args[1:] for args, _ in ours["info_nce"]} == {(0.2, 0.7)} and not ours["quantile_tau"]
+    assert {args[1:3] for args, _ in ours["info_nce"]} == {(0.2, 0.7)} and not ours["quantile_tau"]
+    orders = [args[3].sort().values.tolist() for args, _ in ours["info_nce"]]
+    assert all(order == list(range(len(order))) for order in orders), "nce_control"
+    assert {args[3] for args, _ in other["info_nce"]} == {None}
     assert {args[1] for args, _ in other["quantile_tau"]} == {0.3}
     assert {args[0] for args, _ in ours["weights"]} == {"best"} and {
         args[5] for args, _ in ours["sketch"]

@@ -1,7 +1,7 @@
 """The embedded world: coloured shapes on a grid, questions about them, a tiny policy and a tiny
 judge.
 
-    python -m world --out DIR     # DIR/data, DIR/policy, DIR/judge; what is complete is kept
+    python -m world --out DIR [--seed N]    # DIR/data, DIR/policy, DIR/judge; each is made once
 
 It exercises every real path without a download. The data are PNG pictures and MP4 clips in the
 official schema (`scenes`); the policy is a Qwen2_5_VLForConditionalGeneration and the judge a
@@ -9,16 +9,34 @@ Qwen2ForCausalLM, built from config and saved in Hugging Face format (`models`).
 evaluates on them knows only files on disk.
 """
 
+import json
 import shutil
 from pathlib import Path
 
 from engine import ConfigError
+from engine.files import rewrite
 from world import models, scenes
 
+VERSION = 2  # of what a seed builds: data, models and their training
 
-def build(folder: Path, quiet: bool = False) -> Path:
+
+def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
     """Write data, policy and judge under `folder`, each once: a part that is there is whole,
-    because it is written beside and renamed when it is finished."""
+    because it is written beside and renamed when it is finished. seed None: the folder's own, or 0.
+    Raises ConfigError where the folder holds another version or seed."""
+    file = folder / "world.json"
+    there = json.loads(file.read_text()) if file.exists() else {}
+    seed = there.get("seed", 0) if seed is None else seed
+    made = {"version": VERSION, "seed": seed}
+    if there != made:
+        if folder.exists() and any(folder.iterdir()):
+            holds = f"a world of {there}" if there else "no world of this version"
+            raise ConfigError(
+                f"world: {folder} holds {holds}, and {made} is wanted. Delete it, or give another "
+                "folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        rewrite(file, json.dumps(made))
     parts = {"data": scenes.write_data, "judge": models.train_judge, "policy": models.train_policy}
     for number, (name, make) in enumerate(parts.items(), 1):
         if (folder / name).exists():
@@ -32,7 +50,7 @@ def build(folder: Path, quiet: bool = False) -> Path:
         unfinished = folder / f".{name}.unfinished"
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        make(unfinished) if name == "data" else make(unfinished, quiet=quiet)
+        make(unfinished, seed=seed, **({} if name == "data" else {"quiet": quiet}))
         if name == "judge":
             right = models.judge_accuracy(unfinished)
             if not quiet:

@@ -13,10 +13,11 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, required=True, help="folder to write data/, policy/ and judge/ to"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of its data and its models")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    print(f"wrote {world.build(args.out, args.quiet)}")
+    print(f"wrote {world.build(args.out, args.quiet, args.seed)}")
 
 
 if __name__ == "__main__":

@@ -1,19 +1,35 @@
 """Scenes of coloured shapes on a grid, questions about them, and a prior that a model can fall for.
 
-Like the real thing, the world has a *prior*: every shape has a usual colour, row, direction and
-companion. The usual value stands in TYPICAL of the cases: 40 %, above chance for colours and
-directions (25 %) and below it for rows (50 %). The companion is there in 90 % of existence and
-count questions, whether the shape is there or not. The base policy is taught to describe pictures
-without the prior. The cold-start data then teach the four stages and, in FLAW of the rows, a bad
-habit: the reference follows the prior instead of the picture (usual attributes, an object too many
-because its companion is there), which makes it false in about 35 % of the rows. That is the
-hallucination for RL to undo.
+What RL does to a real model is only worth copying if the ingredients are copied too. Each has its
+counterpart in real training:
+
+    here                                              there
+    a prior: every shape has a usual colour, row,     language priors of a pretrained model: what is
+    direction and companion                           usual is said, whatever the picture shows
+    the base policy answers without a description     any VLM trained on VQA: an answer does not
+    (`models.direct_case`)                            need the caption before it
+    cold-start captions follow the prior in           rationales distilled from a model that was
+    FLAW_CAPTION of the rows, thoughts and answers    told the answer: they describe what is not
+    in FLAW_ANSWER, independently                     there and conclude what is right
+    cold-start pictures are mostly unusual            curated reasoning sets prefer hard pictures
+    (COLD_TYPICAL)
+    RL never asks for existence (RL_KINDS), the       POPE and VideoHallucer measure what RL data
+    test sets do in a fifth, the pairs in all         do not ask
+    easy, medium and hard prompts, more than the      RL sets that are filtered by difficulty
+    updates consume
+
+So an answer can be right behind a wrong caption, and RL on answers has no reason to mend captions.
+
+The usual value stands in TYPICAL of the cases: 50 %, above chance for colours and directions
+(25 %). A shape and its companion come together in that share of the existence questions, and one
+without the other in the rest; a count is asked beside a companion in 1 - TYPICAL, and the prior
+then expects one more.
 
 A question alone, without the picture, is answered right as often as its best constant answer (the
 question-only floor):
 
     rows                                  existence   count   colour   row    motion
-    typical = TYPICAL                     60 %        33 %    40 %     60 %   40 %
+    typical = TYPICAL                     60 %        33 %    50 %     50 %   50 %
     typical = 0, the prior-breaking set   60 %        50 %    33 %     50 %   33 %
 
 and in the pairs 50 %, where both questions of a pair may be right together: 50 % of the pairs.
@@ -54,11 +70,15 @@ KINDS = ("existence", "count", "colour", "row", "motion")
 CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2)
 # about the mean that the image processor subtracts: shapes stand out from zero
 GROUND = (122, 116, 104)
-TYPICAL = 0.4  # share of objects with their shape's usual colour; the same for rows and directions
-FLAW = 0.6  # share of cold-start rows whose reference follows the prior, true or not
+RL_KINDS = KINDS[1:]  # of train.json, in turn
+TYPICAL = 0.5  # share of objects with their shape's usual colour; the same for rows and directions
+COLD_TYPICAL = 0.2  # that share in the cold start
+# shares of cold-start rows whose caption, and whose thought and answer, follow the prior, true or
+# not
+FLAW_CAPTION, FLAW_ANSWER = 0.9, 0.5
 SIZES = {
     "cold_start": 2400,
-    "train": 480,
+    "train": 1008,
     "test": 400,
     "test_prior_breaking": 300,
     "test_pairs": 300,
@@ -144,7 +164,8 @@ def make_row(rng: random.Random, kind: str, typical: float = TYPICAL) -> tuple[S
         usual_row = 0.5 if kind == "row" and typical == 0 else typical
         for _ in range(int(count)):
             scene = place(rng, scene, shape, typical, usual_row)
-        if kind in ("existence", "count") and (typical == 0 or rng.random() < 0.9):
+        usual = rng.random() < typical
+        if (kind == "existence" and usual == bool(count)) or (kind == "count" and not usual):
             scene = place(rng, scene, companion, typical)
         others = [s for s in PRIOR if s not in (shape, companion)]
         # the last cell is for what is not there
@@ -207,7 +228,7 @@ def solve(scene: Scene, query: dict) -> reasoning.Stages:
     elif kind == "count":
         thought, answer = f"{len(found)} in all", str(len(found))
     elif kind == "colour":
-        thought, answer = f"it is a {first.name}", "ABCD"[list(COLOURS).index(first.colour)]
+        thought, answer = f"it is {first.colour}", "ABCD"[list(COLOURS).index(first.colour)]
     elif kind == "row":
         thought, answer = f"the {shape} is in the {ROWS[first.row]} row", "AB"[first.row]
     else:
@@ -323,8 +344,11 @@ def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> No
                 shape = query["shape"] if i % 2 == 0 else PRIOR[query["shape"]][3]
                 query = {"kind": "existence", "shape": shape}
             else:
-                typical = 0.0 if split == "test_prior_breaking" else TYPICAL
-                scene, query = make_row(rng, KINDS[i % len(KINDS)], typical)
+                typical = {"cold_start": COLD_TYPICAL, "test_prior_breaking": 0.0}.get(
+                    split, TYPICAL
+                )
+                kinds = RL_KINDS if split == "train" else KINDS
+                scene, query = make_row(rng, kinds[i % len(kinds)], typical)
             rows.append(_write_row(rng, folder, split, i, scene, query))
         (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
 
@@ -350,8 +374,11 @@ def _write_row(
         "category": query["kind"],
     }
     if split == "cold_start":
-        seen = believe(scene, query) if rng.random() < FLAW else scene
-        row["process"] = reasoning.render(solve(seen, query))
+        seen, meant = (
+            solve(believe(scene, query) if rng.random() < flaw else scene, query)
+            for flaw in (FLAW_CAPTION, FLAW_ANSWER)
+        )
+        row["process"] = reasoning.render(replace(seen, think=meant.think, answer=meant.answer))
     if split == "test_pairs":
         row["pair"] = f"pair-{i // 2:05d}"
     if split.startswith("test"):

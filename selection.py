@@ -1,0 +1,166 @@
+"""The stage of selection: which prompts RL trains on; and what runs with one cold start share.
+
+`variance_select` has the mathematics. select/scores.jsonl holds every prompt with its rewards,
+select/selected.json the ids that were kept.
+"""
+
+import json
+import math
+import shutil
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import yaml
+from torch import Tensor
+
+import data
+import grpo
+import report
+import variance_select
+from caption_reward import CaptionReward
+from config import SHARED, Config
+from engine import ConfigError, DataError
+from engine.files import read_jsonl, rewrite, to_jsonl
+from engine.pretrained import open_policy
+from engine.run import Run
+from rollouts import reward, rewards_as_json, roll_out
+
+
+def select_prompts(
+    start: str, samples: list[data.Sample], judge: CaptionReward | None, cfg: Config, run: Run
+) -> list[data.Sample]:
+    """Score every prompt by its responses' rewards and keep the top share by variance (D-40).
+
+    select/scores.jsonl gets one line per prompt as it is scored, so an interrupted stage is resumed
+    where it stopped. A prompt with a missing verdict is scored again, once and whenever the stage
+    is resumed; one with most of them missing is not ranked.
+    """
+    if not cfg.selection:
+        return samples
+    chosen, file = (run.folder / "select" / name for name in ("selected.json", "scores.jsonl"))
+    if not run.from_main(chosen.exists):
+        # not needed where all are scored
+        policy = cache(lambda: open_policy(start, cfg, run.device))
+
+        def score(shard: list[data.Sample]) -> list[dict]:
+            micro_batches = run.micro_batches(
+                shard, 0, lambda some: roll_out(some, policy(), None, cfg, "select", cfg.responses)
+            )
+            rewards = [tables for tables, _ in reward(micro_batches, judge, cfg)]
+            scored = zip(micro_batches, rewards)
+            return [line for m, tables in scored for line in score_lines(m.samples, tables, cfg)]
+
+        for _ in range(2):
+            run.keep_lines(file, lambda line: line["known"] == cfg.responses)
+            scores = run.resumable_map(file, samples, cfg.select_batch, score, "select")
+        run.write(chosen, _selected(samples, scores, judge, cfg, run))
+    found = run.from_main(lambda: json.loads(chosen.read_text()))
+    kept = set(found["kept"])
+    run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
+    for line in filter(None, report.selected_by_category(found)):
+        run.say(f"  {line}")
+    return [s for s in samples if s.id in kept]
+
+
+def _selected(
+    samples, scores: list[dict], judge: CaptionReward | None, cfg: Config, run: Run
+) -> dict:
+    """selected.json: the ids kept, and by category how many were kept, scored and tied."""
+    known = [line for line in scores if 2 * line["known"] >= cfg.responses]
+    if len(known) < len(scores) / 2:
+        errors = run.gather_object([getattr(judge.judge, "last_error", "")])
+        raise ConfigError(
+            f"selection: the judge gave no verdict on most captions of {len(scores) - len(known)} "
+            f"of {len(scores)} prompts, although it was asked twice. Its last error: "
+            f"{next(filter(None, errors), 'unknown')}. The same command asks again"
+        )
+    kind = {sample.id: sample.category for sample in samples}
+    if cfg.select_class:
+        known = [line for line in known if line["class"] == cfg.select_class]
+    ids = [line["id"] for line in known]
+    variance = torch.tensor([line["variance"] for line in known])
+    within = [kind[i] for i in ids] if cfg.select_within else None
+    kept = variance_select.select_top_variance(ids, variance, cfg.keep, within)
+    if not kept:
+        raise DataError(
+            f"selection: all {cfg.responses} responses of every prompt"
+            + f" of class {cfg.select_class}" * bool(cfg.select_class)
+            + " earn the same reward, so RL has nothing to learn from. Train the cold start "
+            "longer, or give harder or easier prompts"
+        )
+    tied = [line["id"] for line in known if line["variance"] == 0]
+    counts = [Counter(kind[i] for i in some) for some in (kept, kind, tied)]
+    return {
+        "kept": kept,
+        "of": len(scores),
+        "tied": len(tied),
+        "unjudged": len(scores) - len(known),
+        "within": cfg.select_within,
+        "class": cfg.select_class,
+        "categories": {name: [count[name] for count in counts] for name in sorted(counts[1])},
+    }
+
+
+def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
+    """Lines of select/scores.jsonl, one per prompt: statistics of the total reward, class, every
+    reward."""
+    total = grpo.total_reward(rewards, cfg.reward_weights)
+    # a mean in place of an unknown one would lower the variance
+    if cfg.reward_weights.get("caption"):
+        total = total.masked_fill(rewards["caption"].isnan(), math.nan)
+    stats = variance_select.reward_statistics(total)
+    best = sum(cfg.reward_weights.values()) - cfg.reward_weights.get("leak", 0.0)
+    return [
+        {
+            "id": sample.id,
+            "known": int(stats.count[i]),
+            "mean": round(stats.mean[i].nan_to_num(0.0).item(), 6),
+            "variance": round(stats.variance[i].item(), 6),
+            "class": variance_select.classify(stats.mean[i].item(), stats.variance[i].item(), best),
+            **rewards_as_json(rewards, i),
+        }
+        for i, sample in enumerate(samples)
+    ]
+
+
+def share(cfg: Config, run: Run) -> None:
+    """Take over what --share has finished before RL, so that runs differ in RL alone: the cold
+    start, its evaluation, the judge's replies, and the responses scored for selection, whose
+    variance is taken anew by this run's rewards."""
+    source = Path(cfg.share)
+    # the cold start is taken over last
+    if not cfg.share or run.from_main((run.folder / "sft" / "policy").exists):
+        return
+    file = source / "config.yaml"
+    if not (file.is_file() and (source / "sft" / "policy").is_dir()):
+        raise ConfigError(
+            f"share: {source} is not a run folder with a finished cold start (sft/policy)"
+        )
+    there = yaml.safe_load(file.read_text())
+    differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
+    if differ:
+        raise ConfigError(f"share: {source} has another cold start: {', '.join(differ)}")
+    if run.is_main:
+        lines = read_jsonl(source / "select" / "scores.jsonl", repair=False)
+        tables = {
+            name: torch.tensor([[math.nan if r is None else r for r in x[name]] for x in lines])
+            for name in cfg.reward_weights
+            if lines and name in lines[0]
+        }
+        # without captions judged there, the responses are sampled anew here
+        if cfg.selection and len(tables) == len(cfg.reward_weights):
+            some = [SimpleNamespace(id=line["id"]) for line in lines]
+            file = run.folder / "select" / "scores.jsonl"
+            file.parent.mkdir(exist_ok=True)
+            rewrite(file, to_jsonl(score_lines(some, tables, cfg)))
+        for name in ("judge", "eval", "sft"):
+            unfinished = run.folder / f".{name}.unfinished"
+            shutil.rmtree(run.folder / name, ignore_errors=True)
+            if (source / name).exists():
+                left = shutil.ignore_patterns("after.json")
+                shutil.copytree(source / name, unfinished, dirs_exist_ok=True, ignore=left)
+                unfinished.rename(run.folder / name)
+    run.accelerator.wait_for_everyone()
