@@ -75,7 +75,7 @@ def better(
         ("test", "hallucinated objects", -1, "-"),
     ]
     return [
-        Claim(words, of(more), of(less), split, measure, way, "-" if "-" in said[-1] else said)
+        Claim(words, of(more), of(less), split, measure, way, "-" if said.endswith("-") else said)
         for split, measure, way, said in rows
     ]
 
@@ -181,12 +181,12 @@ Results = dict[str, dict[int, dict]]  # arm -> seed -> what reproduce.collect ha
 
 
 def by_arm(results: list[dict]) -> Results:
-    """Results by arm and seed. Exits where they come from more than one commit or world."""
-    kinds = sorted({(found["commit"], found["world"]) for found in results})
+    """Results by arm and seed. Exits where they come from more than one code or world."""
+    kinds = sorted({(found["code"], found["world"]) for found in results})
     if len(kinds) > 1:
         sys.exit(
             "error: the results are of different code or worlds, and are not mixed: "
-            + "; ".join(f"commit {commit}, world {version}" for commit, version in kinds)
+            + "; ".join(f"code {code}, world {version}" for code, version in kinds)
             + ". Delete those that are not wanted, or give another --results"
         )
     arms: Results = defaultdict(dict)
@@ -239,20 +239,22 @@ def points(x: float, measure: str, sign: bool = True) -> str:
 
 def claim_row(claim: Claim, arms: Results) -> str:
     found = list(differences(claim, arms).values())
-    cells = [claim.words, claim.measure + SETS[claim.split]]
-    if found:
-        both = interval(found)
-        cells.append(points(fmean(found), claim.measure))
-        low, high = (points(x, claim.measure) for x in both) if both else ("", "")
-        cells.append(f"[{low}, {high}]" if both else "-")
-    else:
-        cells += ["-", "-"]
-    return f"| {' | '.join([*cells, str(len(found)), verdict(claim, found), claim.paper])} |"
+    both, name = interval(found), claim.measure
+    low, high = (points(x, name) for x in both) if both else ("", "")
+    cells = [claim.words, name + SETS[claim.split], points(fmean(found), name)]
+    cells += [f"[{low}, {high}]" if both else "-", str(len(found)), verdict(claim, found)]
+    return f"| {' | '.join([*cells, claim.paper])} |"
 
 
 def claim_table(claims: list[Claim], arms: Results) -> str:
+    """A row for each claim whose arms have results, and a sentence on the others."""
+    known = [claim for claim in claims if differences(claim, arms)]
     head = "| claim | measure | difference | 95 % interval | seeds | here | the paper |\n"
-    return head + "|---|---|---|---|---|---|---|\n" + "\n".join(claim_row(c, arms) for c in claims)
+    head += "|---|---|---|---|---|---|---|\n"
+    parts = [head + "\n".join(claim_row(claim, arms) for claim in known)] if known else []
+    if missing := dict.fromkeys(claim.words for claim in claims if claim not in known):
+        parts.append(f"Not measured yet: {'; '.join(missing)}.")
+    return "\n\n".join(parts)
 
 
 def arm_table(names: tuple[str, ...], arms: Results) -> str:
@@ -301,6 +303,7 @@ def about(arms: Results) -> str:
     if not some:
         return "There are no results yet."
     one, seeds = some[0], sorted({found["seed"] for found in some})
+    commits = " and ".join(sorted({found["commit"] for found in some}))
     rl = [found for found in some if found["updates"]]
     numbers = {
         name: ", ".join(map(str, sorted({f[name] for f in rl})))
@@ -308,9 +311,9 @@ def about(arms: Results) -> str:
     }
     versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
     return (
-        f"{len(some)} results of {len(arms)} arms, seeds {', '.join(map(str, seeds))}; commit "
-        f"{one['commit']}, world {one['world']}, {versions}, {one['machine']} each; "
-        f"{sum(found['seconds'] for found in some) / 3600:.1f} core hours without the worlds. "
+        f"{len(some)} results of {len(arms)} arms, seeds {', '.join(map(str, seeds))}; code "
+        f"{one['code']}, commit {commits}, world {one['world']}, {versions}, {one['machine']} "
+        f"each; {sum(f['seconds'] for f in some) / 3600:.1f} core hours without the worlds. "
         f"Every arm with RL made {numbers['updates']} updates with {numbers['completions']} "
         "completions."
     )

@@ -13,6 +13,8 @@ replication.py writes docs/replication.md. Results of another commit or world ar
 """
 
 import argparse
+import ast
+import hashlib
 import json
 import os
 import platform
@@ -22,6 +24,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -38,12 +41,10 @@ from engine.pretrained import open_policy
 
 ROOT = Path(__file__).parent
 RUNS = ROOT / "runs" / "replication"
-# whose last commit names the code of a result: all that decides its numbers
-CODE = [
-    *("answers.py", "caption_reward.py", "config.py", "conflict.py", "data.py", "grpo.py"),
-    *("measures.py", "ntk_infonce.py", "reasoning.py", "rollouts.py", "train.py"),
-    *("selection.py", "variance_select.py", "engine", "world"),
-]
+CODE = (  # what decides the numbers of a result
+    "answers caption_reward config conflict data grpo measures ntk_infonce reasoning rollouts "
+    "selection train variance_select engine/* world/*"
+).split()
 PLAIN = {"caption_reward": False, "selection": False, "nce_weight": 0.0}
 TWO_STAGE = {"four_stage": False, "caption_reward": False}
 BASE = {"method": "sft", **TWO_STAGE, "sft_steps": 0}
@@ -338,39 +339,59 @@ def representations(job: Job, n: int = 129) -> dict:
 
 
 def provenance(folder: Path) -> dict:
-    """The commit of the code, the world and the versions behind a result."""
+    """The code, the world and the versions behind a result."""
     return {
-        "commit": code_commit(),
+        "code": code(),
+        "commit": commit(),
         "world": json.loads((folder / "world.json").read_text())["version"],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
 
 
-def code_commit() -> str:
-    """The last commit that changed CODE, with "+" where files differ from it; "unknown" without
-    git."""
+@cache
+def code() -> str:
+    """A hash of CODE that comments, docstrings and the help of options do not change, and that is
+    the same under every version of Python."""
+
+    def outline(node) -> list:
+        if isinstance(node, list):
+            return [outline(x) for x in node if not isinstance(x, ast.keyword) or x.arg != "help"]
+        if not isinstance(node, ast.AST):
+            return [repr(node)]
+        fields = {name: x for name, x in ast.iter_fields(node) if x not in (None, [])}
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            fields["body"] = fields["body"][1:]
+        return [type(node).__name__, *([name, outline(x)] for name, x in fields.items())]
+
+    files = sorted(file for name in CODE for file in ROOT.glob(f"{name}.py"))
+    trees = [[file.name, outline(ast.parse(file.read_text(encoding="utf-8")))] for file in files]
+    return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:10]
+
+
+def commit() -> str:
+    """The commit of the folder, with "+" where files differ from it; "" without git."""
 
     def git(*words: str) -> str:
-        return subprocess.run(
-            ["git", *words, "--", *CODE], cwd=ROOT, capture_output=True, text=True
-        ).stdout.strip()
+        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        return done.stdout.strip()
 
-    commit = git("log", "-1", "--format=%h", "--abbrev=10")
-    return (commit + "+" * bool(git("status", "--porcelain"))) or "unknown"
+    return git("rev-parse", "--short=10", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno"))
 
 
 def check(results: Path) -> None:
-    """Exit where the results there are of another commit or world: new ones would mix with them."""
-    odd = {(found["commit"], found["world"]) for found in replication.read(results)} - {
-        (code_commit(), world.VERSION)
-    }
-    if odd:
-        commit, version = sorted(odd)[0]
-        sys.exit(
-            f"error: {results} holds results of commit {commit}, world {version}; this is commit "
-            f"{code_commit()}, world {world.VERSION}. They are not mixed: give another --results, "
-            f"or check that commit out (git worktree add ../there {commit})"
-        )
+    """Exit where the results there are of other code or another world: new ones would mix with
+    them."""
+    here = code(), world.VERSION
+    for found in replication.read(results):
+        if (found["code"], found["world"]) != here:
+            sys.exit(
+                f"error: {results} holds results of other code or another world (code "
+                f"{found['code']}, world {found['world']}; here {here[0]}, {here[1]}). They are "
+                "not mixed: give another --results, or work at their commit (git worktree add "
+                f"../there {found['commit']})"
+            )
 
 
 def parse() -> argparse.Namespace:

@@ -26,7 +26,8 @@ def result(arm: str, seed: int, numbers: dict, **changes) -> dict:
         "arm": arm,
         "words": ARMS[arm].words,
         "seed": seed,
-        "commit": "abc",
+        "code": "abc",
+        "commit": "c0ffee",
         "world": 2,
         "versions": {"torch": "2", "transformers": "5"},
         "machine": "m",
@@ -175,15 +176,35 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
 
 
 def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkeypatch):
-    folder = put(tmp_path / "r", result("ours", 0, {}), result("ours", 1, {}, commit="def"))
-    with pytest.raises(SystemExit, match="abc, world 2; commit def, world 2"):
+    folder = put(tmp_path / "r", result("ours", 0, {}), result("ours", 1, {}, code="def"))
+    with pytest.raises(SystemExit, match="code abc, world 2; code def, world 2"):
         replication.by_arm(replication.read(folder))
     folder = put(tmp_path / "s", result("ours", 0, {}))
-    monkeypatch.setattr(reproduce, "code_commit", lambda: "abc")
+    monkeypatch.setattr(reproduce, "code", lambda: "abc")
     reproduce.check(folder)
-    monkeypatch.setattr(reproduce, "code_commit", lambda: "xyz")
-    with pytest.raises(SystemExit, match="commit abc, world 2; this is commit xyz"):
+    monkeypatch.setattr(reproduce, "code", lambda: "xyz")
+    with pytest.raises(
+        SystemExit, match="code abc, world 2; here xyz, 2.*worktree add ../there c0"
+    ):
         reproduce.check(folder)
+
+
+def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch):
+    """Comments, docstrings and the help of an option do not change it; a number does."""
+    (tmp_path / "engine").mkdir()
+    source = '"""Doc."""\n\n\ndef f(x):\n    """Say."""\n    return option(x + 1, help="some")\n'
+    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+
+    def code(text: str) -> str:
+        (tmp_path / "engine/vlm.py").write_text(text)
+        return reproduce.code.__wrapped__()
+
+    first = code(source)
+    for old, new in (("Doc", "Other"), ("Say", "Tell"), ("some", "more"), ("x + 1", "x+1  # one")):
+        assert code(source.replace(old, new)) == first
+    assert code(source.replace("x + 1", "x + 2")) != first
+    (tmp_path / "report.py").write_text("1")  # decides no number
+    assert code(source) == first
 
 
 def test_the_page_keeps_what_is_written_by_hand(tmp_path):
@@ -201,7 +222,10 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path):
     text = replication.write(folder, page, list(ARMS)).read_text()
     assert text.startswith("# By hand\n") and text.count(replication.MARK) == 1
     assert "| accuracy | +10.0 | - | 1 | one seed: no interval |" in text.replace("+20.0", "+10.0")
-    assert "no result" in text and "| plain four-stage GRPO | 1 | 960 | 80.0 |" in text
+    assert (
+        "Not measured yet: ours beats" in text
+        and "| plain four-stage GRPO | 1 | 960 | 80.0 |" in text
+    )
     again = replication.write(folder, page, list(ARMS)).read_text()
     assert again == text
 
