@@ -654,7 +654,7 @@ def workshop(monkeypatch):
     made, fail = [], set()
 
     def maker(name):
-        def make(folder, **options):
+        def make(folder, *args, **options):
             (folder / "half").write_text("begun")
             if name in fail:
                 raise KeyboardInterrupt
@@ -723,6 +723,14 @@ def test_an_unfinished_part_is_not_taken_for_whole(workshop, tmp_path):
     (tmp_path / ".data.unfinished" / "stale.json").write_text("[]")
     world.build(tmp_path, quiet=True)
     assert contents(tmp_path) == WHOLE
+
+
+def test_a_judge_that_cannot_read_is_trained_for_longer(workshop, tmp_path, monkeypatch):
+    made, _ = workshop
+    found = iter([0.9, 0.98])
+    monkeypatch.setattr(models, "judge_accuracy", lambda _: {**REPORT, "true": next(found)})
+    world.build(tmp_path, quiet=True)
+    assert sorted(made) == ["data", "judge", "judge", "policy"] and contents(tmp_path) == WHOLE
 
 
 def test_build_refuses_a_judge_that_cannot_read(workshop, tmp_path, monkeypatch):

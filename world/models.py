@@ -276,7 +276,7 @@ def _chat(rng: random.Random, scene: Scene, text: str) -> list[dict]:
     return [{"role": "user", "content": [media, {"type": "text", "text": text}]}]
 
 
-def train_judge(folder: Path, steps: int = 320, seed: int = 0, quiet: bool = False) -> None:
+def train_judge(folder: Path, steps: int, seed: int = 0, quiet: bool = False) -> None:
     """The judge: to answer from a true caption that is not `held_out`; one in ten is empty, and
     teaches it the question-only floor."""
     set_seed(seed)
