@@ -45,9 +45,10 @@ HEADINGS = {  # the first option of each group in `--help`
 }
 HOLDS = {"at least": ge, "at most": le, "above": gt, "below": lt}
 SHARED = (  # what decides a cold start and its responses: runs that share them agree on these
-    "four_stage model data on_bad_row judge judge_model world seed min_pixels max_pixels fps "
-    "max_frames dtype attention lora_rank train_vision sft_steps sft_epochs sft_batch sft_lr "
-    "warmup weight_decay max_grad_norm responses max_new_tokens lenient eval_responses"
+    "four_stage model data on_bad_row judge judge_model judge_max_tokens world seed min_pixels "
+    "max_pixels fps max_frames max_prompt_tokens dtype attention lora_rank train_vision sft_steps "
+    "sft_epochs sft_batch sft_lr warmup weight_decay max_grad_norm responses max_new_tokens "
+    "lenient eval_responses"
 ).split()
 MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 2  # a judge may be asked twice while other ranks wait
 

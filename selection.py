@@ -77,19 +77,25 @@ def _selected(
             f"of {len(scores)} prompts, although it was asked twice. Its last error: "
             f"{next(filter(None, errors), 'unknown')}. The same command asks again"
         )
-    kind = {sample.id: sample.category for sample in samples}
     if cfg.select_class:
-        known = [line for line in known if line["class"] == cfg.select_class]
+        scores, known = (
+            [line for line in lines if line["class"] == cfg.select_class]
+            for lines in (scores, known)
+        )
+    of_class = {line["id"] for line in scores}
+    kind = {sample.id: sample.category for sample in samples if sample.id in of_class}
     ids = [line["id"] for line in known]
     variance = torch.tensor([line["variance"] for line in known])
     within = [kind[i] for i in ids] if cfg.select_within else None
     kept = variance_select.select_top_variance(ids, variance, cfg.keep, within)
     if not kept:
+        which = f" of class {cfg.select_class}" if cfg.select_class else ""
+        if not scores:
+            raise DataError(f"selection: no prompt is{which}. Choose another --select_class")
         raise DataError(
-            f"selection: all {cfg.responses} responses of every prompt"
-            + f" of class {cfg.select_class}" * bool(cfg.select_class)
-            + " earn the same reward, so RL has nothing to learn from. Train the cold start "
-            "longer, or give harder or easier prompts"
+            f"selection: all {cfg.responses} responses of every prompt{which} earn the same "
+            "reward, so RL has nothing to learn from. Train the cold start longer, or give harder "
+            "or easier prompts"
         )
     tied = [line["id"] for line in known if line["variance"] == 0]
     counts = [Counter(kind[i] for i in some) for some in (kept, kind, tied)]
@@ -141,6 +147,9 @@ def share(cfg: Config, run: Run) -> None:
         )
     there = yaml.safe_load(file.read_text())
     differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
+    rows = [folder / "data.json" for folder in (source, run.folder)]
+    if not differ and json.loads(rows[0].read_text()) != json.loads(rows[1].read_text()):
+        differ = ["its rows or their media are not those of now"]
     if differ:
         raise ConfigError(f"share: {source} has another cold start: {', '.join(differ)}")
     if run.is_main:

@@ -21,9 +21,9 @@ counterpart in real training:
 So an answer can be right behind a wrong caption, and RL on answers has no reason to mend captions.
 
 The usual value stands in TYPICAL of the cases: 50 %, above chance for colours and directions
-(25 %). A shape and its companion come together in that share of the existence questions, and one
-without the other in the rest; a count is asked beside a companion in 1 - TYPICAL, and the prior
-then expects one more.
+(25 %). Of the existence questions, in that share both the shape and its companion are there or
+neither is, and one alone in the rest; in the prior-breaking set it is always one. A count is asked
+beside a companion in 1 - TYPICAL, and the prior then expects one more.
 
 A question alone, without the picture, is answered right as often as its best constant answer (the
 question-only floor):
@@ -78,7 +78,7 @@ COLD_TYPICAL = 0.2  # that share in the cold start
 FLAW_CAPTION, FLAW_ANSWER = 0.9, 0.5
 SIZES = {
     "cold_start": 2400,
-    "train": 1008,
+    "train": 1920,
     "test": 400,
     "test_prior_breaking": 300,
     "test_pairs": 300,
