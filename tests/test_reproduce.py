@@ -1,19 +1,23 @@
-"""reproduce.py and replication.py: the arms, what runs when, and what the results say."""
+"""reproduce.py and replication/: the arms, what runs when, and what the results say."""
 
 import json
 import re
 import statistics
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
+import commands
 import numpy as np
 import pytest
 
 import config
-import replication
 import reproduce
-from reproduce import ARMS, Job
+from engine import ConfigError
+from replication import arms, collect, page
+from replication.arms import ARMS, FIGURES, TABLES, Job
+from replication.claims import CLAIMS, CRITERIA, Claim
 
 ROOT = Path(__file__).parent.parent
 SETS = ("test", "test_pairs", "test_prior_breaking")
@@ -21,11 +25,18 @@ SETS = ("test", "test_pairs", "test_prior_breaking")
 
 def result(arm: str, seed: int, numbers: dict, **changes) -> dict:
     """A result file's content, with the same numbers on every set, before and after RL."""
-    sides = {side: {split: numbers[side] for split in SETS} for side in numbers}
+    sides = {
+        side: {split: {"by category": {}} | numbers[side] for split in SETS} for side in numbers
+    }
     return {
         "arm": arm,
         "words": ARMS[arm].words,
         "seed": seed,
+        "begins as": "cold",
+        "start": "s",
+        "floor": {},
+        "representations": {},
+        "options": ARMS[arm].options,
         "code": "abc",
         "commit": "c0ffee",
         "world": 2,
@@ -83,18 +94,16 @@ def test_arms_that_select_take_the_scores_of_ours():
 
 
 def test_tables_and_claims_need_only_known_arms():
-    shown = {
-        arm for arms in (*reproduce.TABLES.values(), *reproduce.FIGURES.values()) for arm in arms
-    }
+    shown = {arm for some in (*TABLES.values(), *FIGURES.values()) for arm in some}
     assert shown <= set(ARMS)
-    claims = [*replication.CRITERIA, *(c for some in replication.CLAIMS.values() for c in some)]
+    claims = [*CRITERIA, *(c for _, some in CLAIMS.values() for c in some)]
     assert {arm for c in claims for arm, _ in (c.more, c.less)} <= shown
 
 
 def test_jobs_wait_for_their_world_and_their_cold_start(tmp_path, monkeypatch):
     """The world, then the arms that others share; what has a result is left out, but made again
     where an arm without one needs its folder."""
-    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(arms, "RUNS", tmp_path / "runs")
     results = put(tmp_path / "results", result("cold", 0, {}), result("plain", 0, {}))
     every = [Job(arm, 0) for arm in ("cold", "plain", "ours", "easy")]
     jobs = [job.arm for job in reproduce.to_do(every, results)]
@@ -105,7 +114,7 @@ def test_jobs_wait_for_their_world_and_their_cold_start(tmp_path, monkeypatch):
 
 def test_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch):
     """With commands that only leave a mark; ours fails, and what shares it is not tried."""
-    monkeypatch.setattr(reproduce, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(arms, "RUNS", tmp_path / "runs")
     monkeypatch.setattr(
         reproduce, "collect", lambda job, *rest: (job.folder / "result.json").touch()
     )
@@ -121,9 +130,10 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch):
     every = [Job(arm, seed) for arm in ("cold", "plain", "ours", "easy") for seed in (0, 1)]
     jobs = reproduce.to_do(every, tmp_path)
     assert not reproduce.run(jobs, 2, tmp_path)
-    made = {str(p.relative_to(tmp_path / "runs")) for p in (tmp_path / "runs").rglob("result.json")}
+    here = tmp_path / "runs" / arms.code()
+    made = {str(p.relative_to(here)) for p in here.rglob("result.json")}
     assert made == {f"seed-{s}/{arm}/result.json" for s in (0, 1) for arm in ("cold", "plain")}
-    assert not (tmp_path / "runs/seed-0/easy").exists()
+    assert not (here / "seed-0/easy").exists()
 
 
 # --- what results say -----------------------------------------------------------------------------
@@ -132,7 +142,7 @@ def test_a_failure_stops_only_what_needs_it(tmp_path, monkeypatch):
 def test_the_quantiles_are_student_s():
     """The density of t, integrated numerically."""
     x = np.linspace(0, 400, 2_000_001)
-    for k, quantile in enumerate(replication.STUDENT, 1):
+    for k, quantile in enumerate(page.STUDENT, 1):
         density = (1 + x**2 / k) ** (-(k + 1) / 2)
         cumulated = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)]) * (
             x[1] - x[0]
@@ -144,21 +154,21 @@ def test_the_quantiles_are_student_s():
 
 
 def test_a_verdict_is_that_of_the_interval_over_seeds():
-    claim = replication.Claim("c", ("ours", "after"), ("plain", "after"), "test", "accuracy", 1)
+    claim = Claim("c", ("ours", "after"), ("plain", "after"), "test", "accuracy", 1)
     numbers = [0.02, 0.03, 0.01, 0.02, 0.04]
-    low, high = replication.interval(numbers)
+    low, high = page.interval(numbers)
     half = 2.776 * statistics.stdev(numbers) / 5**0.5
     assert (low, high) == pytest.approx((0.024 - half, 0.024 + half))
-    assert replication.verdict(claim, numbers) == "holds"
-    assert replication.verdict(claim, [-x for x in numbers]) == "does not hold"
-    assert replication.verdict(claim, [0.02, -0.03, 0.01]) == "undecided"
-    assert replication.verdict(claim, [0.5]) == "one seed: no interval"
-    assert replication.verdict(claim, []) == "no result"
-    less = replication.Claim("c", ("ours", "after"), ("plain", "after"), "test", "accuracy", -1)
-    assert replication.verdict(less, [-x for x in numbers]) == "holds"
-    ten = replication.Claim("c", claim.more, claim.less, "test", "accuracy", 1, least=0.1)
-    assert replication.verdict(ten, [0.12, 0.13, 0.125]) == "holds"
-    assert replication.verdict(ten, numbers) == "does not hold"
+    assert page.verdict(claim, numbers) == "holds"
+    assert page.verdict(claim, [-x for x in numbers]) == "does not hold"
+    assert page.verdict(claim, [0.02, -0.03, 0.01]) == "undecided"
+    assert page.verdict(claim, [0.5]) == "one seed: no interval"
+    assert page.verdict(claim, []) == "no result"
+    less = Claim("c", ("ours", "after"), ("plain", "after"), "test", "accuracy", -1)
+    assert page.verdict(less, [-x for x in numbers]) == "holds"
+    ten = Claim("c", claim.more, claim.less, "test", "accuracy", 1, least=0.1)
+    assert page.verdict(ten, [0.12, 0.13, 0.125]) == "holds"
+    assert page.verdict(ten, numbers) == "does not hold"
 
 
 def test_differences_are_taken_seed_by_seed(tmp_path):
@@ -168,17 +178,17 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
         *(result("ours", s, {"after": {"accuracy": 0.8 + s / 100}}) for s in (0, 1, 2)),
         *(result("plain", s, {"after": {"accuracy": 0.7}}) for s in (1, 2, 3)),
     )
-    arms = replication.by_arm(replication.read(folder))
-    claim = replication.Claim("c", ("ours", "after"), ("plain", "after"), "test", "accuracy", 1)
-    assert replication.differences(claim, arms) == pytest.approx({1: 0.11, 2: 0.12})
-    claim = replication.Claim("c", claim.more, claim.less, "test", "accuracy", 1, share=0.5)
-    assert replication.differences(claim, arms) == pytest.approx({1: 0.46, 2: 0.47})
+    found = page.by_arm(page.read(folder))
+    claim = Claim("c", ("ours", "after"), ("plain", "after"), "test", "accuracy", 1)
+    assert page.differences(claim, found) == pytest.approx({1: 0.11, 2: 0.12})
+    claim = Claim("c", claim.more, claim.less, "test", "accuracy", 1, share=0.5)
+    assert page.differences(claim, found) == pytest.approx({1: 0.46, 2: 0.47})
 
 
 def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkeypatch):
     folder = put(tmp_path / "r", result("ours", 0, {}), result("ours", 1, {}, code="def"))
     with pytest.raises(SystemExit, match="code abc, world 2; code def, world 2"):
-        replication.by_arm(replication.read(folder))
+        page.by_arm(page.read(folder))
     folder = put(tmp_path / "s", result("ours", 0, {}))
     monkeypatch.setattr(reproduce, "code", lambda: "abc")
     reproduce.check(folder)
@@ -193,14 +203,20 @@ def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch)
     """Comments, docstrings and the help of an option do not change it; a number does."""
     (tmp_path / "engine").mkdir()
     source = '"""Doc."""\n\n\ndef f(x):\n    """Say."""\n    return option(x + 1, help="some")\n'
-    monkeypatch.setattr(reproduce, "ROOT", tmp_path)
+    monkeypatch.setattr(arms, "ROOT", tmp_path)
 
     def code(text: str) -> str:
         (tmp_path / "engine/vlm.py").write_text(text)
-        return reproduce.code.__wrapped__()
+        return arms.code.__wrapped__()
 
     first = code(source)
-    for old, new in (("Doc", "Other"), ("Say", "Tell"), ("some", "more"), ("x + 1", "x+1  # one")):
+    for old, new in (
+        ("Doc", "Other"),
+        ("Say", "Tell"),
+        ("some", "more"),
+        ("x + 1", "x  +  1"),
+        ("return", "# one\n    return"),
+    ):
         assert code(source.replace(old, new)) == first
     assert code(source.replace("x + 1", "x + 2")) != first
     (tmp_path / "report.py").write_text("1")  # decides no number
@@ -217,34 +233,31 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path):
             "after": {"accuracy": 0.8, "right, caption wrong": 0.35},
         }),
     )  # fmt: skip
-    page = tmp_path / "page.md"
-    page.write_text("# By hand\n")
-    text = replication.write(folder, page, list(ARMS)).read_text()
-    assert text.startswith("# By hand\n") and text.count(replication.MARK) == 1
+    file = tmp_path / "page.md"
+    file.write_text("# By hand\n")
+    text = page.write(folder, file, list(ARMS)).read_text()
+    assert text.startswith("# By hand\n") and text.count(page.MARK) == 1
     assert "| accuracy | +10.0 | - | 1 | one seed: no interval |" in text.replace("+20.0", "+10.0")
     assert (
         "Not measured yet: ours beats" in text
         and "| plain four-stage GRPO | 1 | 960 | 80.0 |" in text
     )
-    again = replication.write(folder, page, list(ARMS)).read_text()
+    again = page.write(folder, file, list(ARMS)).read_text()
     assert again == text
 
 
 def test_the_committed_page_is_what_its_results_say(tmp_path):
     """docs/replication.md below its mark follows from docs/replication/ alone."""
-    page, folder = ROOT / "docs/replication.md", ROOT / "docs/replication"
+    file, folder = ROOT / "docs/replication.md", ROOT / "docs/replication"
     if not folder.exists():
         pytest.skip("no results are committed")
     copy = tmp_path / "replication.md"
-    copy.write_text(page.read_text().split(replication.MARK)[0])
+    copy.write_text(file.read_text().split(page.MARK)[0])
     (tmp_path / "replication").mkdir()
-    for file in folder.glob("*.json"):
-        (tmp_path / "replication" / file.name).write_text(file.read_text())
-    assert (
-        replication.write(tmp_path / "replication", copy, list(ARMS)).read_text()
-        == page.read_text()
-    )
-    for name in re.findall(r"\]\((replication/\S+\.svg)\)", page.read_text()):
+    for one in folder.glob("*.json"):
+        (tmp_path / "replication" / one.name).write_text(one.read_text())
+    assert page.write(tmp_path / "replication", copy, list(ARMS)).read_text() == file.read_text()
+    for name in re.findall(r"\]\((replication/\S+\.svg)\)", file.read_text()):
         assert (folder.parent / name).exists(), name
 
 
@@ -264,3 +277,74 @@ def test_bad_options_are_one_line(options, says):
         [sys.executable, "reproduce.py", *options], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+
+
+# --- what is kept of an arm -----------------------------------------------------------------------
+
+
+def test_arms_of_a_seed_that_began_differently_are_not_paired(tmp_path):
+    folder = put(
+        tmp_path / "r",
+        result("plain", 0, {}),
+        result("ours", 0, {}, start="other"),
+        result("grpo", 0, {}, start="two stages", **{"begins as": "cold2"}),
+    )
+    with pytest.raises(SystemExit, match="plain of seed 0 began with another cold start"):
+        page.by_arm(page.read(folder))
+
+
+def test_an_arm_whose_options_have_changed_is_not_taken(tmp_path, monkeypatch):
+    folder = put(tmp_path / "r", result("top30", 0, {}, options={"keep": 0.2}))
+    monkeypatch.setattr(reproduce, "code", lambda: "abc")
+    with pytest.raises(SystemExit, match="top30 in .* was run with other options"):
+        reproduce.check(folder)
+
+
+def test_the_rise_of_a_reward_by_hand():
+    """From the first to the last fifth of the updates, and the part of it by the second."""
+    curves = {
+        "caption, medium": [0.2, 0.5, 0.6, 0.6, 0.7],
+        "caption, hard": [0.1, 0.1, 0.1, 0.1, 0.2],
+        "accuracy, medium": [0.5, 0.6, 0.8, 0.9, 0.9],
+    }
+    assert page.rise(curves, "medium", "caption") == pytest.approx(0.5)
+    assert page.rise(curves, "hard", "caption") == pytest.approx(0.1)
+    assert page.rise(curves, "caption", "early share") == pytest.approx(0.6)
+    assert page.rise(curves, "accuracy", "early share") == pytest.approx(0.25)
+    assert page.rise({}, "easy", "caption") is None
+
+
+def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
+    """train.py's own run folder, collected; then the arm that scores gives the others classes."""
+    monkeypatch.setattr(arms, "RUNS", tmp_path / "runs")
+    monkeypatch.setattr(collect, "REPRESENTED", ("plain",))
+    monkeypatch.setattr(collect, "representations", partial(collect.representations, n=6))
+    home = tmp_path / "runs" / arms.code()
+    home.mkdir(parents=True)
+    (home / "world-0").symlink_to(world)
+    small = ["--sft_steps", 30, "--sft_batch", 8, "--sft_lr", "3e-3", "--responses", 4]
+    small += ["--rl_steps", 5, "--prompts_per_step", 4, "--group_size", 4, "--eval_responses", 2]
+    for arm in ("cold", "plain", "ours"):
+        job = Job(arm, 0)
+        commands.launch(*job.command()[1:], *small)
+        collect.collect(job, collect.spent(job, 7.0), 1, tmp_path / "results")
+    plain = json.loads((tmp_path / "results/plain-seed0.json").read_text())
+    ours = json.loads((tmp_path / "results/ours-seed0.json").read_text())
+    cold = json.loads((tmp_path / "results/cold-seed0.json").read_text())
+    assert plain["start"] == ours["start"] == cold["start"] and plain["begins as"] == "cold"
+    assert plain["updates"] == 5 and plain["completions"] == 5 * 4 * 4 and plain["seconds"] == 7
+    lines = [json.loads(x) for x in (Job("ours", 0).folder / "select/scores.jsonl").open()]
+    rolls = [json.loads(x) for x in (Job("plain", 0).folder / "rl/rollouts.jsonl").open()]
+    variance = {line["id"]: line["variance"] for line in lines}
+    assert plain["variance seen"] == pytest.approx(
+        statistics.fmean(variance[x["id"]] for x in rolls), abs=1e-4
+    )
+    assert set(cold["floor"]) == {"test", "test_pairs"}
+    assert set(plain["representations"]) == {"before", "after", "is positive"}
+    scored = json.loads((Job("plain", 0).folder / "eval/after.json").read_text())
+    kept = plain["metrics"]["after"]["test"]
+    assert kept["accuracy"] == pytest.approx(scored["test"]["metrics"]["accuracy"]["value"])
+    page.write(tmp_path / "results", tmp_path / "results.md", list(ARMS))
+    with pytest.raises(ConfigError, match="is the world of seed 0"):
+        (home / "world-1").symlink_to(world)
+        collect.provenance(Job("cold", 1))

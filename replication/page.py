@@ -1,21 +1,22 @@
-"""What reproduce.py's results say: the paper's claims with intervals over seeds, tables, figures.
+"""What the results say of the claims: intervals over seeds, tables, figures.
 
-A claim is a difference between two arms, or between two moments of one, in one measure. It is taken
-seed by seed, because the arms of a seed share world, cold start and test rows, and its 95 %
-interval is Student's over the seeds. A claim holds where the interval lies on its side of 0, does
-not where it lies on the other, and is undecided where it holds 0.
+A difference is taken seed by seed, because the arms of a seed share world, cold start and test
+rows, and its 95 % interval is Student's over the seeds. A claim holds where the interval lies on
+its side of 0 (or of the claim's margin), does not where it lies on the other, and is undecided
+where it holds that border.
 """
 
 import json
 import sys
 from collections import defaultdict
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from replication.claims import CLAIMS, CRITERIA, Claim
 
 # Student's 97.5 % quantiles for 1 degree of freedom and more
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -35,122 +36,6 @@ MEASURES = {  # column: (set, measure, is more better)
 }
 IN_POINTS = {name for name in MEASURES if name not in ("entropy", "slope")}
 SETS = {"test": "", "test_prior_breaking": ", prior-breaking", "test_pairs": ", pairs"}
-
-
-@dataclass(frozen=True)
-class Claim:
-    """`more` - `less` in one measure, in the direction that is claimed (1: greater, -1: smaller).
-
-    more, less: (arm, side), side "before" or "after" RL. least: a margin that the difference must
-    exceed. share: `less` counts by this share only.
-    """
-
-    words: str
-    more: tuple[str, str]
-    less: tuple[str, str]
-    split: str
-    measure: str
-    direction: int
-    paper: str = "-"
-    least: float = 0.0
-    share: float = 1.0
-
-
-def of(arm: str, side: str = "after") -> tuple[str, str]:
-    return arm, side
-
-
-def better(
-    words: str, more: str, less: str, paper: tuple[str, str, str] = ("-",) * 3
-) -> list[Claim]:
-    """`more` does better than `less`: in accuracy, pairs, F1; and in what its captions say. paper:
-    its difference on MMVU, VideoHallucer and POPE, the nearest of its benchmarks."""
-    rows = [
-        ("test", "accuracy", 1, f"MMVU {paper[0]}"),
-        ("test_prior_breaking", "accuracy", 1, "-"),
-        ("test_pairs", "paired", 1, f"VideoHallucer {paper[1]}"),
-        ("test_pairs", "f1", 1, f"POPE {paper[2]}"),
-        ("test", "answerable captions", 1, "-"),
-        ("test", "right, caption wrong", -1, "-"),
-        ("test", "hallucinated objects", -1, "-"),
-    ]
-    return [
-        Claim(words, of(more), of(less), split, measure, way, "-" if said.endswith("-") else said)
-        for split, measure, way, said in rows
-    ]
-
-
-RL, START = of("plain"), of("plain", "before")
-CRITERIA = [
-    Claim(
-        "RL on answers raises accuracy by 10 points or more",
-        RL, START, "test", "accuracy", 1, least=0.1,
-    ),
-    Claim(
-        "right answers behind wrong captions become more frequent",
-        RL, START, "test", "right, caption wrong", 1,
-    ),
-    Claim(
-        "more than four fifths of the hallucination stays",
-        RL, START, "test", "hallucinated objects", 1, share=0.8,
-    ),
-    Claim("held-out pairs do not gain", RL, START, "test_pairs", "paired", -1),
-]  # fmt: skip
-CLAIMS = {
-    "RL makes it worse (Table 1)": [
-        Claim(
-            "GRPO answers fewer pairs than the base model",
-            of("grpo"), of("base", "before"), "test_pairs", "paired", -1, "VideoHallucer -4.2",
-        ),
-        Claim(
-            "GRPO answers better than the base model",
-            of("grpo"), of("base", "before"), "test", "accuracy", 1, "MMVU +4.5",
-        ),
-    ],
-    "All three together (Table 1)": better(
-        "ours beats two-stage GRPO", "ours", "grpo", ("+3.5", "+8.5", "+5.1")
-    )[:4]
-    + better("ours beats plain four-stage GRPO", "ours", "plain"),
-    "Caption Reward (Table 2)": better(
-        "ours loses without it", "ours", "no-reward", ("+2.3", "+2.2", "+2.1")
-    )
-    + better("added alone to plain GRPO it helps", "caption", "plain"),
-    "Caption stage (Table 2)": better(
-        "ours loses without stage and reward", "ours", "no-stage", ("+3.0", "+3.2", "+3.5")
-    )[:4],
-    "Selection (Table 3)": better(
-        "the top half by variance beats all prompts", "ours", "full", ("+1.3", "+1.4", "+1.2")
-    )
-    + better("medium beats easy prompts", "medium", "easy", ("+3.4", "+3.1", "+2.1"))
-    + better("medium beats hard prompts", "medium", "hard", ("+2.1", "+2.4", "+0.5"))
-    + better("added alone to plain GRPO it helps", "select", "plain")
-    + better("the top half of each kind beats that of all", "within", "ours"),
-    "Eq. 4 (Table 4)": better(
-        "ours loses without it", "ours", "no-eq4", ("+1.8", "+2.5", "+1.9")
-    )
-    + better("added alone to plain GRPO it helps", "eq4", "plain")
-    + better("its positives beat shuffled ones", "ours", "shuffled"),
-    "Variance and generalisation (Figure 1b)": better(
-        "the top 30 % of medium by variance beat all of medium", "top30", "medium"
-    )[:2],
-    "Entropy (Figure 4)": [
-        Claim(
-            "training on easy prompts leaves lower entropy than on medium ones",
-            of("easy"), of("medium"), "test", "entropy", -1, "lower",
-        ),
-        Claim(
-            "training on hard prompts leaves higher entropy than on medium ones",
-            of("hard"), of("medium"), "test", "entropy", 1, "higher",
-        ),
-    ],
-    "tau (Figure 5a)": [
-        Claim(
-            f"accuracy at tau 0.54 is above that at {tau}",
-            of("ours"), of(f"tau-{tau}"), "test", "accuracy", 1, "peak at 0.54",
-        )
-        for tau in (0.1, 0.3, 0.7, 0.9)
-    ],
-}  # fmt: skip
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -190,13 +75,38 @@ def by_arm(results: list[dict]) -> Results:
             + ". Delete those that are not wanted, or give another --results"
         )
     arms: Results = defaultdict(dict)
+    starts: dict[tuple, str] = {}
     for found in results:
         arms[found["arm"]][found["seed"]] = found
+        same = found["seed"], found["begins as"]
+        if starts.setdefault(same, found["start"]) != found["start"]:
+            sys.exit(
+                f"error: {found['arm']} of seed {found['seed']} began with another cold start than "
+                "other arms of that seed. Delete the results of that seed, and run it again"
+            )
     return arms
 
 
 def value(found: dict, side: str, split: str, measure: str) -> float | None:
+    """One number of a result: of an evaluation, of the rewards' rise, or of representations."""
+    if split == "rise":
+        return rise(found["curves"], side, measure)
+    if split == "representations":
+        return found["representations"].get(side, {}).get(measure)
     return found["metrics"].get(side, {}).get(split, {}).get(measure)
+
+
+def rise(curves: dict, side: str, measure: str) -> float | None:
+    """From the first to the last fifth of the updates: how far a reward rises on the prompts of a
+    class; or which part of a reward's rise on medium prompts is made by the second fifth."""
+    name = f"{side}, medium" if measure == "early share" else f"{measure}, {side}"
+    line = curves.get(name, [None])
+    if None in (line[0], line[-1]):
+        return None
+    total = line[-1] - line[0]
+    if measure != "early share":
+        return total
+    return (line[1] - line[0]) / total if total > 0.01 and line[1] is not None else None
 
 
 def differences(claim: Claim, arms: Results) -> dict[int, float]:
@@ -257,15 +167,30 @@ def claim_table(claims: list[Claim], arms: Results) -> str:
     return "\n\n".join(parts)
 
 
+def kind_table(names: tuple[str, ...], arms: Results) -> str:
+    """By kind of question on the test set: what stands behind the answers, mean over seeds."""
+    columns = ("accuracy", "answerable captions", "right, caption wrong", "slope")
+    lines = ["| arm | kind | " + " | ".join(columns) + " |", "|---|---|" + "---|" * len(columns)]
+    for name in names:
+        for side in ["before" if name == "cold" else "after"]:
+            tables = [
+                found["metrics"][side]["test"]["by category"] for found in arms[name].values()
+            ]
+            for kind in sorted({kind for table in tables for kind in table}):
+                cells = []
+                for column in columns:
+                    known = [t[kind][column] for t in tables if column in t.get(kind, {})]
+                    cells.append(points(fmean(known), column, False) if known else "-")
+                lines.append(f"| {name} | {kind} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def arm_table(names: tuple[str, ...], arms: Results) -> str:
     """Mean and standard deviation over seeds of every measure, an arm a row."""
     head = ["arm", "seeds", "prompts seen", *MEASURES]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for name in names:
         some = list(arms[name].values())
-        if not some:
-            lines.append(f"| {name}: no result |" + " |" * (len(head) - 1))
-            continue
         side = "after" if "after" in some[0]["metrics"] else "before"
         cells = [f"{some[0]['words']}", str(len(some))]
         cells.append(f"{fmean(s['prompts seen'] for s in some):.0f}")
@@ -283,11 +208,18 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     arms = by_arm(read(folder))
     parts = [MARK, about(arms), "## Does the world have the disease?", claim_table(CRITERIA, arms)]
     parts += ["## Every claim"]
-    for title, claims in CLAIMS.items():
-        parts += [f"### {title}", claim_table(claims, arms)]
-    parts += ["## Every arm", "Percent, mean ± standard deviation over seeds; slope and entropy as "
-              "they are. Rows before RL: base, cold starts."]  # fmt: skip
-    parts.append(arm_table(tuple(arm for arm in order if arms[arm]), arms))
+    for title, (options, claims) in CLAIMS.items():
+        parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
+    parts += [
+        "## Every arm",
+        "Test set unless said; percent, mean ± standard deviation over seeds; slope and entropy "
+        "as they are. The base and the cold starts are before RL.",
+        arm_table(tuple(arm for arm in order if arms[arm]), arms),
+    ]
+    if missing := [arm for arm in order if not arms[arm]]:
+        parts.append(f"Not run yet: {', '.join(missing)}.")
+    shown = tuple(arm for arm in ("cold", "plain", "caption", "ours") if arms[arm])
+    parts += ["## By kind of question", kind_table(shown, arms)]
     parts.append(f"## Figures\n\n{figures(arms, folder)}")
     text = page.read_text() if page.exists() else ""
     page.write_text(text.split(MARK)[0] + "\n\n".join(parts) + "\n")
@@ -302,6 +234,10 @@ def about(arms: Results) -> str:
     some = [found for seeds in arms.values() for found in seeds.values()]
     if not some:
         return "There are no results yet."
+    floors = [f["floor"] for f in arms["cold"].values() if f.get("floor")]
+    floor = [
+        f"{split} {100 * fmean(f[split] for f in floors):.0f} %" for split in (floors or [{}])[0]
+    ]
     one, seeds = some[0], sorted({found["seed"] for found in some})
     commits = " and ".join(sorted({found["commit"] for found in some}))
     rl = [found for found in some if found["updates"]]
@@ -309,13 +245,17 @@ def about(arms: Results) -> str:
         name: ", ".join(map(str, sorted({f[name] for f in rl})))
         for name in ("updates", "completions")
     }
-    versions = ", ".join(f"{name} {number}" for name, number in one["versions"].items())
+    versions = " and ".join(
+        sorted({", ".join(f"{k} {v}" for k, v in f["versions"].items()) for f in some})
+    )
+    said = f" From empty captions the judge answers rightly: {', '.join(floor)}." if floor else ""
+    machines = " and ".join(sorted({f["machine"] for f in some}))
     return (
         f"{len(some)} results of {len(arms)} arms, seeds {', '.join(map(str, seeds))}; code "
-        f"{one['code']}, commit {commits}, world {one['world']}, {versions}, {one['machine']} "
-        f"each; {sum(f['seconds'] for f in some) / 3600:.1f} core hours without the worlds. "
+        f"{one['code']}, commit {commits}, world {one['world']}, {versions}; {machines}; "
+        f"{sum(f['seconds'] for f in some) / 3600:.1f} core hours without the worlds. "
         f"Every arm with RL made {numbers['updates']} updates with {numbers['completions']} "
-        "completions."
+        f"completions.{said}"
     )
 
 
@@ -352,8 +292,8 @@ def figures(arms: Results, folder: Path) -> str:
         ),
     }  # fmt: skip
     drawn["figure-5bc"] = (
-        "Figure 5b, c: final-layer representations before and after RL with Eq. 4, seed 0: the "
-        "anchor, its positives (cosine at most tau) and its negatives.",
+        "Figure 5b, c: final-layer representations before and after RL with Eq. 4, in the first "
+        "seed: the anchor, its positives (cosine at most tau) and its negatives.",
         ("ours",),
         _representations,
     )
@@ -445,7 +385,8 @@ def _representations(drawing: Figure, arms: Results, names: tuple[str, ...]) -> 
         spots = found[side]["points"]
         for label, (flag, colour) in kinds.items():
             some = [p for p, is_positive in zip(spots, found["is positive"]) if is_positive == flag]
-            ax.plot(*zip(*some[not flag :]), "o", ms=3, alpha=0.6, color=colour, label=label)
+            x, y = zip(*some[not flag :]) if some[not flag :] else ((), ())
+            ax.plot(x, y, "o", ms=3, alpha=0.6, color=colour, label=label)
         ax.plot(*spots[0], "*", ms=10, color="black", label="anchor")
         ax.set_title(f"{side} RL", fontsize=9)
     ax.legend()

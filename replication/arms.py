@@ -1,0 +1,141 @@
+"""The arms of the paper's tables and figures: options of train.py, and where their runs are."""
+
+import ast
+import hashlib
+import json
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+RUNS = ROOT / "runs" / "replication"  # a folder for each code, so that no run is taken for another
+CODE = (  # what decides the numbers of a result
+    "answers caption_reward config conflict data grpo measures ntk_infonce reasoning rollouts "
+    "selection train variance_select engine/* world/*"
+).split()
+PLAIN = {"caption_reward": False, "selection": False, "nce_weight": 0.0}
+TWO_STAGE = {"four_stage": False, "caption_reward": False}
+BASE = {"method": "sft", **TWO_STAGE, "sft_steps": 0}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train: options of train.py, the arm whose cold start it takes over, and what it is
+    in words."""
+
+    words: str
+    options: dict
+    after: str = ""
+    minutes: float = 2.0  # on one core, for the estimate
+
+
+ARMS = {  # in the order in which they run
+    "cold": Arm("cold start", {"method": "sft"}),
+    # one idea at a time, then all
+    "plain": Arm("plain four-stage GRPO", PLAIN, "cold"),
+    "caption": Arm("plain + Caption Reward", {"selection": False, "nce_weight": 0.0}, "cold"),
+    "ours": Arm("ours", {}, "cold", 4),
+    "no-reward": Arm("ours without Caption Reward", {"caption_reward": False}, "ours"),
+    "full": Arm("ours without selection: all prompts", {"selection": False}, "ours"),
+    "no-eq4": Arm("ours without Eq. 4", {"nce_weight": 0.0}, "ours"),
+    "select": Arm("plain + selection", {"caption_reward": False, "nce_weight": 0.0}, "ours"),
+    "eq4": Arm("plain + Eq. 4", {"caption_reward": False, "selection": False}, "cold"),
+    "within": Arm("ours, top half of each kind", {"select_within": "category"}, "ours"),
+    # two stages, Tables 1 and 2
+    "cold2": Arm("two-stage cold start", {"method": "sft", **TWO_STAGE}),
+    "grpo": Arm("two-stage GRPO", {"method": "grpo"}, "cold2"),
+    "base": Arm("base policy, asked directly", BASE, minutes=1),
+    "no-stage": Arm("ours without caption stage", TWO_STAGE, "cold2", 4),
+    # Table 3
+    "easy": Arm("ours, easy prompts", {"select_class": "easy", "keep": 1.0}, "ours"),
+    "hard": Arm("ours, hard prompts", {"select_class": "hard", "keep": 1.0}, "ours"),
+    "medium": Arm("ours, medium prompts", {"select_class": "medium", "keep": 1.0}, "ours"),
+    "top30": Arm("ours, top 30 % of medium", {"select_class": "medium", "keep": 0.3}, "ours"),
+    "top60": Arm("ours, top 60 % of medium", {"select_class": "medium", "keep": 0.6}, "ours"),
+    # Table 4, Figure 5
+    "shuffled": Arm("ours, Eq. 4 with shuffled positives", {"nce_control": True}, "ours"),
+    **{f"tau-{x}": Arm(f"ours, tau {x}", {"tau": x}, "ours") for x in (0.1, 0.3, 0.7, 0.9)},
+    **{f"weight-{x}": Arm(f"ours, Eq. 4 times {x}", {"nce_weight": x}, "ours") for x in (0.1, 1.0)},
+    **{
+        f"feature-{name}": Arm(f"ours, y_i {name}", {"nce_feature": name}, "ours")
+        for name in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")
+    },
+}
+TABLES = {
+    "1": ("base", "cold", "grpo", "plain", "ours"),
+    "2": ("cold", "plain", "caption", "no-stage", "no-reward", "ours"),
+    "3": ("cold", "full", "easy", "hard", "medium", "top30", "top60", "within", "select", "ours"),
+    "4": ("cold", "no-eq4", "eq4", "plain", "shuffled", "caption", "full", "ours"),
+}
+FIGURES = {
+    "1b": ("full", "easy", "hard", "medium", "top30", "top60", "ours"),
+    "3": ("full",),
+    "4": ("cold", "full", "easy", "hard", "medium", "top30", "top60"),
+    "5": ("cold", "ours", "no-eq4", *(a for a in ARMS if a.startswith(("tau", "feat", "wei")))),
+}
+
+REPRESENTED = ("ours", "no-eq4")  # arms whose final-layer representations are kept
+
+
+@dataclass(frozen=True)
+class Job:
+    """The world of a seed (arm ""), or one arm on it."""
+
+    arm: str
+    seed: int
+
+    @property
+    def world(self) -> Path:
+        return RUNS / code() / f"world-{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        return RUNS / code() / f"seed-{self.seed}" / (self.arm or "world")
+
+    @property
+    def after(self) -> "Job | None":
+        return Job(ARMS[self.arm].after, self.seed) if self.arm else None
+
+    @property
+    def minutes(self) -> float:
+        return ARMS[self.arm].minutes if self.arm else 5.0
+
+    @property
+    def done(self) -> bool:
+        """Is its run folder (its world) there and finished?"""
+        last = "policy" if not self.arm else "result.json"
+        return ((self.folder if self.arm else self.world) / last).exists()
+
+    def result(self, results: Path) -> Path:
+        return results / f"{self.arm}-seed{self.seed}.json"
+
+    def command(self) -> list[str]:
+        if not self.arm:
+            return ["-m", "world", "--out", str(self.world), "--seed", str(self.seed), "--quiet"]
+        options = {"world": self.world, "seed": self.seed, "output_dir": self.folder}
+        options |= {"quiet": True, **ARMS[self.arm].options}
+        if ARMS[self.arm].after:
+            options["share"] = self.after.folder
+        return ["train.py", *(f"--{name}={value}" for name, value in options.items())]
+
+
+@cache
+def code() -> str:
+    """A hash of CODE that comments, docstrings and the help of options do not change, and that is
+    the same under every version of Python."""
+
+    def outline(node) -> list:
+        if isinstance(node, list):
+            return [outline(x) for x in node if not isinstance(x, ast.keyword) or x.arg != "help"]
+        if not isinstance(node, ast.AST):
+            return [repr(node)]
+        fields = {name: x for name, x in ast.iter_fields(node) if x not in (None, [])}
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            fields["body"] = fields["body"][1:]
+        return [type(node).__name__, *([name, outline(x)] for name, x in fields.items())]
+
+    files = sorted(file for name in CODE for file in ROOT.glob(f"{name}.py"))
+    trees = [[file.name, outline(ast.parse(file.read_text(encoding="utf-8")))] for file in files]
+    return hashlib.sha256(json.dumps(trees).encode()).hexdigest()[:10]

@@ -1,0 +1,154 @@
+"""What the paper claims, as differences that the arms of reproduce.py can show or refute.
+
+A claim is a difference between two arms, or between two moments of one, in one measure, with the
+paper's own number beside it. `CRITERIA` says what the world must show before any cure is tried.
+"""
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`more` - `less` in one measure, in the direction that is claimed (1: greater, -1: smaller).
+
+    more, less: (arm, side), side "before" or "after" RL. share: `less` counts by this share only.
+    least: how far on its side of 0 the difference must lie; below 0, how far it may lie on the
+    other side.
+    """
+
+    words: str
+    more: tuple[str, str]
+    less: tuple[str, str]
+    split: str
+    measure: str
+    direction: int
+    paper: str = "-"
+    least: float = 0.0
+    share: float = 1.0
+
+
+def of(arm: str, side: str = "after") -> tuple[str, str]:
+    return arm, side
+
+
+def better(
+    words: str, more: str, less: str, paper: tuple[str, str, str] = ("-",) * 3
+) -> list[Claim]:
+    """`more` does better than `less`: in its answers, and in what its captions say. paper: its
+    difference on MMVU, VideoHallucer and POPE, the nearest of its benchmarks."""
+    rows = [
+        ("test", "accuracy", 1, f"MMVU {paper[0]}"),
+        ("test_prior_breaking", "accuracy", 1, "-"),
+        ("test_pairs", "paired", 1, f"VideoHallucer {paper[1]}"),
+        ("test_pairs", "accuracy", 1, f"POPE {paper[2]}"),
+        ("test", "answerable captions", 1, "-"),
+        ("test", "right, caption wrong", -1, "-"),
+        ("test", "hallucinated objects", -1, "-"),
+        ("test_prior_breaking", "right, caption wrong", -1, "-"),
+    ]
+    return [
+        Claim(words, of(more), of(less), split, measure, way, "-" if said.endswith("-") else said)
+        for split, measure, way, said in rows
+    ]
+
+
+def answers_better(words: str, more: str, less: str, paper: tuple = ("-",) * 3) -> list[Claim]:
+    """`better`, of arms of which one has no captions."""
+    return better(words, more, less, paper)[:4]
+
+
+def moved(words: str, arm: str, paper: tuple[str, str, str]) -> list[Claim]:
+    """RL lowers hallucination benchmarks, and not the others: after against before."""
+    one, two, less = of(arm), of(arm, "before"), "answers fewer pairs"
+    return [
+        Claim(f"{words} {less}", one, two, "test_pairs", "paired", -1, f"VideoHallucer {paper[1]}"),
+        Claim(f"{words} answers better", one, two, "test", "accuracy", 1, f"MMVU {paper[0]}"),
+    ]
+
+
+RL, START = of("plain"), of("plain", "before")
+CRITERIA = [
+    Claim(
+        "RL on answers raises accuracy by 10 points or more",
+        RL, START, "test", "accuracy", 1, least=0.1,
+    ),
+    Claim(
+        "right answers behind wrong captions become more frequent",
+        RL, START, "test", "right, caption wrong", 1,
+    ),
+    Claim(
+        "more than four fifths of the hallucination stays (difference: after - 0.8 before)",
+        RL, START, "test", "hallucinated objects", 1, share=0.8,
+    ),
+    Claim(
+        "held-out pairs do not gain 5 points",
+        RL, START, "test_pairs", "paired", -1, least=-0.05,
+    ),
+]  # fmt: skip
+CLAIMS = {  # heading: the command that runs its arms, the claims
+    "What RL does (Table 1)": ("--table 1", [
+        *moved("two-stage GRPO, after RL against before it,", "grpo", ("-0.6", "-1.2", "+1.4")),
+        *moved("four-stage GRPO, after RL against before it,", "plain", ("-", "-", "-")),
+    ]),
+    "All three together (Table 1)": ("--table 1", [
+        *answers_better("ours beats two-stage GRPO", "ours", "grpo", ("+3.5", "+8.5", "+5.1")),
+        *better("ours beats plain four-stage GRPO", "ours", "plain"),
+    ]),
+    "Caption Reward (Table 2)": ("--table 2", [
+        *better("ours loses without it", "ours", "no-reward", ("+2.3", "+2.2", "+2.1")),
+        *better("added alone to plain GRPO it helps", "caption", "plain"),
+    ]),
+    "Caption stage (Table 2)": ("--table 2", [
+        *answers_better("ours loses without stage and reward", "ours", "no-stage",
+                        ("+3.0", "+3.2", "+3.5")),
+        *answers_better("ours without reward loses without the stage", "no-reward", "no-stage",
+                        ("+0.7", "+1.0", "+1.4")),
+    ]),
+    "Selection (Table 3)": ("--table 3", [
+        *better("the top half by variance beats all prompts", "ours", "full",
+                ("+1.3", "+1.4", "+1.2")),
+        *better("medium beats easy prompts", "medium", "easy", ("+3.4", "+3.1", "+2.1")),
+        *better("medium beats hard prompts", "medium", "hard", ("+2.1", "+2.4", "+0.5")),
+        *better("added alone to plain GRPO it helps", "select", "plain"),
+        *better("the top half of each kind beats that of all", "within", "ours"),
+        *better("the top half of each kind beats all prompts", "within", "full"),
+    ]),
+    "Eq. 4 (Table 4)": ("--table 4", [
+        *better("ours loses without it", "ours", "no-eq4", ("+1.8", "+2.5", "+1.9")),
+        *better("added alone to plain GRPO it helps", "eq4", "plain"),
+        *better("its positives beat shuffled ones", "ours", "shuffled"),
+    ]),
+    "Variance and generalisation (Figure 1b)": ("--figure 1b", [
+        replace(claim, paper="higher variance generalises better")
+        for claim in better("the top 30 % of medium beat all of medium", "top30", "medium")[:2]
+    ]),
+    "Rewards by class (Figure 3)": ("--figure 3", [
+        Claim("the caption reward rises more on medium than on hard prompts",
+              of("full", "medium"), of("full", "hard"), "rise", "caption", 1, "more on medium"),
+        Claim("by the second fifth, more of the caption reward's rise on medium prompts is made "
+              "than of the answer reward's",
+              of("full", "caption"), of("full", "accuracy"), "rise", "early share", 1,
+              "it precedes"),
+    ]),
+    "Entropy (Figure 4)": ("--figure 4", [
+        Claim("easy prompts leave lower entropy than medium ones",
+              of("easy"), of("medium"), "test", "entropy", -1, "lower"),
+        Claim("hard prompts leave higher entropy than medium ones",
+              of("hard"), of("medium"), "test", "entropy", 1, "higher"),
+    ]),
+    "tau, weight and y_i of Eq. 4 (Figure 5)": ("--figure 5", [
+        *(Claim(f"tau 0.54 answers better than {x}", of("ours"), of(f"tau-{x}"), "test", "accuracy",
+                1, "peak at 0.54") for x in (0.1, 0.3, 0.7, 0.9)),
+        *(Claim(f"weight {x} answers better than 0.01", of(f"weight-{x}"), of("ours"), "test",
+                "accuracy", 1) for x in (0.1, 1.0)),
+        *(Claim(f"y_i {x} answers better than the reference", of(f"feature-{x}"), of("ours"),
+                "test", "accuracy", 1)
+          for x in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")),
+        Claim("Eq. 4 brings its positives nearer to the anchor", of("ours"), of("ours", "before"),
+              "representations", "positive", -1, "they form a neighbourhood"),
+        Claim("... and its negatives farther from it", of("ours"), of("ours", "before"),
+              "representations", "negative", 1, "they are pushed apart"),
+        Claim("... its positives nearer than without Eq. 4", of("ours"), of("no-eq4"),
+              "representations", "positive", -1),
+    ]),
+}  # fmt: skip
