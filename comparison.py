@@ -157,8 +157,15 @@ def contrast_of(one: Path, two: Path) -> Results:
         for run in runs
     ]
     evals = {"a": runs[0].evals["after"], "b": runs[1].evals["after"]}
-    if not set(evals["a"]) & set(evals["b"]):
-        sys.exit(f"error: {one} and {two} were not evaluated on a common test set")
+    asked = [
+        {
+            split: [(r["id"], r["problem"], r["solution"]) for r in x["rows"]]
+            for split, x in e.items()
+        }
+        for e in evals.values()
+    ]
+    if asked[0] != asked[1]:
+        sys.exit(f"error: {one} and {two} were not evaluated on the same rows")
     sides = {"a": names[0], "b": names[1]}
     if before[0] == before[1] and before[0]:
         evals = {"before": runs[0].evals["before"], **evals}
@@ -292,7 +299,8 @@ def true_yes(pope: dict) -> float | None:
 def percent(rate: dict | None) -> str:
     if not rate:
         return "-"
-    interval = f" [{abs(100 * rate['low']):.1f}, {100 * rate['high']:.1f}]" if "low" in rate else ""
+    low, high = (round(100 * rate.get(end, 0.0), 1) + 0.0 for end in ("low", "high"))  # no "-0.0"
+    interval = f" [{low:.1f}, {high:.1f}]" if "low" in rate else ""
     return f"{100 * rate['value']:.1f}{interval}"
 
 
@@ -306,7 +314,7 @@ def table_of(run: Results) -> str:
         return NOTHING
     out, split = [], None
     both = all(side in run.evals for side in run.compared)
-    one, two = (run.sides[side][:20] for side in run.compared)
+    one, two = (run.sides[side][-20:] for side in run.compared)  # names differ at their ends
     for line in compare(run):
         if not line.on_screen:
             continue

@@ -209,10 +209,12 @@ def selection(run: Results) -> Drawing | None:
 
     drawn = f", 1 in {every} is drawn" if every > 1 else ""
     text = f"A mark is a prompt{drawn}: {', '.join(counts)}. "
+    kind = run.selected.get("class")
+    which = f"{len(run.scores)}" + (f" are {kind} and" if kind else "")
     text += (
         "Not finished."
         if cut is None
-        else f"The cut: {len(kept)} of {len(run.scores)} have a variance of {cut:.3f} or more."
+        else f"The cut: {len(kept)} of {which} have a variance of {cut:.3f} or more."
     )
     return (text, draw) if run.scores else None
 
@@ -507,7 +509,8 @@ def example(run: Results, split: str, sides: dict[str, dict]) -> str:
     png = base64.b64encode(picture(run, split, row).read_bytes()).decode()
     options = "".join(f"<br>{escape(option)}" for option in row.get("options") or ())
     return (
-        f'<article><div><img src="data:image/png;base64,{png}" '
+        f'<article style="--rows: {1 + -(-len(sides) // 2)}">'
+        f'<div><img src="data:image/png;base64,{png}" '
         f'alt="picture or clip {escape(row["id"])}">'
         f"{escape(row['id'])}, {escape(row['category'])}</div>"
         f"<div class=question><b>{escape(row['problem'])}</b>{options}<br>"
@@ -533,7 +536,7 @@ def response(title: str, row: dict) -> str:
         cells.append(f"<dt>{name}</dt><dd>{text or '<i>empty</i>'}</dd>")
     if not row["format"]:
         cells.append(f"<dt>Not in form</dt><dd>{escape(row['text']) or '<i>empty</i>'}</dd>")
-    return f"<section><h4>{title} {verdict}</h4><dl>{''.join(cells)}</dl></section>"
+    return f"<section><h4>{escape(title)} {verdict}</h4><dl>{''.join(cells)}</dl></section>"
 
 
 def marked(caption: str, phrases: list[str]) -> str:
@@ -656,7 +659,7 @@ figcaption { font-size: .875rem; color: var(--soft); } figcaption b { color: var
 article { display: grid; grid-template-columns: 10.5rem 1fr 1fr; gap: .75rem 1.5rem; margin: 1rem
   0; padding: 1rem;
   background: var(--card); border-radius: .5rem; }
-article > div:first-child { grid-row: span 2; font-size: .8rem; color: var(--soft); } .question {
+article > div:first-child { grid-row: span var(--rows); font-size: .8rem; color: var(--soft); } .question {
   grid-column: 2 / -1; }
 article img { max-width: 100%; display: block; margin-bottom: .25rem; } h4 span { margin-left:
   .5rem; }
