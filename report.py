@@ -659,8 +659,8 @@ figcaption { font-size: .875rem; color: var(--soft); } figcaption b { color: var
 article { display: grid; grid-template-columns: 10.5rem 1fr 1fr; gap: .75rem 1.5rem; margin: 1rem
   0; padding: 1rem;
   background: var(--card); border-radius: .5rem; }
-article > div:first-child { grid-row: span var(--rows); font-size: .8rem; color: var(--soft); } .question {
-  grid-column: 2 / -1; }
+article > div:first-child { grid-row: span var(--rows); font-size: .8rem; color: var(--soft); }
+.question { grid-column: 2 / -1; }
 article img { max-width: 100%; display: block; margin-bottom: .25rem; } h4 span { margin-left:
   .5rem; }
 dl { display: grid; grid-template-columns: minmax(5rem, max-content) 1fr; gap: .2rem 1rem; margin:
