@@ -153,7 +153,7 @@ class Config:
     select_batch: int = option(16, low=1, resumable=True, help=
         "prompts scored at a time on each rank, by memory [choice]")
 
-    rl_steps: int = option(40, low=0, help=
+    rl_steps: int = option(60, low=0, help=
         "updates of reinforcement learning [choice; official code: 1 epoch]")
     rl_epochs: float = option(0.0, low=0, help=
         "above 0: this many passes over the prompts in place of rl_steps [official code: 1]")
