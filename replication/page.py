@@ -272,7 +272,7 @@ def figures(arms: Results, folder: Path) -> str:
     drawn = {
         "disease": (
             "Disease and cure: the test set after the cold start and after RL. A dot is a seed.",
-            ("cold", "plain", "caption", "ours"), _disease,
+            tuple(arm for arm in ("cold", "plain", "caption", "ours") if arms[arm]), _disease,
         ),
         "figure-1b": (
             "Figure 1b: reward variance of the prompts trained on, and accuracy. A dot is a seed.",
@@ -300,7 +300,7 @@ def figures(arms: Results, folder: Path) -> str:
     lines = []
     for name, (words, needed, draw) in drawn.items():
         file = folder / f"{name}.svg"
-        if not all(arms[arm] for arm in needed):
+        if not needed or not all(arms[arm] for arm in needed):
             file.unlink(missing_ok=True)
             continue
         with matplotlib.rc_context(STYLE):

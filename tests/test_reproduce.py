@@ -317,7 +317,7 @@ def test_the_rise_of_a_reward_by_hand():
 def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
     """train.py's own run folder, collected; then the arm that scores gives the others classes."""
     monkeypatch.setattr(arms, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(collect, "REPRESENTED", ("plain",))
+    monkeypatch.setattr(collect, "REPRESENTED", ("plain", "ours"))
     monkeypatch.setattr(collect, "representations", partial(collect.representations, n=6))
     home = tmp_path / "runs" / arms.code()
     home.mkdir(parents=True)

@@ -1392,7 +1392,8 @@ def test_only_prompts_of_the_class_are_kept(world, tmp_path):
     samples = [SimpleNamespace(id=line["id"], category="c") for line in lines]
     cfg = train.Config(responses=4, keep=0.5, select_class="medium", world=str(world))
     found = selection._selected(samples, lines, None, cfg, None)
-    assert found["kept"] == ["medium-3", "medium-2"] and found["of"] == 12
+    assert found["kept"] == ["medium-3", "medium-2"] and found["of"] == 4
+    assert found["unjudged"] == 0 and found["categories"] == {"c": [2, 4, 1]}
     with pytest.raises(DataError, match="of class hard"):
         some = [line | {"variance": 0.0} for line in lines]
         cfg = train.Config(responses=4, select_class="hard", world=str(world))
