@@ -22,6 +22,8 @@ import time
 from datetime import timedelta
 from pathlib import Path
 
+from transformers.utils import logging as transformers_logging
+
 import world
 from replication import arms, page
 from replication.arms import ARMS, FIGURES, ROOT, TABLES, Job, code
@@ -152,6 +154,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     args, ok = parse(), True
+    transformers_logging.disable_progress_bar()
     if not args.write:
         check(args.results)
         chosen, seeds = wanted(args), range(args.seeds)

@@ -35,7 +35,13 @@ MEASURES = {  # column: (set, measure, is more better)
     "blind": ("test", "blind accuracy", 0),
 }
 IN_POINTS = {name for name in MEASURES if name not in ("entropy", "slope")}
-SETS = {"test": "", "test_prior_breaking": ", prior-breaking", "test_pairs": ", pairs"}
+SETS = {
+    "test": "",
+    "test_prior_breaking": ", prior-breaking",
+    "test_pairs": ", pairs",
+    "rise": " reward",
+    "representations": "s' distance to the anchor, hundredths",
+}
 
 
 # --- results --------------------------------------------------------------------------------------
