@@ -1,16 +1,16 @@
 """The paper in miniature: every arm of its tables, over seeds, each with a world of its own.
 
-    python reproduce.py --quick                    # two seeds of Tables 1 to 4, within an hour
+    python reproduce.py --quick                    # two seeds of Tables 1 to 4
     python reproduce.py --all --seeds 5            # everything in docs/replication.md
     python reproduce.py --table 2 --figure 4       # what these need
     python reproduce.py --write                    # tables and figures from the results alone
 
 An arm is train.py with other options. The arms of a seed share its world and its cold start, and
-all make the same number of updates with as many completions, so they differ in RL alone; how many
-prompts they see is counted. What is finished is skipped, and an interrupted arm goes on from its
-last checkpoint. Each arm and seed leaves one small JSON file in docs/replication/, from which the
-page docs/replication.md is written. Results of other code or another world are never mixed. The
-claims are in replication/claims.py.
+all make the same number of updates with as many completions, so they differ in RL alone (those of
+two stages have a cold start of their own); how many prompts they see is counted. What is finished
+is skipped, and an interrupted arm goes on from its last checkpoint. Each arm and seed leaves one
+small JSON file in docs/replication/, from which the page docs/replication.md is written. Results of
+other code or another world are never mixed. The claims are in replication/claims.py.
 """
 
 import argparse

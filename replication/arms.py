@@ -26,7 +26,7 @@ class Arm:
     words: str
     options: dict
     after: str = ""
-    minutes: float = 2.0  # on one core, for the estimate
+    minutes: float = 5.0  # on one of two busy cores, for the estimate
 
 
 ARMS = {  # in the order in which they run
@@ -34,7 +34,7 @@ ARMS = {  # in the order in which they run
     # one idea at a time, then all
     "plain": Arm("plain four-stage GRPO", PLAIN, "cold"),
     "caption": Arm("plain + Caption Reward", {"selection": False, "nce_weight": 0.0}, "cold"),
-    "ours": Arm("ours", {}, "cold", 4),
+    "ours": Arm("ours", {}, "cold", 17),
     "no-reward": Arm("ours without Caption Reward", {"caption_reward": False}, "ours"),
     "full": Arm("ours without selection: all prompts", {"selection": False}, "ours"),
     "no-eq4": Arm("ours without Eq. 4", {"nce_weight": 0.0}, "ours"),
@@ -45,7 +45,7 @@ ARMS = {  # in the order in which they run
     "cold2": Arm("two-stage cold start", {"method": "sft", **TWO_STAGE}),
     "grpo": Arm("two-stage GRPO", {"method": "grpo"}, "cold2"),
     "base": Arm("base policy, asked directly", BASE, minutes=1),
-    "no-stage": Arm("ours without caption stage", TWO_STAGE, "cold2", 4),
+    "no-stage": Arm("ours without caption stage", TWO_STAGE, "cold2", 17),
     # Table 3
     "easy": Arm("ours, easy prompts", {"select_class": "easy", "keep": 1.0}, "ours"),
     "hard": Arm("ours, hard prompts", {"select_class": "hard", "keep": 1.0}, "ours"),
@@ -98,7 +98,7 @@ class Job:
 
     @property
     def minutes(self) -> float:
-        return ARMS[self.arm].minutes if self.arm else 5.0
+        return ARMS[self.arm].minutes if self.arm else 10.0
 
     @property
     def done(self) -> bool:

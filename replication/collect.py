@@ -39,6 +39,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
     folder, selected = job.folder, job.folder / "select" / "selected.json"
     evals = {side: folder / "eval" / f"{side}.json" for side in ("before", "after")}
     rolls = read_jsonl(folder / "rl" / "rollouts.jsonl", repair=False)
+    scores = scored(job)
     found = {
         "arm": job.arm,
         "words": ARMS[job.arm].words,
@@ -50,7 +51,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
         "updates": len({line["step"] for line in rolls}),
         "completions": sum(len(line["text"]) for line in rolls),
         "prompts seen": len({line["id"] for line in rolls}),
-        "variance seen": variance_seen(job, rolls),
+        "variance seen": variance_seen(scores, rolls),
         "selected": json.loads(selected.read_text()) if selected.exists() else {},
         "metrics": {
             side: {
@@ -60,7 +61,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
             for side, file in evals.items()
             if file.exists()
         },
-        "curves": curves(job, rolls),
+        "curves": curves(job, scores, rolls),
         "floor": judge_floor(job) if job.arm == "cold" else {},
         "representations": representations(job) if job.arm in REPRESENTED else {},
     }
@@ -82,19 +83,18 @@ def scored(job: Job) -> dict[str, dict]:
     return {line["id"]: line for line in read_jsonl(file, repair=False)}
 
 
-def variance_seen(job: Job, rolls: list[dict]) -> float | None:
+def variance_seen(scores: dict[str, dict], rolls: list[dict]) -> float | None:
     """Mean over the prompts of all updates of their reward variance before RL."""
-    scores = scored(job)
     known = [scores[line["id"]]["variance"] for line in rolls if line["id"] in scores]
     return round(sum(known) / len(known), 5) if known else None
 
 
-def curves(job: Job, rolls: list[dict]) -> dict:
+def curves(job: Job, scores: dict[str, dict], rolls: list[dict]) -> dict:
     """Means over every fifth of the updates: the metrics, and the rewards by class of prompt."""
     metrics = read_jsonl(job.folder / "rl" / "metrics.jsonl", repair=False)
     if not metrics:
         return {}
-    kind = {name: line["class"] for name, line in scored(job).items()}
+    kind = {name: line["class"] for name, line in scores.items()}
     last = max(line["step"] for line in metrics)
 
     def fifth(line: dict) -> int:
@@ -116,6 +116,10 @@ def curves(job: Job, rolls: list[dict]) -> dict:
     }
 
 
+def config_of(job: Job) -> Config:
+    return Config(**yaml.safe_load((job.folder / "config.yaml").read_text()))
+
+
 def representations(job: Job, n: int = 129) -> dict:
     """Figure 5b, c. Final-layer representations of n prompts (mean over the tokens of the reference
     answer) before and after RL. By the cosines of f_i before, prompts are positives of an anchor of
@@ -124,7 +128,7 @@ def representations(job: Job, n: int = 129) -> dict:
     positive, negative: mean distance to the anchor over mean distance of all pairs, over all
     anchors. points: the first two principal components, shown for the first anchor.
     """
-    cfg = Config(**yaml.safe_load((job.folder / "config.yaml").read_text()))
+    cfg = config_of(job)
     rows = data.load(Path(cfg.world) / "data")["train"][:n]
     positive, found = None, {}
     for side, stage in (("before", "sft"), ("after", "rl")):
@@ -159,7 +163,7 @@ def representations(job: Job, n: int = 129) -> dict:
 
 def judge_floor(job: Job) -> dict[str, float]:
     """The share of each test set that the judge answers rightly from an empty caption."""
-    cfg = Config(**yaml.safe_load((job.folder / "config.yaml").read_text()))
+    cfg = config_of(job)
     asked = CaptionReward(judge_of(cfg, "cpu")[0])
     sets = data.load(Path(cfg.world) / "data")
     return {
