@@ -14,7 +14,7 @@ Each row gets one greedy response. All measures are taken of each set and of eac
                     rows with the right answer behind a caption that the judge cannot answer from
                     or that names what is not there; and behind any other caption
     slope           of "right" on "answerable" within the sampled responses of a row: how far a
-                    reward for answers is one for captions; and the entropy of their tokens
+                    reward for answers is one for captions; and the entropy of the first one
 
 A measure whose fields the rows lack is left out.
 """
@@ -101,14 +101,15 @@ def evaluate(
 
 
 def draw(policy: vlm.VLM, samples: list[data.Sample], n: int, cfg) -> list[tuple]:
-    """n responses to each sample at T = 1, and the mean entropy of their tokens."""
+    """n responses to each sample at T = 1, and the mean entropy of the first one's tokens."""
     inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
     ids, length = [s.id for s in samples], cfg.max_new_tokens
     draws = uniform_numbers(ids, n, length, f"{cfg.seed}/evaluation")
     rolls = policy.generate(inputs, n, length, draws=draws)
     with torch.no_grad():
-        entropy = policy(inputs, rolls.ids, rolls.mask).entropy
-    mean = (entropy * rolls.mask).sum((1, 2)) / rolls.mask.sum((1, 2))
+        mask = rolls.mask[:, :1]
+        entropy = policy(inputs, rolls.ids[:, :1], mask).entropy
+    mean = (entropy * mask).sum((1, 2)) / mask.sum((1, 2))
     return list(zip(rolls.text, mean.tolist(), strict=True))
 
 

@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 import world
 from replication import arms, page
-from replication.arms import ARMS, FIGURES, ROOT, TABLES, Job, code
+from replication.arms import ARMS, FIGURES, ROOT, TABLES, Job, code, decisive
 from replication.collect import collect, spent
 
 
@@ -117,10 +117,13 @@ def check(results: Path) -> None:
                 "not mixed: give another --results, or work at their commit (git worktree add "
                 f"../there {found['commit']})"
             )
-        if found["options"] != ARMS[found["arm"]].options:
+        there, now = found["config"], decisive(found["arm"])
+        differ = [name for name in there | now if there.get(name) != now.get(name)]
+        if differ:
             sys.exit(
-                f"error: {found['arm']} in {results} was run with other options "
-                f"({found['options']}). Delete its results, and run it again"
+                f"error: {found['arm']} in {results} was run with other options: "
+                + ", ".join(f"{name} {there.get(name)}, here {now.get(name)}" for name in differ)
+                + ". Delete its results, and run it again"
             )
 
 

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from fractions import Fraction
 from itertools import dropwhile, islice
 from pathlib import Path
+from threading import local
 from typing import NamedTuple
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 from PIL import Image
 
 from engine import DataError
@@ -364,10 +366,21 @@ def _orientation(frame: av.VideoFrame) -> int:
     return DISPLAY.get((a, b, c, d), 1)
 
 
+class _Convert(local):
+    """The converter of a thread. `to_image` alone makes a new one for each frame, which takes ten
+    times as long as a small frame itself."""
+
+    def __init__(self) -> None:
+        self.to = VideoReformatter()
+
+
+CONVERT = _Convert()
+
+
 def _picture(frame: av.VideoFrame) -> Image.Image:
     if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
         image = on_white(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
-        image = frame.to_image()
+        image = CONVERT.to.reformat(frame, format="rgb24").to_image()
     turn = UPRIGHT.get(_orientation(frame))
     return image if turn is None else image.transpose(turn)

@@ -3,15 +3,17 @@
 import ast
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 
+from config import Config
+
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "replication"  # a folder for each code, so that no run is taken for another
-CODE = (  # what decides the numbers of a result
-    "answers caption_reward config conflict data grpo measures ntk_infonce reasoning rollouts "
-    "selection train variance_select engine/* world/*"
+CODE = (  # what decides the numbers of a result, beside the options
+    "answers caption_reward conflict data grpo measures ntk_infonce reasoning rollouts selection "
+    "train variance_select engine/* world/*"
 ).split()
 PLAIN = {"caption_reward": False, "selection": False, "nce_weight": 0.0}
 TWO_STAGE = {"four_stage": False, "caption_reward": False}
@@ -26,7 +28,7 @@ class Arm:
     words: str
     options: dict
     after: str = ""
-    minutes: float = 5.0  # on one of two busy cores, for the estimate
+    minutes: float = 3.5  # on one of two busy cores, for the estimate
 
 
 ARMS = {  # in the order in which they run
@@ -34,7 +36,7 @@ ARMS = {  # in the order in which they run
     # one idea at a time, then all
     "plain": Arm("plain four-stage GRPO", PLAIN, "cold"),
     "caption": Arm("plain + Caption Reward", {"selection": False, "nce_weight": 0.0}, "cold"),
-    "ours": Arm("ours", {}, "cold", 17),
+    "ours": Arm("ours", {}, "cold", 10),
     "no-reward": Arm("ours without Caption Reward", {"caption_reward": False}, "ours"),
     "full": Arm("ours without selection: all prompts", {"selection": False}, "ours"),
     "no-eq4": Arm("ours without Eq. 4", {"nce_weight": 0.0}, "ours"),
@@ -45,7 +47,7 @@ ARMS = {  # in the order in which they run
     "cold2": Arm("two-stage cold start", {"method": "sft", **TWO_STAGE}),
     "grpo": Arm("two-stage GRPO", {"method": "grpo"}, "cold2"),
     "base": Arm("base policy, asked directly", BASE, minutes=1),
-    "no-stage": Arm("ours without caption stage", TWO_STAGE, "cold2", 17),
+    "no-stage": Arm("ours without caption stage", TWO_STAGE, "cold2", 10),
     # Table 3
     "easy": Arm("ours, easy prompts", {"select_class": "easy", "keep": 1.0}, "ours"),
     "hard": Arm("ours, hard prompts", {"select_class": "hard", "keep": 1.0}, "ours"),
@@ -98,7 +100,7 @@ class Job:
 
     @property
     def minutes(self) -> float:
-        return ARMS[self.arm].minutes if self.arm else 10.0
+        return ARMS[self.arm].minutes if self.arm else 8.0
 
     @property
     def done(self) -> bool:
@@ -119,14 +121,21 @@ class Job:
         return ["train.py", *(f"--{name}={value}" for name, value in options.items())]
 
 
+def decisive(arm: str) -> dict:
+    """Every option of an arm that decides its numbers, those by default too."""
+    cfg = Config(**ARMS[arm].options)
+    free = {"world", "output_dir", "share", "seed", "quiet"} | cfg.resumable
+    return {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in free}
+
+
 @cache
 def code() -> str:
-    """A hash of CODE that comments, docstrings and the help of options do not change, and that is
-    the same under every version of Python."""
+    """A hash of CODE that comments and docstrings do not change, and that is the same under every
+    version of Python."""
 
     def outline(node) -> list:
         if isinstance(node, list):
-            return [outline(x) for x in node if not isinstance(x, ast.keyword) or x.arg != "help"]
+            return [outline(x) for x in node]
         if not isinstance(node, ast.AST):
             return [repr(node)]
         fields = {name: x for name, x in ast.iter_fields(node) if x not in (None, [])}

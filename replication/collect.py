@@ -20,7 +20,7 @@ from config import Config
 from engine import ConfigError
 from engine.files import read_jsonl, rewrite
 from engine.pretrained import open_policy
-from replication.arms import ARMS, CODE, REPRESENTED, ROOT, Job, code
+from replication.arms import ARMS, CODE, REPRESENTED, ROOT, Job, code, decisive
 from replication.page import values
 from train import judge_of
 
@@ -45,6 +45,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
         "words": ARMS[job.arm].words,
         "seed": job.seed,
         "options": ARMS[job.arm].options,
+        "config": decisive(job.arm),
         **provenance(job),
         "machine": f"{processor()}, {threads} thread(s) an arm",
         "seconds": round(seconds),

@@ -14,6 +14,7 @@ import pytest
 
 import config
 import reproduce
+import world
 from engine import ConfigError
 from replication import arms, collect, page
 from replication.arms import ARMS, FIGURES, TABLES, Job
@@ -37,9 +38,10 @@ def result(arm: str, seed: int, numbers: dict, **changes) -> dict:
         "floor": {},
         "representations": {},
         "options": ARMS[arm].options,
+        "config": arms.decisive(arm),
         "code": "abc",
         "commit": "c0ffee",
-        "world": 2,
+        "world": world.VERSION,
         "versions": {"torch": "2", "transformers": "5"},
         "machine": "m",
         "seconds": 60,
@@ -187,22 +189,20 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
 
 def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkeypatch):
     folder = put(tmp_path / "r", result("ours", 0, {}), result("ours", 1, {}, code="def"))
-    with pytest.raises(SystemExit, match="code abc, world 2; code def, world 2"):
+    with pytest.raises(SystemExit, match="code abc, world .*; code def, world "):
         page.by_arm(page.read(folder))
     folder = put(tmp_path / "s", result("ours", 0, {}))
     monkeypatch.setattr(reproduce, "code", lambda: "abc")
     reproduce.check(folder)
     monkeypatch.setattr(reproduce, "code", lambda: "xyz")
-    with pytest.raises(
-        SystemExit, match="code abc, world 2; here xyz, 2.*worktree add ../there c0"
-    ):
+    with pytest.raises(SystemExit, match="code abc, world .; here xyz, .*worktree add ../there c0"):
         reproduce.check(folder)
 
 
 def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch):
-    """Comments, docstrings and the help of an option do not change it; a number does."""
+    """Comments and docstrings do not change it; a number does."""
     (tmp_path / "engine").mkdir()
-    source = '"""Doc."""\n\n\ndef f(x):\n    """Say."""\n    return option(x + 1, help="some")\n'
+    source = '"""Doc."""\n\n\ndef f(x):\n    """Say."""\n    return x + 1\n'
     monkeypatch.setattr(arms, "ROOT", tmp_path)
 
     def code(text: str) -> str:
@@ -213,7 +213,6 @@ def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch)
     for old, new in (
         ("Doc", "Other"),
         ("Say", "Tell"),
-        ("some", "more"),
         ("x + 1", "x  +  1"),
         ("return", "# one\n    return"),
     ):
@@ -294,9 +293,14 @@ def test_arms_of_a_seed_that_began_differently_are_not_paired(tmp_path):
 
 
 def test_an_arm_whose_options_have_changed_is_not_taken(tmp_path, monkeypatch):
-    folder = put(tmp_path / "r", result("top30", 0, {}, options={"keep": 0.2}))
+    """Also where it is a default that has changed. What decides no number may be another."""
+    was = arms.decisive("top30")
+    assert was["keep"] == 0.3 and was["tau"] == 0.54 and not {"world", "save_every"} & set(was)
     monkeypatch.setattr(reproduce, "code", lambda: "abc")
-    with pytest.raises(SystemExit, match="top30 in .* was run with other options"):
+    folder = put(tmp_path / "r", result("top30", 0, {}))
+    reproduce.check(folder)
+    folder = put(tmp_path / "r", result("top30", 0, {}, config=was | {"tau": 0.5}))
+    with pytest.raises(SystemExit, match="top30 in .* other options: tau 0.5, here 0.54. Delete"):
         reproduce.check(folder)
 
 

@@ -740,7 +740,9 @@ def test_build_refuses_a_judge_that_cannot_read(workshop, tmp_path, monkeypatch)
     assert not (tmp_path / "judge").exists()
 
 
-@pytest.mark.parametrize("there", ["", '{"version": 1, "seed": 0}', '{"version": 2, "seed": 5}'])
+@pytest.mark.parametrize(
+    "there", ["", '{"version": 1, "seed": 0}', json.dumps({"version": world.VERSION, "seed": 5})]
+)
 def test_a_folder_of_another_world_is_refused(workshop, tmp_path, there):
     """A world of another version or seed, or of a version that wrote no world.json, is not taken
     for this one, and nothing of it is lost."""

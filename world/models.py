@@ -96,8 +96,10 @@ def make_tokenizer(seed: int = 0) -> Qwen2Tokenizer:
         texts, 640, new_special_tokens=list(SPECIAL), show_progress=False
     )
     tokenizer.add_tokens(list(reasoning.TAGS))
-    # one token an object: easier
+    # one token an object: easier; and one for what every prompt of a kind ends with: half of it
     tokenizer.add_tokens([f" {colour} {shape}" for colour in COLOURS for shape in PRIOR])
+    kinds = itertools.product(("multiple choice", "numerical"), (True, False))
+    tokenizer.add_tokens([reasoning.prompt("", (), kind, four) for kind, four in kinds])
     tokenizer.pad_token, tokenizer.eos_token = "<|endoftext|>", "<|im_end|>"
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -194,7 +196,7 @@ def train_vision(
 ) -> None:
     """Teach the vision tower what is where, in the language model's own words, as a pretrained
     tower knows it: the visual token of a cell comes to point along the input embeddings of the
-    object, the shape and the cell in it."""
+    object, the shape and the cell in it. Then it is frozen, as in the stages of train.py."""
     tower = model.model.visual
     tokenizer = processor.tokenizer
     table = model.get_input_embeddings().weight.detach()
@@ -223,10 +225,11 @@ def train_vision(
         ]
         return sum(torch.nn.functional.cross_entropy(seen @ w.T, y) for w, y in zip(words, targets))
 
-    fit("vision tower", tower, loss_of_batch, 80, 2e-3, quiet)
+    fit("vision tower", tower, loss_of_batch, 160, 2e-3, quiet)
+    tower.requires_grad_(False)
 
 
-def train_policy(folder: Path, steps: int = 600, seed: int = 0, quiet: bool = False) -> None:
+def train_policy(folder: Path, steps: int = 500, seed: int = 0, quiet: bool = False) -> None:
     """The base policy, in one run on two tasks: to find and to describe the objects of a shape, and
     to answer without a description (`direct_case`)."""
     set_seed(seed)

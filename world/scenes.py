@@ -78,7 +78,7 @@ COLD_TYPICAL = 0.2  # that share in the cold start
 FLAW_CAPTION, FLAW_ANSWER = 0.9, 0.5
 SIZES = {
     "cold_start": 2400,
-    "train": 1920,
+    "train": 1536,
     "test": 400,
     "test_prior_breaking": 300,
     "test_pairs": 300,
