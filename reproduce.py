@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 import world
 from replication import arms, page
-from replication.arms import ARMS, FIGURES, ROOT, TABLES, Job, code, decisive
+from replication.arms import ARMS, FIGURES, ROOT, TABLES, Job, code, decisive, fingerprint
 from replication.collect import collect, spent
 
 
@@ -74,7 +74,7 @@ def run(jobs: list[Job], workers: int, results: Path) -> bool:
                     waiting.remove(job)
                 elif len(running) < workers and not (needs and not needs.done):
                     waiting.remove(job)
-                    if (now := code.__wrapped__()) != code():
+                    if (now := fingerprint()) != code():
                         sys.exit(
                             f"error: the code has changed since the start ({code()} then, {now} "
                             "now), so its results would mix. The same command begins anew"

@@ -130,6 +130,11 @@ def decisive(arm: str) -> dict:
 
 @cache
 def code() -> str:
+    """The `fingerprint` when this process began."""
+    return fingerprint()
+
+
+def fingerprint() -> str:
     """A hash of CODE that comments and docstrings do not change, and that is the same under every
     version of Python."""
 

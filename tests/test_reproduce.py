@@ -207,7 +207,7 @@ def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch)
 
     def code(text: str) -> str:
         (tmp_path / "engine/vlm.py").write_text(text)
-        return arms.code.__wrapped__()
+        return arms.fingerprint()
 
     first = code(source)
     for old, new in (
