@@ -1,6 +1,6 @@
 """The paper in miniature: every arm of its tables, over seeds, each with a world of its own.
 
-    python reproduce.py --quick                    # two seeds of Tables 1 to 4
+    python reproduce.py --quick                    # two seeds, what each idea brings
     python reproduce.py --all --seeds 5            # everything in docs/replication.md
     python reproduce.py --table 2 --figure 4       # what these need
     python reproduce.py --write                    # tables and figures from the results alone
@@ -26,16 +26,17 @@ from transformers.utils import logging as transformers_logging
 
 import world
 from replication import arms, page
-from replication.arms import ARMS, FIGURES, ROOT, TABLES, Job, code, decisive, fingerprint
+from replication.arms import ARMS, FIGURES, QUICK, ROOT, TABLES, Job, code, decisive, fingerprint
 from replication.collect import collect, spent
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
     """The arms that the tables and figures asked for need, parents first."""
-    tables = list(TABLES) if args.all or args.quick else args.table
+    tables = list(TABLES) if args.all else args.table
     figures = list(FIGURES) if args.all else args.figure
     asked = {arm for name in tables for arm in TABLES[name]}
     asked |= {arm for name in figures for arm in FIGURES[name]} | set(args.arm)
+    asked |= set(QUICK if args.quick else ())
     for arm in list(asked):
         while arm := ARMS[arm].after:
             asked.add(arm)
@@ -138,7 +139,8 @@ def parse() -> argparse.Namespace:
     add("--arm", nargs="+", choices=ARMS, default=[], metavar="ARM", help=
         f"single arms: {', '.join(ARMS)}")
     add("--all", action="store_true", help="all tables and figures")
-    add("--quick", action="store_true", help="all tables with two seeds")
+    add("--quick", action="store_true", help=
+        "plain GRPO, ours, and what each idea brings, with two seeds")
     add("--write", action="store_true", help="train nothing; write what the results there give")
     add("--seeds", type=int, help="how many, from 0 (default: 5; 2 with --quick)")
     add("--workers", type=int, default=os.cpu_count() or 1, help=

@@ -75,6 +75,8 @@ FIGURES = {
     "4": ("cold", "full", "easy", "hard", "medium", "top30", "top60"),
     "5": ("cold", "ours", "no-eq4", *(a for a in ARMS if a.startswith(("tau", "feat", "wei")))),
 }
+# plain GRPO, ours, and what each idea brings; two seeds take less than an hour on two cores
+QUICK = "base cold plain caption ours no-reward full no-eq4 cold2 grpo".split()
 
 REPRESENTED = ("ours", "no-eq4")  # arms whose final-layer representations are kept
 
