@@ -725,7 +725,7 @@ def test_an_unfinished_part_is_not_taken_for_whole(workshop, tmp_path):
     assert contents(tmp_path) == WHOLE
 
 
-def test_a_judge_that_cannot_read_is_trained_for_longer(workshop, tmp_path, monkeypatch):
+def test_a_judge_that_cannot_read_is_trained_from_another_start(workshop, tmp_path, monkeypatch):
     made, _ = workshop
     found = iter([0.9, 0.98])
     monkeypatch.setattr(models, "judge_accuracy", lambda _: {**REPORT, "true": next(found)})

@@ -19,7 +19,7 @@ from world import models, scenes
 
 VERSION = 3  # of what a seed builds: data, models and their training
 JUDGE_RIGHT = 0.97  # of the true captions that are held out of its training, a judge must read
-JUDGE_STEPS = (320, 640)  # tried in turn
+JUDGE_TRIES = 4
 
 
 def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
@@ -62,10 +62,10 @@ def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
 
 
 def _train_judge(folder: Path, seed: int, quiet: bool) -> None:
-    """The judge, trained for twice as long where it does not read captions well enough after the
-    first time: how long that takes depends on the seed. Raises ConfigError if it never does."""
-    for steps in JUDGE_STEPS:
-        models.train_judge(folder, steps, seed, quiet)
+    """The judge, from another start where it does not read captions well enough: of seven
+    starts, one learned all but one kind of question. Raises ConfigError if none does."""
+    for start in range(JUDGE_TRIES):
+        models.train_judge(folder, 320, seed, quiet, start)
         right = models.judge_accuracy(folder)
         if not quiet:
             print(
@@ -76,7 +76,7 @@ def _train_judge(folder: Path, seed: int, quiet: bool) -> None:
         if right["true"] >= JUDGE_RIGHT:
             return
     raise ConfigError(
-        f"world: the trained judge is right on {right['true']:.1%} of the true captions held out "
-        f"of its training, and needs {JUDGE_RIGHT:.0%}. Report this with your versions of torch "
-        "and transformers"
+        f"world: the judge was trained {JUDGE_TRIES} times, and is right on {right['true']:.1%} of "
+        f"the true captions held out of its training. It needs {JUDGE_RIGHT:.0%}. Report this with "
+        "your versions of torch and transformers"
     )

@@ -279,11 +279,13 @@ def _chat(rng: random.Random, scene: Scene, text: str) -> list[dict]:
     return [{"role": "user", "content": [media, {"type": "text", "text": text}]}]
 
 
-def train_judge(folder: Path, steps: int, seed: int = 0, quiet: bool = False) -> None:
+def train_judge(
+    folder: Path, steps: int, seed: int = 0, quiet: bool = False, start: int = 0
+) -> None:
     """The judge: to answer from a true caption that is not `held_out`; one in ten is empty, and
-    teaches it the question-only floor."""
-    set_seed(seed)
-    rng = random.Random(f"{seed}/judge")
+    teaches it the question-only floor. start: which of the seed's initialisations and draws."""
+    set_seed(seed + 1000 * start)
+    rng = random.Random(f"{seed}/judge/{start}")
     cases = itertools.filterfalse(held_out, map(judge_case, itertools.repeat(rng)))
     tokenizer = make_tokenizer(seed)
     model = Qwen2ForCausalLM(
@@ -319,7 +321,7 @@ def train_judge(folder: Path, steps: int, seed: int = 0, quiet: bool = False) ->
             logits.flatten(0, 1), batch["input_ids"][:, -2:].flatten()
         )
 
-    fit("judge", model, loss_of_batch, steps, 3e-3, quiet)
+    fit("judge", model, loss_of_batch, steps, 2e-3, quiet)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
