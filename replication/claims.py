@@ -85,6 +85,15 @@ CRITERIA = [
         RL, START, "test_pairs", "paired", -1, least=-0.05,
     ),
 ]  # fmt: skip
+IDEAS = [  # what is compared for the summary: an arm, and the one that lacks the idea
+    ("Caption Reward, added to plain GRPO", "caption", "plain"),
+    ("Caption Reward, within ours", "ours", "no-reward"),
+    ("selection, added to plain GRPO", "select", "plain"),
+    ("selection, within ours", "ours", "full"),
+    ("Eq. 4, added to plain GRPO", "eq4", "plain"),
+    ("Eq. 4, within ours", "ours", "no-eq4"),
+    ("all three, added to plain GRPO", "ours", "plain"),
+]
 CLAIMS = {  # heading: the command that runs its arms, the claims
     "What RL does (Table 1)": ("--table 1", [
         *moved("two-stage GRPO, after RL against before it,", "grpo", "VideoHallucer -1.2",

@@ -16,7 +16,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from replication.claims import CLAIMS, CRITERIA, Claim
+from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim, of
 
 # Student's 97.5 % quantiles for 1 degree of freedom and more
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -173,6 +173,27 @@ def claim_table(claims: list[Claim], arms: Results) -> str:
     return "\n\n".join(parts)
 
 
+def idea_table(arms: Results) -> str:
+    """What each idea brings, in points, with its interval; bold where that leaves out 0."""
+    shown = ("accuracy", "prior-breaking", "answerable", "right, caption wrong", "hallucinated")
+    lines = [f"| idea | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    for words, more, less in IDEAS:
+        cells = [words]
+        for split, measure, _ in (MEASURES[name] for name in shown):
+            claim = Claim(words, of(more), of(less), split, measure, 1)
+            found = list(differences(claim, arms).values())
+            both = interval(found)
+            if both is None:
+                cells.append("not measured yet")
+                continue
+            low, high = (points(x, measure) for x in both)
+            cells.append(f"{points(fmean(found), measure)} [{low}, {high}]")
+            if both[0] > 0 or both[1] < 0:
+                cells[-1] = f"**{cells[-1]}**"
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def kind_table(names: tuple[str, ...], arms: Results) -> str:
     """By kind of question on the test set: what stands behind the answers, mean over seeds."""
     columns = ("accuracy", "answerable captions", "right, caption wrong", "slope")
@@ -213,7 +234,7 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     What stands above the mark is written by hand and kept."""
     arms = by_arm(read(folder))
     parts = [MARK, about(arms), "## Does the world have the disease?", claim_table(CRITERIA, arms)]
-    parts += ["## Every claim"]
+    parts += ["## What each idea brings", idea_table(arms), "## Every claim"]
     for title, (options, claims) in CLAIMS.items():
         parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
     parts += [

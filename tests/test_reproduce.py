@@ -17,8 +17,8 @@ import reproduce
 import world
 from engine import ConfigError
 from replication import arms, collect, page
-from replication.arms import ARMS, FIGURES, TABLES, Job
-from replication.claims import CLAIMS, CRITERIA, Claim
+from replication.arms import ARMS, FIGURES, QUICK, TABLES, Job
+from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim
 
 ROOT = Path(__file__).parent.parent
 SETS = ("test", "test_pairs", "test_prior_breaking")
@@ -100,6 +100,7 @@ def test_tables_and_claims_need_only_known_arms():
     assert shown <= set(ARMS)
     claims = [*CRITERIA, *(c for _, some in CLAIMS.values() for c in some)]
     assert {arm for c in claims for arm, _ in (c.more, c.less)} <= shown
+    assert {arm for _, *both in IDEAS for arm in both} | set(QUICK) <= shown
 
 
 def test_jobs_wait_for_their_world_and_their_cold_start(tmp_path, monkeypatch):
@@ -185,6 +186,21 @@ def test_differences_are_taken_seed_by_seed(tmp_path):
     assert page.differences(claim, found) == pytest.approx({1: 0.11, 2: 0.12})
     claim = Claim("c", claim.more, claim.less, "test", "accuracy", 1, share=0.5)
     assert page.differences(claim, found) == pytest.approx({1: 0.46, 2: 0.47})
+
+
+def test_the_summary_of_the_ideas_by_hand(tmp_path):
+    """Each idea's mean difference and interval; bold where the interval leaves out 0."""
+    gains = {"caption": (0.02, 0.03, 0.04), "select": (-0.1, 0.0, 0.1)}
+    some = [result("plain", s, {"after": {"accuracy": 0.5}}) for s in range(3)]
+    some += [
+        result(arm, s, {"after": {"accuracy": 0.5 + gain}})
+        for arm, by_seed in gains.items()
+        for s, gain in enumerate(by_seed)
+    ]
+    table = page.idea_table(page.by_arm(some)).splitlines()
+    assert table[2].startswith("| Caption Reward, added to plain GRPO | **+3.0 [+0.5, +5.5]** |")
+    assert table[4].startswith("| selection, added to plain GRPO | +0.0 [-24.8, +24.8] |")
+    assert table[3].startswith("| Caption Reward, within ours | not measured yet |")
 
 
 def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkeypatch):
