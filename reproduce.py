@@ -18,16 +18,26 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
 import world
+from config import Config
+from engine import ConfigError
 from replication import arms, page
 from replication.arms import ARMS, FIGURES, QUICK, ROOT, TABLES, Job, code, decisive, fingerprint
 from replication.collect import collect, spent
+
+
+def cores() -> int:
+    """Those that this process may use, where the system tells."""
+    known = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
 
 
 def wanted(args: argparse.Namespace) -> list[str]:
@@ -48,8 +58,9 @@ def to_do(every: list[Job], results: Path) -> list[Job]:
     jobs: dict[Job, None] = {}
 
     def add(job: Job) -> None:
-        if (needs := job.after) and not needs.done:
-            add(needs)
+        for needs in filter(None, (job.after, Job("", job.seed) if job.arm else None)):
+            if not needs.done:
+                add(needs)
         jobs[job] = None
 
     for job in every:
@@ -63,7 +74,7 @@ def to_do(every: list[Job], results: Path) -> list[Job]:
 def run(jobs: list[Job], workers: int, results: Path) -> bool:
     """Run what is not done, `workers` at a time, each as soon as what it needs is there. Returns
     whether all of it succeeded."""
-    threads = max(1, (os.cpu_count() or 1) // workers)
+    threads = max(1, cores() // workers)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     waiting, running, failed = list(jobs), {}, set()
     try:
@@ -81,7 +92,7 @@ def run(jobs: list[Job], workers: int, results: Path) -> bool:
                             "now), so its results would mix. The same command begins anew"
                         )
                     job.folder.parent.mkdir(parents=True, exist_ok=True)
-                    log = job.folder.with_suffix(".log")
+                    log = job.folder.with_name(f"{job.folder.name}.log")
                     with log.open("w") as out:
                         command = [sys.executable, *job.command()]
                         child = subprocess.Popen(command, cwd=ROOT, env=env, stdout=out, stderr=out)
@@ -92,14 +103,22 @@ def run(jobs: list[Job], workers: int, results: Path) -> bool:
                     continue
                 del running[job]
                 seconds = time.time() - began
-                ok = child.returncode == 0
-                if ok and job.arm:
-                    collect(job, spent(job, seconds), threads, results)
+                ok, why = child.returncode == 0, ""
+                if not ok:
+                    last = "\n".join(log.read_text().splitlines()[-5:])
+                    why = f"{last}\n(all of it: {log})"
+                if job.arm and job.folder.exists():
+                    total = spent(job, seconds)
+                    try:
+                        if ok:
+                            collect(job, total, threads, results)
+                    except ConfigError as error:
+                        ok, why = False, str(error)
                 what = f"seed {job.seed}: {ARMS[job.arm].words if job.arm else 'its world'}"
                 print(f"{'done  ' if ok else 'FAILED'} {seconds:4.0f} s  {what}", flush=True)
                 if not ok:
                     failed.add(job)
-                    print("\n".join(log.read_text().splitlines()[-5:]) + f"\n(all of it: {log})")
+                    print(why, flush=True)
     finally:
         for child, _, _ in running.values():
             child.terminate()
@@ -107,25 +126,34 @@ def run(jobs: list[Job], workers: int, results: Path) -> bool:
 
 
 def check(results: Path) -> None:
-    """Exit where the results there are of other code or another world: new ones would mix with
-    them."""
-    here = code(), world.VERSION
-    for found in page.read(results):
+    """Exit where the results there are of other code, another world or other options: new ones
+    would mix with them. Exit too where no result could be written."""
+    here, found_all = (code(), world.VERSION), page.read(results)
+    for found in found_all:
         if (found["code"], found["world"]) != here:
             sys.exit(
                 f"error: {results} holds results of other code or another world (code "
                 f"{found['code']}, world {found['world']}; here {here[0]}, {here[1]}). They are "
                 "not mixed: give another --results, or work at their commit (git worktree add "
-                f"../there {found['commit']})"
+                f"../there {found['commit'].rstrip('+')})"
             )
-        there, now = found["config"], decisive(found["arm"])
+        if found["arm"] not in ARMS:
+            sys.exit(f"error: {results} holds results of {found['arm']}, which is no arm now")
+        there, now = found["config"], decisive(Config(**ARMS[found["arm"]].options))
         differ = [name for name in there | now if there.get(name) != now.get(name)]
         if differ:
             sys.exit(
                 f"error: {found['arm']} in {results} was run with other options: "
                 + ", ".join(f"{name} {there.get(name)}, here {now.get(name)}" for name in differ)
-                + ". Delete its results, and run it again"
+                + f". Delete its results, and {Job(found['arm'], found['seed']).folder}"
             )
+    page.by_arm(found_all)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=results):
+            pass
+    except OSError as error:
+        sys.exit(f"error: no result can be written to {results}: {error}")
 
 
 def parse() -> argparse.Namespace:
@@ -143,7 +171,7 @@ def parse() -> argparse.Namespace:
         "plain GRPO, ours, and what each idea brings, with two seeds")
     add("--write", action="store_true", help="train nothing; write what the results there give")
     add("--seeds", type=int, help="how many, from 0 (default: 5; 2 with --quick)")
-    add("--workers", type=int, default=os.cpu_count() or 1, help=
+    add("--workers", type=int, default=cores(), help=
         "arms at a time (default: one on each core)")
     add("--results", type=Path, default=ROOT / "docs" / "replication", help=
         "folder of the result files (default: docs/replication)")
@@ -166,15 +194,21 @@ def main() -> None:
         # arm by arm: the first question is asked of all seeds before the second
         every = [Job(arm, seed) for arm in chosen for seed in seeds]
         jobs = to_do(every, args.results)
+        folder = arms.RUNS / code()
+        folder.mkdir(parents=True, exist_ok=True)
         left = sum(job.minutes for job in jobs) / args.workers
         there = sum(job.result(args.results).exists() for job in every)
         print(
             f"{len(chosen)} arms of {args.seeds} seed(s), {len(every)} results: {there} are there. "
             f"About {timedelta(minutes=round(left))} h with {args.workers} at a time. Run folders: "
-            f"{arms.RUNS / code()}",
+            f"{folder}",
             flush=True,
         )
-        ok = run(jobs, args.workers, args.results)
+        try:
+            with FileLock(folder / "lock", timeout=0):
+                ok = run(jobs, args.workers, args.results)
+        except Timeout:
+            sys.exit(f"error: another reproduce.py is at work in {folder}")
     written = page.write(args.results, args.results.with_suffix(".md"), list(ARMS))
     print(written.read_text() if args.write else f"wrote {written}")
     if not ok:

@@ -11,9 +11,9 @@ from config import Config
 
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "replication"  # a folder for each code, so that no run is taken for another
-CODE = (  # what decides the numbers of a result, beside the options
-    "answers caption_reward conflict data grpo measures ntk_infonce reasoning rollouts selection "
-    "train variance_select engine/* world/*"
+CODE = (  # what decides the numbers of a result, beside the values of the options
+    "answers caption_reward config conflict data grpo measures ntk_infonce reasoning rollouts "
+    "selection train variance_select engine/* world/*"
 ).split()
 PLAIN = {"caption_reward": False, "selection": False, "nce_weight": 0.0}
 TWO_STAGE = {"four_stage": False, "caption_reward": False}
@@ -66,7 +66,19 @@ ARMS = {  # in the order in which they run
 TABLES = {
     "1": ("base", "cold", "grpo", "plain", "ours"),
     "2": ("cold", "plain", "caption", "no-stage", "no-reward", "ours"),
-    "3": ("cold", "full", "easy", "hard", "medium", "top30", "top60", "within", "select", "ours"),
+    "3": (
+        "cold",
+        "plain",
+        "full",
+        "easy",
+        "hard",
+        "medium",
+        "top30",
+        "top60",
+        "within",
+        "select",
+        "ours",
+    ),
     "4": ("cold", "no-eq4", "eq4", "plain", "shuffled", "caption", "full", "ours"),
 }
 FIGURES = {
@@ -123,9 +135,8 @@ class Job:
         return ["train.py", *(f"--{name}={value}" for name, value in options.items())]
 
 
-def decisive(arm: str) -> dict:
-    """Every option of an arm that decides its numbers, those by default too."""
-    cfg = Config(**ARMS[arm].options)
+def decisive(cfg: Config) -> dict:
+    """Every option that decides the numbers of a run, those by default too."""
     free = {"world", "output_dir", "share", "seed", "quiet"} | cfg.resumable
     return {f.name: getattr(cfg, f.name) for f in fields(Config) if f.name not in free}
 
@@ -137,12 +148,14 @@ def code() -> str:
 
 
 def fingerprint() -> str:
-    """A hash of CODE that comments and docstrings do not change, and that is the same under every
-    version of Python."""
+    """A hash of CODE that comments, docstrings and the options' defaults, bounds and words do not
+    change (each result keeps its options), and that is the same under every version of Python."""
 
     def outline(node) -> list:
         if isinstance(node, list):
             return [outline(x) for x in node]
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "option":
+            return ["option"]
         if not isinstance(node, ast.AST):
             return [repr(node)]
         fields = {name: x for name, x in ast.iter_fields(node) if x not in (None, [])}

@@ -24,9 +24,11 @@ from replication.arms import ARMS, CODE, REPRESENTED, ROOT, Job, code, decisive
 from replication.page import values
 from train import judge_of
 
+PROVENANCE = ("code", "commit", "world", "models", "begins as", "start", "versions", "machine")
+
 
 def spent(job: Job, seconds: float = 0.0) -> float:
-    """The seconds of all attempts at an arm, with those of one more."""
+    """The seconds of all attempts at an arm, failed ones too, with those of one more."""
     file = job.folder / "seconds.json"
     total = seconds + (json.loads(file.read_text()) if file.exists() else 0.0)
     rewrite(file, json.dumps(total))
@@ -35,8 +37,24 @@ def spent(job: Job, seconds: float = 0.0) -> float:
 
 def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
     """What is kept of a finished arm: RESULTS/ARM-seedN.json. The scores of "ours" give all arms of
-    its seed their classes, so those that were there before it are collected again."""
+    its seed their classes, so those that were there before it are collected again, with the
+    provenance that they had.
+
+    Raises ConfigError where the run had other options than its arm has now, or where a result that
+    is there began with another cold start.
+    """
     folder, selected = job.folder, job.folder / "select" / "selected.json"
+    had, wanted = decisive(config_of(job)), decisive(Config(**ARMS[job.arm].options))
+    if had != wanted:
+        names = ", ".join(name for name in wanted if had.get(name) != wanted[name])
+        raise ConfigError(f"{folder}: it was run with another {names} than its arm has now")
+    made = provenance(job, threads)
+    kept = job.result(results)
+    if kept.exists() and json.loads(kept.read_text())["start"] != made["start"]:
+        raise ConfigError(
+            f"{kept}: it began with another cold start than {folder}, made on another machine or "
+            "with other versions. Give another --results, or delete the results of this seed"
+        )
     evals = {side: folder / "eval" / f"{side}.json" for side in ("before", "after")}
     rolls = read_jsonl(folder / "rl" / "rollouts.jsonl", repair=False)
     scores = scored(job)
@@ -45,9 +63,8 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
         "words": ARMS[job.arm].words,
         "seed": job.seed,
         "options": ARMS[job.arm].options,
-        "config": decisive(job.arm),
-        **provenance(job),
-        "machine": f"{processor()}, {threads} thread(s) an arm",
+        "config": had,
+        **made,
         "seconds": round(seconds),
         "updates": len({line["step"] for line in rolls}),
         "completions": sum(len(line["text"]) for line in rolls),
@@ -69,7 +86,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
     found["selected"].pop("kept", None)
     results.mkdir(parents=True, exist_ok=True)
     text = json.dumps(found)
-    rewrite(job.result(results), text)
+    rewrite(kept, text)
     rewrite(folder / "result.json", text)
     if job.arm == "ours":
         for arm in ARMS:
@@ -174,20 +191,30 @@ def judge_floor(job: Job) -> dict[str, float]:
     }
 
 
-def provenance(job: Job) -> dict:
-    """The code, the world, the cold start and the versions behind a result."""
+def provenance(job: Job, threads: int) -> dict:
+    """The code, the world, the cold start, the versions and the machine behind a result; those that
+    it was first collected with."""
+    if (file := job.folder / "result.json").exists():
+        there = json.loads(file.read_text())
+        return {name: there[name] for name in PROVENANCE}
     there = json.loads((job.world / "world.json").read_text())
     if there["seed"] != job.seed:
         raise ConfigError(f"world: {job.world} is the world of seed {there['seed']}")
     before = json.loads((job.folder / "eval" / "before.json").read_text())
     said = [row["text"] for rows in before.values() for row in rows["rows"]]
+    weights = hashlib.sha256()
+    for part in ("policy", "judge"):
+        weights.update((job.world / part / "model.safetensors").read_bytes())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     return {
         "code": code(),
         "commit": commit(),
         "world": there["version"],
+        "models": weights.hexdigest()[:10],
         "begins as": root(job.arm),
         "start": hashlib.sha256(json.dumps(said).encode()).hexdigest()[:10],
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "machine": f"{device}, {threads} thread(s) an arm",
     }
 
 
@@ -207,7 +234,10 @@ def commit() -> str:
     """The commit of the folder, with "+" where files of CODE differ from it; "" without git."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+        except FileNotFoundError:
+            return ""
         return done.stdout.strip()
 
     files = [f"{name}.py" for name in CODE]

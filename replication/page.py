@@ -1,9 +1,9 @@
 """What the results say of the claims: intervals over seeds, tables, figures.
 
 A difference is taken seed by seed, because the arms of a seed share world, cold start and test
-rows, and its 95 % interval is Student's over the seeds. A claim holds where the interval lies on
-its side of 0 (or of the claim's margin), does not where it lies on the other, and is undecided
-where it holds that border.
+rows, and its 95 % interval is Student's over the seeds. A claim holds if the interval lies on its
+side of 0 (or of the claim's margin), does not hold if it lies on the other side, and is undecided
+if the interval contains 0 (the margin).
 """
 
 import json
@@ -16,6 +16,8 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from engine.files import rewrite
+from replication.arms import TABLES
 from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim, of
 
 # Student's 97.5 % quantiles for 1 degree of freedom and more
@@ -27,6 +29,7 @@ MEASURES = {  # column: (set, measure, is more better)
     "F1 of yes": ("test_pairs", "f1", 1),
     "answerable": ("test", "answerable captions", 1),
     "right, caption wrong": ("test", "right, caption wrong", -1),
+    "caption wrong if right": ("test", "caption wrong if right", -1),
     "both right": ("test", "both right", 1),
     "hallucinated": ("test", "hallucinated objects", -1),
     "coverage": ("test", "coverage", 1),
@@ -39,8 +42,9 @@ SETS = {
     "test": "",
     "test_prior_breaking": ", prior-breaking",
     "test_pairs": ", pairs",
-    "rise": " reward",
-    "representations": "s' distance to the anchor, hundredths",
+    "rise": " reward's rise",
+    "early rise": " reward's rise by the second fifth of the updates, medium prompts",
+    "representations": "s' distance to the anchor, % of the mean distance",
 }
 
 
@@ -54,6 +58,8 @@ def values(metrics: dict, kinds: bool = True) -> dict:
         for name, part in metrics.items()
         if isinstance(part, dict) and "value" in part
     }
+    if right := found.get("right, caption wrong", 0) + found.get("both right", 0):
+        found["caption wrong if right"] = round(found["right, caption wrong"] / right, 5)
     if "existence" in metrics:
         found["f1"] = round(metrics["existence"]["f1"], 5)
     if kinds:
@@ -72,47 +78,44 @@ Results = dict[str, dict[int, dict]]  # arm -> seed -> what reproduce.collect ha
 
 
 def by_arm(results: list[dict]) -> Results:
-    """Results by arm and seed. Exits where they come from more than one code or world."""
-    kinds = sorted({(found["code"], found["world"]) for found in results})
-    if len(kinds) > 1:
-        sys.exit(
-            "error: the results are of different code or worlds, and are not mixed: "
-            + "; ".join(f"code {code}, world {version}" for code, version in kinds)
-            + ". Delete those that are not wanted, or give another --results"
-        )
+    """Results by arm and seed. Exits where they do not belong together: where not all are of one
+    code and one world; those of an arm of the same options; those of a seed of the same models and
+    versions; and those of a seed that share a cold start of the same one."""
     arms: Results = defaultdict(dict)
-    starts: dict[tuple, str] = {}
+    seen: dict[tuple, tuple] = {}
     for found in results:
-        arms[found["arm"]][found["seed"]] = found
-        same = found["seed"], found["begins as"]
-        if starts.setdefault(same, found["start"]) != found["start"]:
-            sys.exit(
-                f"error: {found['arm']} of seed {found['seed']} began with another cold start than "
-                "other arms of that seed. Delete the results of that seed, and run it again"
-            )
+        arm, seed, first = found["arm"], found["seed"], found["begins as"]
+        arms[arm][seed] = found
+        for what, group, value_ in (
+            ("code or world", (), (found["code"], found["world"])),
+            ("options", (arm,), found["config"]),
+            ("models of the world, or versions", (seed,), (found["models"], found["versions"])),
+            ("cold start", (seed, first), found["start"]),
+        ):
+            other, expected = seen.setdefault((what, *group), (f"{arm} of seed {seed}", value_))
+            if value_ != expected:
+                sys.exit(
+                    f"error: the results of {arm} of seed {seed} and of {other} are of another "
+                    f"{what} ({value_} and {expected}), and are not mixed. Delete those that are "
+                    "not wanted, or give another --results"
+                )
     return arms
 
 
 def value(found: dict, side: str, split: str, measure: str) -> float | None:
     """One number of a result: of an evaluation, of the rewards' rise, or of representations."""
     if split == "rise":
-        return rise(found["curves"], side, measure)
+        return rise(found["curves"].get(f"{measure}, {side}", [None]))
+    if split == "early rise":
+        return rise(found["curves"].get(f"{side}, medium", [None])[:2])
     if split == "representations":
         return found["representations"].get(side, {}).get(measure)
     return found["metrics"].get(side, {}).get(split, {}).get(measure)
 
 
-def rise(curves: dict, side: str, measure: str) -> float | None:
-    """From the first to the last fifth of the updates: how far a reward rises on the prompts of a
-    class; or which part of a reward's rise on medium prompts is made by the second fifth."""
-    name = f"{side}, medium" if measure == "early share" else f"{measure}, {side}"
-    line = curves.get(name, [None])
-    if None in (line[0], line[-1]):
-        return None
-    total = line[-1] - line[0]
-    if measure != "early share":
-        return total
-    return (line[1] - line[0]) / total if total > 0.01 and line[1] is not None else None
+def rise(line: list[float | None]) -> float | None:
+    """From the first to the last of the fifths of the updates."""
+    return None if None in (line[0], line[-1]) else line[-1] - line[0]
 
 
 def differences(claim: Claim, arms: Results) -> dict[int, float]:
@@ -175,22 +178,20 @@ def claim_table(claims: list[Claim], arms: Results) -> str:
 
 def idea_table(arms: Results) -> str:
     """What each idea brings, in points, with its interval; bold where that leaves out 0."""
-    shown = ("accuracy", "prior-breaking", "answerable", "right, caption wrong", "hallucinated")
-    lines = [f"| idea | {' | '.join(shown)} |", "|---" * (len(shown) + 1) + "|"]
+    shown = ("accuracy", "prior-breaking", "pairs", "answerable", "right, caption wrong",
+             "hallucinated")  # fmt: skip
+    lines = [f"| idea | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
     for words, more, less in IDEAS:
-        cells = [words]
-        for split, measure, _ in (MEASURES[name] for name in shown):
-            claim = Claim(words, of(more), of(less), split, measure, 1)
-            found = list(differences(claim, arms).values())
-            both = interval(found)
-            if both is None:
-                cells.append("not measured yet")
-                continue
-            low, high = (points(x, measure) for x in both)
-            cells.append(f"{points(fmean(found), measure)} [{low}, {high}]")
-            if both[0] > 0 or both[1] < 0:
-                cells[-1] = f"**{cells[-1]}**"
-        lines.append(f"| {' | '.join(cells)} |")
+        cells, seeds = [], set()
+        for split, measure, way in (MEASURES[name] for name in shown):
+            found = differences(Claim(words, of(more), of(less), split, measure, way), arms)
+            both, seeds = interval(list(found.values())), seeds | set(found)
+            cells.append(points(fmean(found.values()), measure) if found else "-")
+            if both:
+                cells[-1] += f" [{points(both[0], measure)}, {points(both[1], measure)}]"
+            if both and (both[0] > 0 or both[1] < 0):
+                cells[-1] = f"**{cells[-1]}** {'better' if way * both[0] > 0 else 'worse'}"
+        lines.append(f"| {' | '.join([words, str(len(seeds)), *cells])} |")
     return "\n".join(lines)
 
 
@@ -234,22 +235,30 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     What stands above the mark is written by hand and kept."""
     arms = by_arm(read(folder))
     parts = [MARK, about(arms), "## Does the world have the disease?", claim_table(CRITERIA, arms)]
-    parts += ["## What each idea brings", idea_table(arms), "## Every claim"]
+    unseen = {arm: {s: r for s, r in some.items() if s > 1} for arm, some in arms.items()}
+    parts += ["On seeds 2 and up, which helped to choose nothing:"]
+    parts += [claim_table(CRITERIA, defaultdict(dict, unseen))]
+    parts += ["## What each idea brings", idea_table(arms)]
+    parts += ["Points on the test set, mean and 95 % interval; *better* or *worse* where that "
+              "leaves out 0.", "## Every claim"]  # fmt: skip
     for title, (options, claims) in CLAIMS.items():
         parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
     parts += [
         "## Every arm",
         "Test set unless said; percent, mean ± standard deviation over seeds; slope and entropy "
         "as they are. The base and the cold starts are before RL.",
-        arm_table(tuple(arm for arm in order if arms[arm]), arms),
     ]
+    rest = [arm for arm in order if not any(arm in names for names in TABLES.values())]
+    for title, names in (*((f"Table {n}", names) for n, names in TABLES.items()), ("Other", rest)):
+        if known := tuple(arm for arm in order if arm in names and arms[arm]):
+            parts += [f"### {title}", arm_table(known, arms)]
     if missing := [arm for arm in order if not arms[arm]]:
         parts.append(f"Not run yet: {', '.join(missing)}.")
     shown = tuple(arm for arm in ("cold", "plain", "caption", "ours") if arms[arm])
     parts += ["## By kind of question", kind_table(shown, arms)]
     parts.append(f"## Figures\n\n{figures(arms, folder)}")
-    text = page.read_text() if page.exists() else ""
-    page.write_text(text.split(MARK)[0] + "\n\n".join(parts) + "\n")
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    rewrite(page, text.split(MARK)[0] + "\n\n".join(parts) + "\n")
     return page
 
 
@@ -280,7 +289,7 @@ def about(arms: Results) -> str:
     return (
         f"{len(some)} results of {len(arms)} arms, seeds {', '.join(map(str, seeds))}; code "
         f"{one['code']}, commit {commits}, world {one['world']}, {versions}; {machines}; "
-        f"{sum(f['seconds'] for f in some) / 3600:.1f} core hours without the worlds. "
+        f"{sum(f['seconds'] for f in some) / 3600:.1f} hours of arms. "
         f"Every arm with RL made {numbers['updates']} updates with {numbers['completions']} "
         f"completions.{said}"
     )

@@ -5,6 +5,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +18,7 @@ import reproduce
 import world
 from engine import ConfigError
 from replication import arms, collect, page
-from replication.arms import ARMS, FIGURES, QUICK, TABLES, Job
+from replication.arms import ARMS, FIGURES, PLAIN, QUICK, TABLES, Job
 from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim
 
 ROOT = Path(__file__).parent.parent
@@ -38,7 +39,8 @@ def result(arm: str, seed: int, numbers: dict, **changes) -> dict:
         "floor": {},
         "representations": {},
         "options": ARMS[arm].options,
-        "config": arms.decisive(arm),
+        "config": arms.decisive(config.Config(**ARMS[arm].options)),
+        "models": "m",
         "code": "abc",
         "commit": "c0ffee",
         "world": world.VERSION,
@@ -101,6 +103,10 @@ def test_tables_and_claims_need_only_known_arms():
     claims = [*CRITERIA, *(c for _, some in CLAIMS.values() for c in some)]
     assert {arm for c in claims for arm, _ in (c.more, c.less)} <= shown
     assert {arm for _, *both in IDEAS for arm in both} <= shown and set(QUICK) <= set(ARMS)
+    for command, some in CLAIMS.values():  # the command beside them runs what they compare
+        needed = {arm for c in some for arm, _ in (c.more, c.less)}
+        what, name = command.split()
+        assert needed <= set((TABLES if what == "--table" else FIGURES)[name]), command
 
 
 def test_jobs_wait_for_their_world_and_their_cold_start(tmp_path, monkeypatch):
@@ -198,15 +204,26 @@ def test_the_summary_of_the_ideas_by_hand(tmp_path):
         for s, gain in enumerate(by_seed)
     ]
     table = page.idea_table(page.by_arm(some)).splitlines()
-    assert table[2].startswith("| Caption Reward, added to plain GRPO | **+3.0 [+0.5, +5.5]** |")
-    assert table[4].startswith("| selection, added to plain GRPO | +0.0 [-24.8, +24.8] |")
-    assert table[3].startswith("| Caption Reward, within ours | not measured yet |")
+    name = "| Caption Reward, added to plain GRPO | 3 |"
+    assert table[2].startswith(f"{name} **+3.0 [+0.5, +5.5]** better |")
+    assert table[4].startswith("| selection, added to plain GRPO | 3 | +0.0 [-24.8, +24.8] |")
+    assert table[3].startswith("| Caption Reward, within ours | 0 | - |")
+    one = [found for found in some if found["seed"] == 1]
+    assert "added to plain GRPO | 1 | +3.0 |" in page.idea_table(page.by_arm(one))
 
 
 def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkeypatch):
-    folder = put(tmp_path / "r", result("ours", 0, {}), result("ours", 1, {}, code="def"))
-    with pytest.raises(SystemExit, match="code abc, world .*; code def, world "):
-        page.by_arm(page.read(folder))
+    for other, says in (
+        ({"seed": 1, "code": "def"}, "another code or world"),
+        ({"seed": 1, "config": {"tau": 0.5}}, "another options"),
+        ({"arm": "plain", "models": "other"}, "another models of the world"),
+        ({"arm": "plain", "versions": {"torch": "1"}}, "another models of the world, or versions"),
+        ({"arm": "plain", "start": "other"}, "another cold start"),
+    ):
+        both = [result("ours", 0, {}), result("ours", 0, {}) | other]
+        with pytest.raises(SystemExit, match=f"{says} .*and are not mixed"):
+            page.by_arm(both)
+    page.by_arm([result("ours", 0, {}), result("grpo", 0, {}, start="x", **{"begins as": "cold2"})])
     folder = put(tmp_path / "s", result("ours", 0, {}))
     monkeypatch.setattr(reproduce, "code", lambda: "abc")
     reproduce.check(folder)
@@ -216,9 +233,9 @@ def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkey
 
 
 def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch):
-    """Comments and docstrings do not change it; a number does."""
+    """Comments, docstrings and the values of options do not change it; a number does."""
     (tmp_path / "engine").mkdir()
-    source = '"""Doc."""\n\n\ndef f(x):\n    """Say."""\n    return x + 1\n'
+    source = '"""Doc."""\n\n\ndef f(x):\n    """Say."""\n    return x + 1\n\n\na = option(5)\n'
     monkeypatch.setattr(arms, "ROOT", tmp_path)
 
     def code(text: str) -> str:
@@ -229,6 +246,7 @@ def test_the_code_of_a_result_is_what_decides_its_numbers(tmp_path, monkeypatch)
     for old, new in (
         ("Doc", "Other"),
         ("Say", "Tell"),
+        ("option(5)", "option(6)"),
         ("x + 1", "x  +  1"),
         ("return", "# one\n    return"),
     ):
@@ -297,20 +315,9 @@ def test_bad_options_are_one_line(options, says):
 # --- what is kept of an arm -----------------------------------------------------------------------
 
 
-def test_arms_of_a_seed_that_began_differently_are_not_paired(tmp_path):
-    folder = put(
-        tmp_path / "r",
-        result("plain", 0, {}),
-        result("ours", 0, {}, start="other"),
-        result("grpo", 0, {}, start="two stages", **{"begins as": "cold2"}),
-    )
-    with pytest.raises(SystemExit, match="plain of seed 0 began with another cold start"):
-        page.by_arm(page.read(folder))
-
-
 def test_an_arm_whose_options_have_changed_is_not_taken(tmp_path, monkeypatch):
     """Also where it is a default that has changed. What decides no number may be another."""
-    was = arms.decisive("top30")
+    was = arms.decisive(config.Config(**ARMS["top30"].options))
     assert was["keep"] == 0.3 and was["tau"] == 0.54 and not {"world", "save_every"} & set(was)
     monkeypatch.setattr(reproduce, "code", lambda: "abc")
     folder = put(tmp_path / "r", result("top30", 0, {}))
@@ -321,17 +328,19 @@ def test_an_arm_whose_options_have_changed_is_not_taken(tmp_path, monkeypatch):
 
 
 def test_the_rise_of_a_reward_by_hand():
-    """From the first to the last fifth of the updates, and the part of it by the second."""
+    """From the first to the last fifth of the updates, and by the second."""
     curves = {
         "caption, medium": [0.2, 0.5, 0.6, 0.6, 0.7],
         "caption, hard": [0.1, 0.1, 0.1, 0.1, 0.2],
-        "accuracy, medium": [0.5, 0.6, 0.8, 0.9, 0.9],
+        "accuracy, medium": [0.5, 0.6, 0.8, 0.9, None],
     }
-    assert page.rise(curves, "medium", "caption") == pytest.approx(0.5)
-    assert page.rise(curves, "hard", "caption") == pytest.approx(0.1)
-    assert page.rise(curves, "caption", "early share") == pytest.approx(0.6)
-    assert page.rise(curves, "accuracy", "early share") == pytest.approx(0.25)
-    assert page.rise({}, "easy", "caption") is None
+    found = {"curves": curves}
+    assert page.value(found, "medium", "rise", "caption") == pytest.approx(0.5)
+    assert page.value(found, "hard", "rise", "caption") == pytest.approx(0.1)
+    assert page.value(found, "caption", "early rise", "caption") == pytest.approx(0.3)
+    assert page.value(found, "accuracy", "early rise", "caption") == pytest.approx(0.1)
+    assert page.value(found, "medium", "rise", "accuracy") is None
+    assert page.value(found, "easy", "rise", "caption") is None
 
 
 def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
@@ -342,11 +351,13 @@ def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
     home = tmp_path / "runs" / arms.code()
     home.mkdir(parents=True)
     (home / "world-0").symlink_to(world)
-    small = ["--sft_steps", 30, "--sft_batch", 8, "--sft_lr", "3e-3", "--responses", 4]
-    small += ["--rl_steps", 5, "--prompts_per_step", 4, "--group_size", 4, "--eval_responses", 2]
+    small = {"sft_steps": 30, "sft_batch": 8, "sft_lr": 3e-3, "responses": 4, "rl_steps": 5}
+    small |= {"prompts_per_step": 4, "group_size": 4, "eval_responses": 2}
     for arm in ("cold", "plain", "ours"):
+        less = replace(ARMS[arm], options=ARMS[arm].options | small)
+        monkeypatch.setitem(ARMS, arm, less)
         job = Job(arm, 0)
-        commands.launch(*job.command()[1:], *small)
+        commands.launch(*job.command()[1:])
         collect.collect(job, collect.spent(job, 7.0), 1, tmp_path / "results")
     plain = json.loads((tmp_path / "results/plain-seed0.json").read_text())
     ours = json.loads((tmp_path / "results/ours-seed0.json").read_text())
@@ -367,4 +378,11 @@ def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
     page.write(tmp_path / "results", tmp_path / "results.md", list(ARMS))
     with pytest.raises(ConfigError, match="is the world of seed 0"):
         (home / "world-1").symlink_to(world)
-        collect.provenance(Job("cold", 1))
+        collect.provenance(Job("cold", 1), 1)
+    # what was run otherwise, or began otherwise, than what is there
+    monkeypatch.setitem(ARMS, "plain", replace(ARMS["plain"], options=PLAIN))
+    with pytest.raises(ConfigError, match="run with another sft_steps, .*rl_steps"):
+        collect.collect(Job("plain", 0), 7.0, 1, tmp_path / "results")
+    (tmp_path / "results/cold-seed0.json").write_text(json.dumps(cold | {"start": "other"}))
+    with pytest.raises(ConfigError, match="cold-seed0.json: it began with another cold start"):
+        collect.collect(Job("cold", 0), 7.0, 1, tmp_path / "results")
