@@ -95,9 +95,9 @@ def by_arm(results: list[dict]) -> Results:
             other, expected = seen.setdefault((what, *group), (f"{arm} of seed {seed}", value_))
             if value_ != expected:
                 sys.exit(
-                    f"error: the results of {arm} of seed {seed} and of {other} are of another "
-                    f"{what} ({value_} and {expected}), and are not mixed. Delete those that are "
-                    "not wanted, or give another --results"
+                    f"error: the results of {arm} of seed {seed} and of {other} differ in {what} "
+                    f"({value_} and {expected}), and are not mixed. Delete those that are not "
+                    "wanted, or give another --results"
                 )
     return arms
 

@@ -214,11 +214,14 @@ def test_the_summary_of_the_ideas_by_hand(tmp_path):
 
 def test_results_of_other_code_or_another_world_are_never_mixed(tmp_path, monkeypatch):
     for other, says in (
-        ({"seed": 1, "code": "def"}, "another code or world"),
-        ({"seed": 1, "config": {"tau": 0.5}}, "another options"),
-        ({"arm": "plain", "models": "other"}, "another models of the world"),
-        ({"arm": "plain", "versions": {"torch": "1"}}, "another models of the world, or versions"),
-        ({"arm": "plain", "start": "other"}, "another cold start"),
+        ({"seed": 1, "code": "def"}, "differ in code or world"),
+        ({"seed": 1, "config": {"tau": 0.5}}, "differ in options"),
+        ({"arm": "plain", "models": "other"}, "differ in models of the world, or versions"),
+        (
+            {"arm": "plain", "versions": {"torch": "1"}},
+            "differ in models of the world, or versions",
+        ),
+        ({"arm": "plain", "start": "other"}, "differ in cold start"),
     ):
         both = [result("ours", 0, {}), result("ours", 0, {}) | other]
         with pytest.raises(SystemExit, match=f"{says} .*and are not mixed"):
