@@ -42,6 +42,8 @@ def better(
         ("test_pairs", "paired", 1, f"VideoHallucer {paper[1]}"),
         ("test_pairs", "accuracy", 1, f"POPE {paper[2]}"),
         ("test", "answerable captions", 1, "-"),
+        ("test", "true captions", 1, "-"),
+        ("test_prior_breaking", "true captions", 1, "-"),
         ("test", "right, caption wrong", -1, "-"),
         ("test", "caption wrong if right", -1, "-"),
         ("test", "hallucinated objects", -1, "-"),

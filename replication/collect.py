@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import platform
+import random
 import re
 import subprocess
 from collections import defaultdict
@@ -20,9 +21,11 @@ from config import Config
 from engine import ConfigError
 from engine.files import read_jsonl, rewrite
 from engine.pretrained import open_policy
+from reasoning import parse
 from replication.arms import ARMS, CODE, REPRESENTED, ROOT, Job, code, decisive
 from replication.page import values
 from train import judge_of
+from world import scenes
 
 PROVENANCE = ("code", "commit", "world", "models", "begins as", "start", "versions", "machine")
 
@@ -73,7 +76,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
         "selected": json.loads(selected.read_text()) if selected.exists() else {},
         "metrics": {
             side: {
-                split: values(scored["metrics"])
+                split: values(scored["metrics"]) | truth(scored["rows"], split, job)
                 for split, scored in json.loads(file.read_text()).items()
             }
             for side, file in evals.items()
@@ -132,6 +135,28 @@ def curves(job: Job, scores: dict[str, dict], rolls: list[dict]) -> dict:
         name: [round(sum(v) / len(v), 5) if v else None for v in parts]
         for name, parts in sorted(sums.items())
     }
+
+
+def truth(rows: list[dict], split: str, job: Job) -> dict[str, float]:
+    """The share of captions of which every phrase is true of the row's scene, and one is about the
+    shape asked for: what no reward and no judge sees. Of test and test_prior_breaking; none without
+    captions."""
+    typical = {"test": scenes.TYPICAL, "test_prior_breaking": 0.0}
+    captions = [parse(row["text"]).caption for row in rows]
+    if split not in typical or not any(captions):
+        return {}
+    rng, true = random.Random(f"{job.seed}/{split}"), 0
+    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        # the draws of scenes.write_data
+        scene, query = scenes.make_row(rng, scenes.KINDS[i % len(scenes.KINDS)], typical[split])
+        (scenes.frames if query["kind"] == "motion" else scenes.draw)(rng, scene)
+        if scenes.ask(query)[0] != row["problem"]:
+            raise ConfigError(f"{job.folder}: row {row['id']} is not of the world of {job.seed}")
+        phrases = (caption or "").split(", ")
+        facts = {thing.describe() for thing in scene}
+        facts |= {f"no {s}" for s in scenes.PRIOR if not scenes.of_shape(scene, s)}
+        true += facts.issuperset(phrases) and any(query["shape"] in phrase for phrase in phrases)
+    return {"true captions": round(true / len(rows), 5)}
 
 
 def config_of(job: Job) -> Config:

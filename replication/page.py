@@ -29,6 +29,7 @@ MEASURES = {  # column: (set, measure, is more better)
     "pairs": ("test_pairs", "paired", 1),
     "F1 of yes": ("test_pairs", "f1", 1),
     "answerable": ("test", "answerable captions", 1),
+    "true": ("test", "true captions", 1),
     "right, caption wrong": ("test", "right, caption wrong", -1),
     "caption wrong if right": ("test", "caption wrong if right", -1),
     "both right": ("test", "both right", 1),
@@ -188,7 +189,7 @@ def claim_table(claims: list[Claim], arms: Results) -> str:
 
 def idea_table(arms: Results) -> str:
     """What each idea brings, in points, with its interval; bold where that leaves out 0."""
-    shown = ("accuracy", "prior-breaking", "pairs", "answerable", "right, caption wrong",
+    shown = ("accuracy", "prior-breaking", "pairs", "answerable", "true", "right, caption wrong",
              "hallucinated")  # fmt: skip
     lines = [f"| idea | seeds | {' | '.join(shown)} |", "|---" * (len(shown) + 2) + "|"]
     for words, more, less in IDEAS:

@@ -20,6 +20,7 @@ from engine import ConfigError
 from replication import arms, collect, page
 from replication.arms import ARMS, FIGURES, PLAIN, QUICK, TABLES, Job
 from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim
+from world import scenes
 
 ROOT = Path(__file__).parent.parent
 SETS = ("test", "test_pairs", "test_prior_breaking")
@@ -344,6 +345,38 @@ def test_the_rise_of_a_reward_by_hand():
     assert page.value(found, "accuracy", "early rise", "caption") == pytest.approx(0.1)
     assert page.value(found, "medium", "rise", "accuracy") is None
     assert page.value(found, "easy", "rise", "caption") is None
+
+
+def test_a_true_caption_is_true_of_its_scene(tmp_path, monkeypatch):
+    """Against the scenes that write_data wrote: what they hold is true; another colour, another
+    place, another shape's description or no caption is not."""
+    seen, write = [], scenes._write_row
+
+    def spy(rng, folder, split, i, scene, query):
+        seen.append((scene, query))
+        return write(rng, folder, split, i, scene, query)
+
+    monkeypatch.setattr(scenes, "_write_row", spy)
+    scenes.write_data(tmp_path / "data", {"test": 10}, seed=3)
+    rows = json.loads((tmp_path / "data/test.json").read_text())
+
+    def share(caption) -> float | None:
+        said = [{**row, "id": "1", "text": f"<caption>{caption(*x)}</caption>"}
+                for row, x in zip(rows, seen)]  # fmt: skip
+        return collect.truth(said, "test", Job("cold", 3)).get("true captions")
+
+    assert share(lambda scene, query: scenes.describe(scene, query["shape"])) == 1.0
+    assert share(lambda scene, query: "") is None
+    assert share(lambda *_: "no such thing") == 0.0
+    assert share(lambda scene, query: f"northwest mauve {query['shape']}") == 0.0
+    asked = [scenes.of_shape(scene, query["shape"]) for scene, query in seen]
+    other = [next((t for t in scene if t.shape != query["shape"]), None) for scene, query in seen]
+    assert any(asked) and any(other)
+    found = iter([t.describe() if t else "" for t in other])
+    assert share(lambda *_: next(found) or "x") == 0.0  # true, and about another shape
+    with pytest.raises(ConfigError, match="is not of the world of 4"):
+        collect.truth([{**row, "id": "1", "text": "<caption>x</caption>"} for row in rows],
+                      "test", Job("cold", 4))  # fmt: skip
 
 
 def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
