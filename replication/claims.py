@@ -84,7 +84,7 @@ CRITERIA = [
         RL, START, "test", "caption wrong if right", 1,
     ),
     Claim(
-        "more than four fifths of the hallucination stays (difference: after - 0.8 before)",
+        "hallucination falls by less than a fifth (difference: after - 0.8 x before)",
         RL, START, "test", "hallucinated objects", 1, share=0.8,
     ),
     Claim(
@@ -99,6 +99,7 @@ IDEAS = [  # what is compared for the summary: an arm, and the one that lacks th
     ("selection, within ours", "ours", "full"),
     ("Eq. 4, added to plain GRPO", "eq4", "plain"),
     ("Eq. 4, within ours", "ours", "no-eq4"),
+    ("selection and Eq. 4, added to the Caption Reward", "ours", "caption"),
     ("all three, added to plain GRPO", "ours", "plain"),
 ]
 CLAIMS = {  # heading: the command that runs its arms, the claims
