@@ -257,8 +257,8 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     parts += [
         "## Every arm",
         "Test set unless said; percent, mean ± standard deviation over seeds; the slope is a "
-        "ratio, the entropy in nats. docs/evaluation.md defines the measures. The base and the cold "
-        "starts are before RL.",
+        "ratio, the entropy in nats. docs/evaluation.md defines the measures. The base and the "
+        "cold starts are before RL.",
     ]
     rest = [arm for arm in order if not any(arm in names for names in TABLES.values())]
     for title, names in (*((f"Table {n}", names) for n, names in TABLES.items()), ("Other", rest)):
