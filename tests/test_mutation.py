@@ -156,7 +156,7 @@ FAULTS = [
     Fault("the two flaws of a row come together", "world/scenes", "for flaw in (FLAW_CAPTION, FLAW_ANSWER)", "for flaw in (FLAW_CAPTION, FLAW_CAPTION)", "cold_start", "world"),
     Fault("a world of another version is taken", "world/__init__", "    if there != made:", "    if not there:", "another_world", "world"),
     Fault("an interval of the normal law", "replication/page", "STUDENT[min(n - 2, len(STUDENT) - 1)]", "1.96", "verdict", "reproduce"),
-    Fault("results of two codes are mixed", "replication/page", "if len(kinds) > 1:", "if False:", "never_mixed", "reproduce"),
+    Fault("results of two codes are mixed", "replication/page", "if value_ != expected:", "if False:", "never_mixed", "reproduce"),
     Fault("a tie within a hundredth", "variance_select", "< 1e-6).all(1)", "< 1e-2).all(1)"),
     Fault("kinds are kept together", "variance_select", "for v, i, k in rows if k == kind]", "for v, i, k in rows]"),
     Fault("tau on a pair's cosine", "ntk_infonce", "((pairs[k] + pairs[k + 1]) / 2)", "pairs[k]", "rounding or quantile"),
