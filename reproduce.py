@@ -27,10 +27,9 @@ from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
 import world
-from config import Config
 from engine import ConfigError
 from replication import arms, page
-from replication.arms import ARMS, FIGURES, QUICK, ROOT, TABLES, Job, code, decisive, fingerprint
+from replication.arms import ARMS, FIGURES, QUICK, ROOT, TABLES, Job, code, fingerprint
 from replication.collect import collect, spent
 
 
@@ -139,7 +138,7 @@ def check(results: Path) -> None:
             )
         if found["arm"] not in ARMS:
             sys.exit(f"error: {results} holds results of {found['arm']}, which is no arm now")
-        there, now = found["config"], decisive(Config(**ARMS[found["arm"]].options))
+        there, now = found["config"], ARMS[found["arm"]].decisive()
         differ = [name for name in there | now if there.get(name) != now.get(name)]
         if differ:
             sys.exit(

@@ -30,6 +30,10 @@ class Arm:
     after: str = ""
     minutes: float = 3.5  # on one of two busy cores, for the estimate
 
+    def decisive(self) -> dict:
+        """Every option that decides its numbers, those by default too."""
+        return decisive(Config(**self.options))
+
 
 ARMS = {  # in the order in which they run
     "cold": Arm("cold start", {"method": "sft"}),
@@ -66,19 +70,7 @@ ARMS = {  # in the order in which they run
 TABLES = {
     "1": ("base", "cold", "grpo", "plain", "ours"),
     "2": ("cold", "plain", "caption", "no-stage", "no-reward", "ours"),
-    "3": (
-        "cold",
-        "plain",
-        "full",
-        "easy",
-        "hard",
-        "medium",
-        "top30",
-        "top60",
-        "within",
-        "select",
-        "ours",
-    ),
+    "3": tuple("cold plain full easy hard medium top30 top60 within select ours".split()),
     "4": ("cold", "no-eq4", "eq4", "plain", "shuffled", "caption", "full", "ours"),
 }
 FIGURES = {
@@ -158,12 +150,12 @@ def fingerprint() -> str:
             return ["option"]
         if not isinstance(node, ast.AST):
             return [repr(node)]
-        fields = {name: x for name, x in ast.iter_fields(node) if x not in (None, [])}
+        parts = {name: x for name, x in ast.iter_fields(node) if x not in (None, [])}
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
             node
         ):
-            fields["body"] = fields["body"][1:]
-        return [type(node).__name__, *([name, outline(x)] for name, x in fields.items())]
+            parts["body"] = parts["body"][1:]
+        return [type(node).__name__, *([name, outline(x)] for name, x in parts.items())]
 
     files = sorted(file for name in CODE for file in ROOT.glob(f"{name}.py"))
     trees = [[file.name, outline(ast.parse(file.read_text(encoding="utf-8")))] for file in files]

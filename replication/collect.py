@@ -47,7 +47,7 @@ def collect(job: Job, seconds: float, threads: int, results: Path) -> None:
     is there began with another cold start.
     """
     folder, selected = job.folder, job.folder / "select" / "selected.json"
-    had, wanted = decisive(config_of(job)), decisive(Config(**ARMS[job.arm].options))
+    had, wanted = decisive(config_of(job)), ARMS[job.arm].decisive()
     if had != wanted:
         names = ", ".join(name for name in wanted if had.get(name) != wanted[name])
         raise ConfigError(f"{folder}: it was run with another {names} than its arm has now")

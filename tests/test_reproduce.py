@@ -40,7 +40,7 @@ def result(arm: str, seed: int, numbers: dict, **changes) -> dict:
         "floor": {},
         "representations": {},
         "options": ARMS[arm].options,
-        "config": arms.decisive(config.Config(**ARMS[arm].options)),
+        "config": ARMS[arm].decisive(),
         "models": "m",
         "code": "abc",
         "commit": "c0ffee",
@@ -321,7 +321,7 @@ def test_bad_options_are_one_line(options, says):
 
 def test_an_arm_whose_options_have_changed_is_not_taken(tmp_path, monkeypatch):
     """Also where it is a default that has changed. What decides no number may be another."""
-    was = arms.decisive(config.Config(**ARMS["top30"].options))
+    was = ARMS["top30"].decisive()
     assert was["keep"] == 0.3 and was["tau"] == 0.54 and not {"world", "save_every"} & set(was)
     monkeypatch.setattr(reproduce, "code", lambda: "abc")
     folder = put(tmp_path / "r", result("top30", 0, {}))
