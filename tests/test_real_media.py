@@ -159,9 +159,9 @@ def mixed_folder(photo_folder, tmp_path_factory):
 
 
 MIXED = (
-    "--max_pixels 6272 --max_frames 4 --sft_steps 12 --rl_steps 2 --prompts_per_step 5 "
+    "--max_pixels 6272 --max_frames 4 --sft_steps 30 --rl_steps 2 --prompts_per_step 5 "
     "--prompts_per_pass 3 "
-    "--responses 4 --max_new_tokens 24"
+    "--responses 8 --max_new_tokens 64"
 ).split()
 
 
