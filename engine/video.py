@@ -7,7 +7,7 @@ torchcodec reader needs a system FFmpeg.
 
 import errno
 from bisect import bisect_left
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import dropwhile, islice
@@ -366,21 +366,24 @@ def _orientation(frame: av.VideoFrame) -> int:
     return DISPLAY.get((a, b, c, d), 1)
 
 
-class _Convert(local):
-    """The converter of a thread. `to_image` alone makes a new one for each frame, which takes ten
-    times as long as a small frame itself."""
+class _Converters(local):
+    """The converters of a thread, one for each pixel format. `to_image` alone makes a new one for
+    each frame, which takes ten times as long as a small frame itself. One for all formats gives
+    wrong colours under FFmpeg 7: after a frame of full range (yuvj420p) it takes the next for
+    one."""
 
     def __init__(self) -> None:
-        self.to = VideoReformatter()
+        self.of = defaultdict(VideoReformatter)
 
 
-CONVERT = _Convert()
+CONVERTERS = _Converters()
 
 
 def _picture(frame: av.VideoFrame) -> Image.Image:
     if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
         image = on_white(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
-        image = CONVERT.to.reformat(frame, format="rgb24").to_image()
+        converter = CONVERTERS.of[frame.format.name]
+        image = converter.reformat(frame, format="rgb24").to_image()
     turn = UPRIGHT.get(_orientation(frame))
     return image if turn is None else image.transpose(turn)

@@ -522,6 +522,21 @@ def test_a_clip_whose_size_changes_is_read_in_one_size(tmp_path):
     assert {frame.size for frame in video.read_video(tmp_path / "a.webm", 10.0)[0]} == {(96, 64)}
 
 
+@pytest.mark.parametrize("order", [1, -1], ids=["full range first", "limited range first"])
+def test_the_colours_of_a_clip_are_not_those_of_the_last(tmp_path, order):
+    """A thread that reads a clip of full range and then one of limited range, or the other way
+    round, shows both as FFmpeg alone does."""
+    clips = [
+        write(tmp_path / "full.avi", 10, codec="mjpeg", pix="yuvj420p"),
+        write(tmp_path / "tagged.mp4", 10, **{"x264-params": "fullrange=on"}),
+        write(tmp_path / "limited.avi", 10, codec="mpeg4"),
+    ]
+    for path in clips[::order]:
+        got, _ = video.read_video(path, 25.0, 99)
+        for image, (_, want) in zip(got, every_frame(path), strict=True):
+            assert np.array_equal(np.asarray(image), want)
+
+
 # --- clips: by timestamps -------------------------------------------------------------------------
 
 
