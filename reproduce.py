@@ -3,14 +3,15 @@
     python reproduce.py --quick                    # two seeds, what each idea brings
     python reproduce.py --all --seeds 5            # everything in docs/replication.md
     python reproduce.py --table 2 --figure 4       # what these need
-    python reproduce.py --write                    # tables and figures from the results alone
+    python reproduce.py --write --results docs/replication     # the page from its results alone
 
 An arm is train.py with other options. The arms of a seed share its world and its cold start, and
 all make the same number of updates with as many completions, so they differ in RL alone (those of
 two stages have a cold start of their own); how many prompts they see is counted. What is finished
 is skipped, and an interrupted arm goes on from its last checkpoint. Each arm and seed leaves one
-small JSON file in docs/replication/, from which the page docs/replication.md is written. Results of
-other code or another world are never mixed. The claims are in replication/claims.py.
+small JSON file in the folder of the results, and a page beside that folder is written from them.
+Yours are in runs/replication/, ours are docs/replication/ and docs/replication.md. Results of other
+code or another world are never mixed. The claims are in replication/claims.py.
 """
 
 import argparse
@@ -172,8 +173,8 @@ def parse() -> argparse.Namespace:
     add("--seeds", type=int, help="how many, from 0 (default: 5; 2 with --quick)")
     add("--workers", type=int, default=cores(), help=
         "arms at a time (default: one on each core)")
-    add("--results", type=Path, default=ROOT / "docs" / "replication", help=
-        "folder of the result files (default: docs/replication)")
+    add("--results", type=Path, default=arms.RUNS / code() / "results", help=
+        "folder of the result files (default: one for this code in runs/replication)")
     # fmt: on
     args = parser.parse_args()
     args.seeds = args.seeds if args.seeds is not None else 2 if args.quick else 5
