@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ovip
 from benchmarks import rules
 from benchmarks.base import (
     Benchmark,
@@ -21,7 +22,6 @@ from benchmarks.base import (
 )
 from benchmarks.files import Source, read_table
 from engine import DataError, reason
-from ovip import f1_amber_generative
 
 DIMENSIONS = {
     "discriminative-hallucination": "existence",
@@ -235,7 +235,7 @@ def _generative(total: Counter, f1: Metric | None) -> Metrics:
     chair, cover, cog = (round(a / (b + EPSILON) * 100, 1) for a, b in ratios)
     hal = round(100 - clean / (n + EPSILON) * 100, 1)
     values = {"CHAIR": chair, "Cover": cover, "Hal": hal, "Cog": cog}
-    values["F1"] = f1_amber_generative(chair, cover)
+    values["F1"] = ovip.f1(chair, cover)
     if f1:  # defined in the AMBER paper; its script does not print it
         values["AMBER"] = (100 - chair + 100 * f1.value) / 2
     return {"generative": {key: Metric(v / 100, n, undecided) for key, v in values.items()}}

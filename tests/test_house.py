@@ -13,7 +13,8 @@ FILES = {
     ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
     for file in [*ROOT.glob("*.py"), *(f for p in PACKAGES for f in (ROOT / p).glob("*.py"))]
 }
-CONCEPTS = "reasoning answers caption_reward variance_select grpo ntk_infonce ovip".split()
+CONCEPTS = "reasoning answers caption_reward variance_select grpo ntk_infonce".split()
+CONCEPTS += ["corruption", "ovip"]
 STAGES = "train rollouts conflict config data eval measures report".split()
 
 
