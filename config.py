@@ -17,6 +17,7 @@ import yaml
 from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_flash_attn_2_available
 
+import corruption
 import grpo
 import ntk_infonce
 import variance_select
@@ -62,15 +63,17 @@ def option(
     above: float | None = None,
     below: float | None = None,
     choices: tuple = (),
+    several: bool = False,
     resumable: bool = False,
 ) -> Any:
     """One field of Config. low <= value <= high, above < value < below, or one of `choices`.
 
-    resumable: a run may be resumed with another value.
+    several: words of `choices`, with spaces between them. resumable: a run may be resumed with
+    another value.
     """
     bounds = {"at least": low, "at most": high, "above": above, "below": below}
     bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    rules = {"bounds": bounds, "choices": choices, "resumable": resumable}
+    rules = {"bounds": bounds, "choices": choices, "several": several, "resumable": resumable}
     return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
@@ -106,6 +109,13 @@ class Config:
         "seconds for a step's calls; what is not there by then is unknown, D-15 [choice]")
     judge_max_tokens: int = option(MAX_TOKENS, low=1, resumable=True, help=
         "longest reply, thought included; a longer one is unknown [choice]")
+    corrupt_train: str = option("", choices=("", *corruption.KINDS), help=
+        "corrupt RL's prompts, or a share of them [Hallucination-as-Cue: blank, random_media, "
+        "remove_text]")
+    corrupt_share: float = option(1.0, low=0, high=1, help=
+        "share of RL's prompts that --corrupt_train corrupts [Hallucination-as-Cue: 1]")
+    corrupt_eval: str = option("", choices=("", *corruption.KINDS), several=True, help=
+        "evaluate on the test sets with these corruptions too [Hallucination-as-Cue]")
     world: str = option("shapes-world", help="where the embedded world is built, once [choice]")
     output_dir: str = option("", resumable=True, help=
         "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
@@ -296,8 +306,9 @@ class Config:
 def _check_field(field: dataclasses.Field, value: Any) -> None:
     """Raise ConfigError where a value lies outside the bounds or choices of its field."""
     name, choices, bounds = field.name, field.metadata["choices"], field.metadata["bounds"]
-    if choices and value not in choices:
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(filter(None, choices))}")
+    for word in value.split() if field.metadata["several"] else [value]:
+        if choices and word not in choices:
+            raise ConfigError(f"{name}: {word!r} is not one of {', '.join(filter(None, choices))}")
     if value is not None and not all(HOLDS[words](value, bound) for words, bound in bounds.items()):
         wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
         raise ConfigError(f"{name}: must be {wanted}, got {value} ({field.metadata['help']})")
@@ -326,9 +337,11 @@ def parse_config(argv: list[str]) -> Config:
             raise ConfigError(f"--config: {path[0]} must hold lines of the form option: value")
         if unknown := sorted(set(map(str, values)) - names):
             raise ConfigError(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
-        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
+        words = {k: " ".join(v) if isinstance(v, list) else v for k, v in values.items()}
+        argv = [f"--{name}={value}" for name, value in words.items() if value is not None] + argv
     values = vars(parser.parse_args(argv))
-    return Config(**{name: values[name] for name in names})
+    joined = {name: " ".join(v) if isinstance(v, list) else v for name, v in values.items()}
+    return Config(**{name: joined[name] for name in names})
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -349,6 +362,7 @@ def _parser() -> argparse.ArgumentParser:
         kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
         flag = {"nargs": "?", "const": True}  # --quiet, --quiet true
         how = {"type": string_to_bool, **flag} if kind is bool else {"type": kind}
+        how |= {"nargs": "+"} if f.metadata["several"] else {}
         text = f.metadata["help"].replace("%", "%%")
         text += "" if f.default in (None, "") else f" (default: {f.default})"
         spelt = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))

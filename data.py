@@ -48,6 +48,7 @@ from typing import Any
 
 from qwen_vl_utils.vision_process import smart_resize
 
+import corruption
 import reasoning
 from engine import ConfigError, DataError, reason
 from engine.files import read_rows, undecoded
@@ -250,11 +251,11 @@ def fingerprint(sets: dict[str, list[Sample]]) -> str:
     It is equal if all rows, fields and media are equal and in the same order. A file counts by
     path, size and modification time, other media by content.
     """
-    lines = []
+    lines, not_data = [], ("media", "sizes", "corruption")
     for name, rows in sorted(sets.items()):
         digest = hashlib.sha256()
         for s in rows:
-            fields = [value for field, value in vars(s).items() if field not in ("media", "sizes")]
+            fields = [value for field, value in vars(s).items() if field not in not_data]
             accepted = getattr(s.answer, "accepted", ())
             digest.update(repr((fields, accepted, [trace(medium) for medium in s.media])).encode())
         lines.append(f"{name}: {len(rows)} rows, {digest.hexdigest()[:12]}")
@@ -277,11 +278,17 @@ def _placed(media: list[dict], text: str) -> list[dict]:
 def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) -> list[dict]:
     """The user turn: the pictures or the clip at their marks in `text`, or before it, as chat
     content that `vlm.VLM.encode` takes."""
-    if sample.data_type == "video":
+
+    def seen(media: corruption.Media) -> corruption.Media:
+        return (
+            corruption.change(media, *sample.corruption, sample.id) if sample.corruption else media
+        )
+
+    if sample.data_type == "video" and sample.media:
         frames, true_fps = read_video(sample.media[0], fps, max_frames)
-        media = [{"type": "video", "video": frames, "fps": true_fps}]
+        media = [{"type": "video", "video": seen(frames), "fps": true_fps}]
     else:
-        media = [{"type": "image", "image": read_image(path)} for path in sample.media]
+        media = [{"type": "image", "image": seen(read_image(path))} for path in sample.media]
     return [{"role": "user", "content": _placed(media, text)}]
 
 

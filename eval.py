@@ -2,11 +2,13 @@
 
     accelerate launch eval.py --model RUN_OR_CHECKPOINT --data DIR --judge JUDGE
     accelerate launch eval.py --model RUN_OR_CHECKPOINT --benchmarks pope=DIR mmvu=DIR
+    accelerate launch eval.py --model RUN_OR_CHECKPOINT --data DIR --stress
     python eval.py --compare RUN_A/benchmarks RUN_B/benchmarks
 
 A run folder stands for its trained policy, or for its cold start until RL has finished. --data is a
 dataset in the schema of data.py: its test*.json are evaluated, or train.json without any, as
-train.py evaluates them (measures.py lists the measures). --benchmarks takes published files, or
+train.py evaluates them (measures.py lists the measures). --stress asks every row again on corrupted
+inputs (stress.py), on either kind of test. --benchmarks takes published files, or
 names alone for the hub; both protocols of benchmarks/ score them, and an interrupted run resumes.
 Several processes share the rows.
 """
@@ -20,8 +22,10 @@ import torch
 import yaml
 from transformers.utils import logging as transformers_logging
 
+import corruption
 import data
 import measures
+import stress
 from benchmarks import TABLE
 from benchmarks import results as benchmark_results
 from benchmarks import run as benchmark_run
@@ -137,7 +141,7 @@ def on_benchmarks(args: argparse.Namespace) -> None:
     paths, media = by_name(args.benchmarks), by_name(args.media)
     sets = benchmark_run.open_rows(paths, media, cfg, args.on_bad_row, run)
     judge = open_tried_judge(args, run.device) if run.is_main else None
-    benchmark_run.evaluate(sets, cfg, run, judge, args.judge_model or args.judge or "")
+    benchmark_run.evaluate(sets, cfg, run, judge, args.judge_model or args.judge or "", args.stress)
     run.accelerator.end_training()
 
 
@@ -161,8 +165,10 @@ def on_own_rows(args: argparse.Namespace) -> None:
     judge = open_tried_judge(args, run.device)
     reward = CaptionReward(judge) if judge else None
     policy = open_policy(cfg.model, cfg, run.device)
-    result = measures.evaluate(policy, sets, reward, cfg, run, "evaluate")
-    for split, scored in result.items():
+    asked = sets | stressed(sets, args.stress, cfg, run)
+    result = measures.evaluate(policy, asked, reward, cfg, run, "evaluate")
+    for split in sets:
+        scored = result[split]
         run.say(f"{split}: {measures.one_line(scored)}")
         for name, some in scored["metrics"]["by category"].items():
             value = some["accuracy"]
@@ -171,9 +177,40 @@ def on_own_rows(args: argparse.Namespace) -> None:
         if existence := scored["metrics"].get("existence"):
             shown = "  ".join(f"{key} {v:.3f}" for key, v in existence.items() if key != "n")
             run.say(f"  existence        {shown}")
+        if args.stress:
+            questions = [
+                stress.Question(s.id, s.category, s.pair or s.id, chance(s)) for s in sets[split]
+            ]
+            by_input = {stress.INTACT: split} | {k: f"{split}_{k}" for k in args.stress}
+            right = {
+                name: {row["id"]: row["right"] for row in result[key]["rows"]}
+                for name, key in by_input.items()
+            }
+            run.say(stress.table(split, list(stress.lines(questions, right))))
     if args.out:
         run.write(args.out, result)
     run.accelerator.end_training()
+
+
+def stressed(
+    sets: dict[str, list[data.Sample]], kinds: list[str], cfg: Settings, run: Run
+) -> dict[str, list[data.Sample]]:
+    """Each set once more for each kind of corruption. What cannot be corrupted is left out, and
+    said."""
+    made = {}
+    for name, rows in sets.items():
+        for kind in kinds:
+            made[f"{name}_{kind}"], notes = corruption.corrupt(rows, kind, cfg.seed)
+            for note in notes:
+                run.say(f"{name}, {kind}: {note}")
+    # another row's media may be larger
+    return data.fit_to_model(made, cfg.model, cfg, "skip", run.say) if made else {}
+
+
+def chance(sample: data.Sample) -> float:
+    """Of being right by a blind choice among the options; 0 without options."""
+    accepted = getattr(sample.answer, "accepted", (sample.answer,))
+    return len(accepted) / len(sample.options) if sample.options else 0.0
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -216,6 +253,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output_dir", help="folder of --benchmarks (default: benchmarks/ in the run folder)")
     add("--responses", type=int, default=0, help=
         "with --data: sampled to each row with a judge, for the slope (0: none)")
+    add("--stress", nargs="*", choices=corruption.KINDS, metavar="KIND", help=
+        "ask again on corrupted inputs: how much of the score needs eyes; of "
+        f"{', '.join(corruption.KINDS)} (default: the first three)")
     add("--out", type=Path, help="with --data: also write scores and responses to this JSON file")
     add("--on_bad_row", choices=("error", "skip"), default="error", help="skip: leave bad rows out")
     # fmt: on
@@ -224,6 +264,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--model is needed")
     if args.batch < 1 or args.limit < 0:
         parser.error("--batch must be at least 1, --limit 0 or more")
+    if args.stress is not None:  # the question alone is always asked
+        args.stress = [corruption.NO_MEDIA, *(args.stress or corruption.KINDS[:3])]
+    args.stress = args.stress or []
     own, published = ["out"], "media direct template limit sample output_dir".split()
     for name in own if args.benchmarks else published if args.data else []:
         if getattr(args, name):

@@ -78,7 +78,7 @@ def evaluate(
         said = respond(policy, some, *how)
         moved = [s.id for s in some if s.id in elsewhere]
         blind = dict(zip(moved, respond(policy, [elsewhere[i] for i in moved], *how), strict=True))
-        drawn = draw(policy, some, n, cfg) if n else [None] * len(some)
+        drawn = draw(policy, some, n, cfg) if n and not some[0].corruption else [None] * len(some)
         return [(s, text, blind.get(s.id), d) for s, text, d in zip(some, said, drawn)]
 
     for split, samples in sets.items():
@@ -91,7 +91,7 @@ def evaluate(
         found = verdicts(shard, texts, names, cfg.four_stage, judge)
         for row, sample, text in zip(found, shard, blind, strict=True):
             row["blind"] = None if text is None else is_right(sample, text)
-        if n:
+        if any(drawn):
             add_sampled(found, shard, drawn, judge)
         rows = {row["id"]: row for row in run.gather_object(found)}
         in_order = [rows[s.id] for s in samples]
@@ -118,7 +118,8 @@ def other_media(samples: list[data.Sample]) -> dict[str, data.Sample]:
     those that have none. Rows of one `pair` show the same."""
     kinds = defaultdict(list)
     for s in samples:
-        kinds[s.category, s.data_type, len(s.media)].append(s)
+        if not s.corruption:  # a test of its own
+            kinds[s.category, s.data_type, len(s.media)].append(s)
     found = {}
     for some in kinds.values():
         for s in some:

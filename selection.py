@@ -159,13 +159,20 @@ def share(cfg: Config, run: Run) -> None:
             for name in cfg.reward_weights
             if lines and name in lines[0]
         }
+        same = {
+            name: all(there.get(k, getattr(Config, k)) == getattr(cfg, k) for k in names)
+            for name, names in {
+                "prompts": ("corrupt_train", "corrupt_share"),
+                "tests": ("corrupt_eval",),
+            }.items()
+        }
         # without captions judged there, the responses are sampled anew here
-        if cfg.selection and len(tables) == len(cfg.reward_weights):
+        if cfg.selection and same["prompts"] and len(tables) == len(cfg.reward_weights):
             some = [SimpleNamespace(id=line["id"]) for line in lines]
             file = run.folder / "select" / "scores.jsonl"
             file.parent.mkdir(exist_ok=True)
             rewrite(file, to_jsonl(score_lines(some, tables, cfg)))
-        for name in ("judge", "eval", "sft"):
+        for name in ("judge", *(["eval"] if same["tests"] else []), "sft"):
             unfinished = run.folder / f".{name}.unfinished"
             shutil.rmtree(run.folder / name, ignore_errors=True)
             if (source / name).exists():

@@ -29,6 +29,7 @@ from types import SimpleNamespace
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
+import corruption
 import data
 import grpo
 import measures
@@ -254,7 +255,28 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         raise DataError(f"data: {cfg.data} has no train.json to learn from")
     run.claim_data(run.from_main(lambda: data.fingerprint(sets)))
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
-    return sets
+    return with_corrupted(sets, cfg, run)
+
+
+def with_corrupted(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict:
+    """Hallucination-as-Cue: RL's prompts corrupted, the cold start's rows intact, and a corrupted
+    test set beside each intact one."""
+    wanted = {}
+    if cfg.corrupt_train and cfg.method != "sft":
+        sets.setdefault("cold_start", sets["train"])
+        wanted["train"] = ("train", cfg.corrupt_train, cfg.corrupt_share)
+    for name in [name for name in sets if name.startswith("test")]:
+        for kind in cfg.corrupt_eval.split():
+            wanted[f"{name}_{kind}"] = (name, kind, 1.0)
+    made = {}
+    for name, (source, kind, part) in wanted.items():
+        made[name], notes = corruption.corrupt(sets[source], kind, cfg.seed, part)
+        count = sum(s.corruption is not None for s in made[name])
+        run.say("; ".join([f"{kind}: {count} of {len(sets[source])} rows of {source}", *notes]))
+        if not made[name]:
+            raise DataError(f"{kind}: no row of {source} can be corrupted so")
+    # another row's media may be larger
+    return sets | (data.fit_to_model(made, cfg.start, cfg, "skip", run.say) if made else {})
 
 
 def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> CaptionReward | None:

@@ -5,16 +5,19 @@ Files in the run's folder:
     NAME.jsonl           prompt, output, and by protocol the answer read and the verdict
     scores.json          every measure by subset, with intervals and problems
     counts.json          the counts behind them by cluster, for --compare
+    stress/              raw outputs on corrupted inputs by kind, and NAME.json, what they say
 """
 
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import data
 import reasoning
+import stress
 from benchmarks import results
 from benchmarks.amber import amber_tools
 from benchmarks.base import Row
@@ -23,6 +26,7 @@ from benchmarks.read import read
 from benchmarks.score import PROTOCOLS, Judge, Score, score
 from benchmarks.table import TABLE
 from caption_reward import without_control_tokens
+from corruption import corrupt
 from engine import DataError
 from engine.files import rewrite, to_jsonl
 from engine.judges import Journal
@@ -61,13 +65,18 @@ def open_rows(
 
 
 def evaluate(
-    sets: dict[str, list[Row]], cfg, run: Run, judge: Judge | None = None, judge_name: str = ""
+    sets: dict[str, list[Row]],
+    cfg,
+    run: Run,
+    judge: Judge | None = None,
+    judge_name: str = "",
+    kinds: Sequence[str] = (),
 ) -> None:
     """Ask every row, score by both protocols, print and write the scores.
 
-    judge: on the main process only; its replies are kept. judge_name: on every process. Raises
-    DataError if outputs in the folder answer other questions, or were scored with a judge that is
-    not given.
+    judge: on the main process only; its replies are kept. judge_name: on every process. kinds: of
+    corruption, for the stress test. Raises DataError if outputs in the folder answer other
+    questions, or were scored with a judge that is not given.
     """
     policy = functools.cache(lambda: open_policy(cfg.model, cfg, run.device))
     judge = _with_journal(judge, judge_name, run.folder) if judge else None
@@ -80,7 +89,11 @@ def evaluate(
                 "again, or another --output_dir"
             )
     for name, rows in sets.items():
-        lines = _outputs(name, rows, policy, cfg, run)
+        samples, file = (
+            [sample(name, row) for row in rows],
+            run.folder / "outputs" / f"{name}.jsonl",
+        )
+        lines = _outputs(name, rows, samples, file, policy, cfg, run)
         if run.is_main:
             found = score_both(name, rows, lines, cfg.asked != "direct", judge)
             text = to_jsonl(list(results.verdict_lines(found, rows, lines)))
@@ -93,19 +106,72 @@ def evaluate(
                 print(f"  {note}")
         run.write(run.folder / "counts.json", counts)
         run.write(run.folder / "scores.json", scores)
+        if kinds:
+            _stress(name, rows, lines, kinds, policy, cfg, run, judge)
     run.say(f"rows, verdicts and scores: {run.folder}")
 
 
-def _outputs(name: str, rows: list[Row], policy: Callable[[], VLM], cfg, run: Run) -> list[dict]:
-    """One line for each row: id, prompt, output. Lines in the folder are not asked again."""
+def _stress(
+    name: str,
+    rows: list[Row],
+    lines: list[dict],
+    kinds: Sequence[str],
+    policy: Callable[[], VLM],
+    cfg,
+    run: Run,
+    judge: Judge | None,
+) -> None:
+    """The stress test: the rows with every kind of corruption, by the official rule. Prints a
+    table, and writes stress/NAME.json."""
+    said = {stress.INTACT: lines}
+    for kind in kinds:
+        # the prompt is made of the row's question, by every benchmark in its own way
+        asked = [replace(sample(name, row), problem=row.question) for row in rows]
+        samples, notes = corrupt(asked, kind, cfg.seed)
+        for note in notes:
+            run.say(f"  {kind}: {note}")
+        texts = {s.id: s.problem for s in samples}
+        changed = [replace(row, question=texts[row.id]) for row in rows if row.id in texts]
+        file = run.folder / "stress" / kind / f"{name}.jsonl"
+        said[kind] = _outputs(name, changed, samples, file, policy, cfg, run)
+    if not run.is_main:
+        return
+    right = {}
+    for kind, of in said.items():
+        decided = score_both(name, rows, of, cfg.asked != "direct", judge)["official"].verdicts
+        answered = {line["id"] for line in of}
+        right[kind] = {
+            v.id: v.verdict == "right"
+            for v in decided
+            if v.id in answered and v.verdict in ("right", "wrong")
+        }
+    questions = [stress.Question(row.id, row.kind, row.cluster, chance(row)) for row in rows]
+    found = list(stress.lines(questions, right))
+    rewrite(run.folder / "stress" / f"{name}.json", json.dumps(stress.as_json(found)))
+    print(stress.table(name, found), flush=True)
+
+
+def chance(row: Row) -> float:
+    """Of being right by a blind choice: among the options, or of yes and no."""
+    return 1 / len(row.options) if row.options else 0.5 * (row.kind == "yes/no")
+
+
+def _outputs(
+    name: str,
+    rows: list[Row],
+    samples: list[data.Sample],
+    file: Path,
+    policy: Callable[[], VLM],
+    cfg,
+    run: Run,
+) -> list[dict]:
+    """One line for each row: id, prompt, output. Lines in the file are not asked again."""
     texts = {row.id: prompt_of(name, row, cfg) for row in rows}
-    file = run.folder / "outputs" / f"{name}.jsonl"
 
     def answer(shard: list[data.Sample]) -> list[dict]:
         micro_batches = run.micro_batches(shard, 0, _answer, policy, texts, cfg)
         return [line for lines in micro_batches for line in lines]
 
-    samples = [sample(name, row) for row in rows]
     lines = run.resumable_map(file, samples, cfg.eval_batch, answer, name)
     if any(texts.get(line["id"], line["prompt"]) != line["prompt"] for line in lines):
         raise DataError(

@@ -60,7 +60,8 @@ WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$")
 @dataclass(frozen=True)
 class Sample:
     """One checked row. Media stay on disk until `messages` is asked for them. `answer` is an
-    `answers.Answers` where several are accepted."""
+    `answers.Answers` where several are accepted. `corruption`: a kind of corruption.py, and its
+    seed."""
 
     id: str
     data_type: str
@@ -75,6 +76,7 @@ class Sample:
     objects: tuple[str, ...] | None = None
     relevant: tuple[str, ...] | None = None
     sizes: tuple[Size, ...] = ()
+    corruption: tuple[str, int] | None = None
 
     @property
     def length(self) -> tuple[int, int]:

@@ -814,6 +814,41 @@ def test_every_benchmark_is_scored_by_both_protocols(benchmarked):
     assert "88.7" in printed
 
 
+def test_every_benchmark_can_be_asked_on_corrupted_inputs(benchmarked, tmp_path):
+    """The stress test of all seven: the question alone has no picture, intact rows count as in the
+    score, and another run over the same folder asks nothing anew."""
+    _, _, options = benchmarked
+    folder, kinds = tmp_path / "run", ["blank", "random_media", "remove_text", "mislead"]
+    printed = evaluate(*options, "--output_dir", folder, "--stress", *kinds)
+    scores = json.loads((folder / "scores.json").read_text())
+    assert set(scores) == set(NAMES) and content(folder) == content(benchmarked[0])
+    for name in NAMES:
+        assert f"{name}: the stress test" in printed
+        found = {
+            line["input"]: line
+            for line in json.loads((folder / f"stress/{name}.json").read_text())
+            if line["kind"] == "all"
+        }
+        verdicts = [
+            json.loads(line)["official"]["verdict"]
+            for line in (folder / f"{name}.jsonl").read_text().splitlines()
+        ]
+        decided = [v for v in verdicts if v in ("right", "wrong")]
+        if decided:
+            assert found["intact"]["n"] == len(decided)
+            assert found["intact"]["right"] == decided.count("right") / len(decided)
+            assert name != "pope" or set(found) == {"intact", "no_media", *kinds, "chance"}
+    asked = {
+        kind: (folder / f"stress/{kind}/pope.jsonl").read_text() for kind in ("no_media", *kinds)
+    }
+    assert "Hint: the answer is" in asked["mislead"] and "Hint" not in asked["blank"]
+    before = {file: file.stat().st_mtime_ns for file in (folder / "stress").glob("*/*.jsonl")}
+    evaluate(*options, "--output_dir", folder, "--stress", *kinds)
+    assert before == {
+        file: file.stat().st_mtime_ns for file in (folder / "stress").glob("*/*.jsonl")
+    }
+
+
 def test_two_processes_and_a_killed_run_give_the_same_files(benchmarked, tmp_path):
     folder, _, options = benchmarked
     launch(*options, "--output_dir", tmp_path / "two", processes=2)

@@ -213,6 +213,22 @@ FAULTS = [
     Fault("any end is a whole reply", "engine/judges", "if reason not in COMPLETE:", "if False:", "", "caption_reward"),
     Fault("nothing behind a thought is wrong", "caption_reward", "or (thoughts and not answer)", ""),
     Fault("an empty caption is judged", "caption_reward", "for q, c, _, _ in items if c}", "for q, c, _, _ in items}"),
+    # the neighbours
+    Fault("sigma of the population", "ovip", ".double().std().item()", ".double().std(correction=0).item()"),
+    Fault("the good one need not be good", "ovip", " and high > tau_pos", ""),
+    Fault("the last of equal scores", "ovip", "(-one[0], one[1])", "(-one[0], -one[1])"),
+    Fault("one sigma for two", "ovip", "max(delta, 2 * sigma)", "max(delta, sigma)"),
+    Fault("DPO upside down", "ovip", "(pos - ref_pos) - (neg - ref_neg)", "(neg - ref_neg) - (pos - ref_pos)"),
+    Fault("the image-free term against the image", "ovip", "-logsigmoid(beta1 * (image - none)) - ", "-logsigmoid(beta1 * (none - image)) - "),
+    Fault("the negative image is preferred", "ovip", "- logsigmoid(beta2 * (none - other))", "- logsigmoid(beta2 * (other - none))"),
+    Fault("its own picture", "corruption", "for i, (name, _) in enumerate(pool) if name != id", "for i, (name, _) in enumerate(pool)"),
+    Fault("a picture for a clip", "corruption", "for name, other in pool if isinstance(other, list) == clip]", "for name, other in pool]"),
+    Fault("the input is covered itself", "corruption", 'covered = image.convert("RGB")', "covered = image"),
+    Fault("the picture of a row beside it", "corruption", "other.id != row.id and other.media != row.media", "other.id != row.id", "", "stress"),
+    Fault("the question stays", "corruption", "for part in SENTENCE.split(before) if FORM.search(part)", "for part in SENTENCE.split(before)"),
+    Fault("the hint is right", "corruption", "for letter, w in zip(letters, words) if w not in right]", "for letter, w in zip(letters, words)]"),
+    Fault("rows of one picture are independent", "stress", "sums[question.cluster] +=", "sums[question.id] +="),
+    Fault("a drop is a rise", "stress", "one[q.id] - two[q.id]", "two[q.id] - one[q.id]"),
 ]  # fmt: skip
 
 

@@ -65,6 +65,9 @@ RUNS = {
         "nce_sketch": 64,
         "nce_control": True,
         "eval_responses": 5,
+        "corrupt_train": "random_media",
+        "corrupt_share": 0.5,
+        "corrupt_eval": "blank mislead",
         "eval_batch": 3,
         "show_every": 2,
         "save_every": 1,
@@ -239,6 +242,23 @@ def test_rows_and_prompts_are_as_asked(ran):
             args[1:] == (True, seen.cfg.fps, seen.cfg.max_frames) for args, _ in seen["prompts"]
         )
     assert [args[:2] for args, _ in ran["grpo"]["rows"]] == [(ran["grpo"].cfg.data, "skip")]
+
+
+def test_rl_and_tests_are_corrupted_as_asked(ran):
+    """RL's prompts in part, the cold start's never, the test sets once intact and once for each."""
+    ours, pictures = ran["ours"], {}
+    for args, _ in ours["prompts"]:
+        for s in args[0]:
+            pictures.setdefault(s.id, set()).add(s.corruption)
+    train = {s.id for s in data.load(Path(ours.cfg.world) / "data")["train"]}
+    kinds = {seen for i in train for seen in pictures[i]}
+    assert kinds == {None, ("random_media", 3)} and all(len(pictures[i]) == 1 for i in train)
+    assert all(pictures[i] == {None} for i in pictures if "cold_start" in i)
+    result = json.loads((ours.folder / "eval/before.json").read_text())
+    tests = [name for name in result if not name.endswith(("_blank", "_mislead"))]
+    assert set(result) == {f"{t}{k}" for t in tests for k in ("", "_blank", "_mislead")}
+    assert "Hint: the answer is" in result[f"{tests[0]}_mislead"]["rows"][0]["problem"]
+    assert any("random_media: " in text and " rows of train" in text for text in ours.printed)
 
 
 def test_the_judge_is_the_one_that_was_asked_for(ran):

@@ -1,0 +1,202 @@
+"""corruption.py: each corruption on photographs, and what it must never do."""
+
+import random
+
+import numpy as np
+import pytest
+import skimage.data
+from PIL import Image, ImageFilter
+
+import answers
+import corruption
+
+pytestmark = pytest.mark.quick
+PHOTO = Image.fromarray(skimage.data.astronaut()).resize((96, 64))
+CLIP = [Image.fromarray(skimage.data.chelsea()).crop((x, 0, x + 80, 50)) for x in range(0, 30, 10)]
+CHANGES = {
+    "blank": corruption.blank,
+    "blur": lambda media: corruption.blur(media, 2.0),
+    "occlude": lambda media: corruption.occlude(media, 3, "row"),
+}
+
+
+def pixels(media: corruption.Media) -> list[tuple]:
+    frames = media if isinstance(media, list) else [media]
+    return [(frame.mode, frame.size, frame.tobytes()) for frame in frames]
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+@pytest.mark.parametrize("media", [PHOTO, CLIP], ids=["picture", "clip"])
+def test_size_stays_and_the_input_is_untouched(kind, media):
+    before = pixels(media)
+    changed = CHANGES[kind](media)
+    assert pixels(media) == before != pixels(changed) == pixels(CHANGES[kind](media))
+    assert [size for _, size, _ in pixels(changed)] == [size for _, size, _ in before]
+    assert isinstance(changed, list) == isinstance(media, list)
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "I;16", "1"])
+@pytest.mark.parametrize("kind", CHANGES)
+def test_every_mode_of_pillow_is_taken(kind, mode):
+    image = Image.new("I;16", (9, 7), 300) if mode == "I;16" else PHOTO.convert(mode)
+    before = image.tobytes()
+    changed = CHANGES[kind](image)
+    assert changed.size == image.size and changed.mode == "RGB" and image.tobytes() == before
+
+
+def test_blank_is_one_colour_that_the_processor_makes_zero():
+    """Mid-grey is the grey level of the 256 that Qwen2.5-VL's normalisation brings nearest to 0."""
+    from transformers import Qwen2VLImageProcessor
+
+    processor = Qwen2VLImageProcessor()
+    mean, std = np.array(processor.image_mean), np.array(processor.image_std)
+    seen = [np.abs((np.array([level] * 3) / 255 - mean) / std).max() for level in (0, 128, 255)]
+    assert corruption.blank(PHOTO).getcolors() == [(96 * 64, (128, 128, 128))]
+    assert seen[1] < 0.4 and seen[0] > 1.4 and seen[2] > 1.8
+
+
+def test_blur_is_pillow_s_gaussian():
+    want = PHOTO.filter(ImageFilter.GaussianBlur(2.0))
+    assert corruption.blur(PHOTO, 2.0).tobytes() == want.tobytes()
+    assert corruption.blur(PHOTO, 0).tobytes() == PHOTO.tobytes()
+    with pytest.raises(ValueError, match="sigma must be 0 or more, got -1"):
+        corruption.blur(PHOTO, -1)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_the_share_is_covered_and_nothing_else_changes(share):
+    """On a white picture, the grey pixels are a rectangle of that area."""
+    white = Image.new("RGB", (200, 150), "white")
+    for id in map(str, range(20)):
+        grey = (np.asarray(corruption.occlude(white, 0, id, share)) == 128).all(-1)
+        assert grey.mean() == pytest.approx(share, abs=0.01)
+        if share:
+            rows, columns = np.nonzero(grey.any(1))[0], np.nonzero(grey.any(0))[0]
+            assert grey[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].all()
+    with pytest.raises(ValueError, match="share must lie in"):
+        corruption.occlude(white, 0, "a", 1.5)
+
+
+def test_places_differ_by_sample_and_seed_and_not_by_frame():
+    white = [Image.new("RGB", (200, 150), "white")] * 3
+    places = {(s, i): pixels(corruption.occlude(white, s, i)) for s in (0, 1) for i in "abc"}
+    assert all(len(set(frames)) == 1 for frames in places.values())
+    assert len({frames[0] for frames in places.values()}) == 6
+
+
+# --- another sample's -----------------------------------------------------------------------------
+
+POOL = [(str(i), Image.new("RGB", (10 + i, 10), (i, i, i))) for i in range(6)]
+POOL += [(f"clip {i}", [Image.new("RGB", (10, 10 + i))] * 2) for i in range(3)]
+
+
+def test_random_media_is_never_its_own_and_of_its_kind():
+    for id, media in POOL:
+        for seed in range(40):
+            other = corruption.random_media(media, POOL, seed, id)
+            name = next(name for name, some in POOL if some is other)
+            assert name != id and isinstance(other, list) == isinstance(media, list)
+
+
+def test_random_media_does_not_depend_on_the_pool_s_order():
+    mixed = random.Random(0).sample(POOL, len(POOL))
+    drawn = set()
+    for seed in range(60):
+        one, two = (corruption.random_media(PHOTO, pool, seed, "1") for pool in (POOL, mixed))
+        assert one is two
+        drawn.add(id(one))
+    assert len(drawn) == 5  # every other picture has its turn
+
+
+@pytest.mark.parametrize(
+    "pool", [[], [("a", CLIP)], [("row", PHOTO)], [("row", PHOTO), ("a", CLIP)]]
+)
+def test_a_pool_without_another_picture_is_refused(pool):
+    with pytest.raises(ValueError, match="row: the pool holds no other sample with a picture"):
+        corruption.random_media(PHOTO, pool, 0, "row")
+
+
+def test_a_pool_without_another_clip_is_refused():
+    with pytest.raises(ValueError, match="row: the pool holds no other sample with a clip"):
+        corruption.random_media(CLIP, [("row", CLIP), ("a", PHOTO)], 0, "row")
+
+
+def test_mismatch_takes_the_question_of_another_sample():
+    pool = [("a", "How many?"), ("b", "Which colour?"), ("c", "Where?")]
+    drawn = {corruption.mismatch(pool, seed, "a") for seed in range(40)}
+    assert drawn == {"Which colour?", "Where?"}
+    with pytest.raises(ValueError, match="a: the pool holds no other sample with a question"):
+        corruption.mismatch(pool[:1], 0, "a")
+
+
+# --- text -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("problem", "left"),
+    [
+        ("AB is 5.2. Find x. Round to the nearest tenth.", "Round to the nearest tenth."),
+        ("In triangle ABC, AB = 5 and angle C is 30 degrees.", ""),
+        ("Is there a dog in the image? Please answer yes or no.", "Please answer yes or no."),
+        ("<image>\nWhat is shown?\nA. cat\nB. dog", "<image>\nA. cat\nB. dog"),
+        ("Which? (A) 3 (B) 4\nAnswer with the option's letter from the given choices directly.",
+         "(A) 3 (B) 4\nAnswer with the option's letter from the given choices directly."),
+        ("Hint: Please answer the question and provide the correct option letter, e.g., A, B, at "
+         "the end.\nQuestion: What is it?\nChoices:\n(A) 1\n(B) 2",
+         "Hint: Please answer the question and provide the correct option letter, e.g., A, B, at "
+         "the end.\nChoices:\n(A) 1\n(B) 2"),
+        ("Write the number of apples in the basket.", ""),
+        ("Point A. B lies on C. What is AB?", ""),
+        ("Compare <image> and <image>. Which is larger?", "<image> <image>"),
+        ("", ""),
+    ],
+)  # fmt: skip
+def test_conditions_and_question_go_options_and_form_stay(problem, left):
+    assert corruption.remove_text(problem) == left
+    assert corruption.remove_text(left) == left
+
+
+# --- false hints ----------------------------------------------------------------------------------
+
+QUESTIONS = [
+    (["A. red", "B. green", "C. blue"], "B", "multiple choice"),
+    (["(A) red", "(B) green"], "A", "multiple choice"),
+    (["A. red", "B. red", "C. blue"], "A", "multiple choice"),  # B says what is right
+    ([], "3", "numerical"),
+    ([], "0", "numerical"),
+    ([], "-7", "numerical"),
+    ([], "4.5", "regression"),
+    ([], "1,204", "numerical"),
+    ([], "100", "regression"),
+    ([], "Yes", "free-form"),
+]
+
+
+@pytest.mark.parametrize(("options", "answer", "kind"), QUESTIONS)
+def test_a_hint_is_never_right(options, answer, kind):
+    """By the rule that judges answers, strict and lenient."""
+    hints = set()
+    for seed in range(60):
+        said = corruption.mislead("What is it?", options, answer, seed, "row")
+        question, hint = said.split("\nHint: the answer is ")
+        assert question == "What is it?" and hint.endswith(".")
+        assert not answers.is_correct(hint[:-1], answer, kind, lenient=True)
+        assert hint[:-1] != "B. red" or options != QUESTIONS[2][0]
+        hints.add(hint)
+    assert hints and (len(hints) > 1 or len(options) != 3 or options == QUESTIONS[2][0])
+
+
+def test_a_hint_is_none_of_several_accepted_answers():
+    several = answers.Answers("A", "B")
+    options = ["A. red", "B. crimson", "C. blue"]
+    said = {corruption.mislead("Q", options, several, seed, "x") for seed in range(30)}
+    assert said == {"Q\nHint: the answer is C. blue."}
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [([], "a cat"), (["A. red"], "A"), ([], answers.Answers("yes", "no"))],
+)
+def test_no_false_answer_is_invented(options, answer):
+    with pytest.raises(ValueError, match="row: no false answer is known"):
+        corruption.mislead("What is it?", options, answer, 0, "row")
