@@ -122,9 +122,19 @@ class Results:
             },
         )
 
+    def _splits(self, corrupted: bool) -> list[str]:
+        sides = self.evals.values()
+        found = [n for of in sides for n, x in of.items() if ("corruption" in x) == corrupted]
+        return list(dict.fromkeys(found))
+
     @property
     def splits(self) -> list[str]:
-        return list(dict.fromkeys(split for scored in self.evals.values() for split in scored))
+        return self._splits(corrupted=False)
+
+    @property
+    def corrupted(self) -> list[str]:
+        """Sets on which a right answer was guessed, so more of them are no improvement."""
+        return self._splits(corrupted=True)
 
 
 def _read(file: Path, missing: Any) -> Any:
@@ -164,8 +174,10 @@ def contrast_of(one: Path, two: Path) -> Results:
         }
         for e in evals.values()
     ]
-    if asked[0] != asked[1]:
+    shared = [split for split in asked[0] if split in asked[1]]
+    if not shared or any(asked[0][split] != asked[1][split] for split in shared):
         sys.exit(f"error: {one} and {two} were not evaluated on the same rows")
+    evals = {side: {split: of[split] for split in shared} for side, of in evals.items()}
     sides = {"a": names[0], "b": names[1]}
     if before[0] == before[1] and before[0]:
         evals = {"before": runs[0].evals["before"], **evals}
@@ -252,6 +264,11 @@ def compare(run: Results) -> Iterator[Line]:
             else:
                 label = "said yes" + (f" (true: {truth:.0%})" if truth is not None else "")
                 yield Line(split, label, better, *pair, truth=truth)
+    for split in run.corrupted:
+        scored = [run.evals.get(side, {}).get(split) for side in run.compared]
+        pair = [s and s["metrics"]["accuracy"] for s in scored]
+        rows = [s["rows"] if s else [] for s in scored]
+        yield Line(split, "accuracy", 0, *pair, difference_interval("accuracy", pair, rows))
 
 
 def difference_interval(

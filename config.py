@@ -276,6 +276,10 @@ class Config:
                 "prompts_per_step: Eq. 4 needs a positive and a negative beside a prompt; give at "
                 "least 3, or --nce_weight 0"
             )
+        if self.corrupt_train and self.method == "sft":
+            raise ConfigError("corrupt_train: --method sft has no RL whose prompts to corrupt")
+        if self.corrupt_share < 1 and not self.corrupt_train:
+            raise ConfigError("corrupt_share: say how with --corrupt_train")
         given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
         default = "runs/" + "-".join(filter(None, (self.method, *given)))
         self.output_dir = self.output_dir or default
@@ -318,6 +322,7 @@ def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. The command line wins over `--config file.yaml`."""
     parser = _parser()
     names = {f.name for f in dataclasses.fields(Config)}
+    several = [f.name for f in dataclasses.fields(Config) if f.metadata["several"]]
     argv = [
         part
         for word in argv
@@ -337,11 +342,13 @@ def parse_config(argv: list[str]) -> Config:
             raise ConfigError(f"--config: {path[0]} must hold lines of the form option: value")
         if unknown := sorted(set(map(str, values)) - names):
             raise ConfigError(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
-        words = {k: " ".join(v) if isinstance(v, list) else v for k, v in values.items()}
-        argv = [f"--{name}={value}" for name, value in words.items() if value is not None] + argv
+        for name in several:
+            if isinstance(values.get(name), list):
+                values[name] = " ".join(map(str, values[name]))
+        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
     values = vars(parser.parse_args(argv))
-    joined = {name: " ".join(v) if isinstance(v, list) else v for name, v in values.items()}
-    return Config(**{name: joined[name] for name in names})
+    values |= {name: " ".join(values[name]) for name in several if values[name]}
+    return Config(**{name: values[name] for name in names})
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
-"""Hallucination-as-Cue: inputs from which the answer cannot be known, in training and in tests.
+"""Hallucination-as-Cue: inputs that lack something the answer needs, in training and in tests.
 
-What is right on such inputs was guessed: from the question, from its options, or from what is
+What stays right was guessed from the rest: from the question, from its options, or from what is
 usual. The paper (arXiv 2604.03179) takes away one modality at a time:
 
     BI  `blank`         the picture shows nothing
@@ -11,15 +11,16 @@ usual. The paper (arXiv 2604.03179) takes away one modality at a time:
 corruptions, and they are common elsewhere. `corrupt` does any of them to rows of a dataset:
 train.py --corrupt_train trains on them, and eval.py --stress tests on them.
 
-Media are PIL images, a clip is a list of them. Draws are a function of (seed, id) alone, so a
-sample is corrupted alike in every epoch and on every process. Inputs are never changed in place.
+Media are PIL images, a clip is a list of them. Draws are a function of (seed, id) and the pool that
+is drawn from, so a sample is corrupted alike in every epoch and on every process. Inputs are never
+changed in place.
 """
 
 import math
 import random
 import re
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -58,47 +59,91 @@ def blank(media: Media) -> Media:
 def random_media(media: Media, pool: Sequence[tuple[str, Media]], seed: int, id: str) -> Media:
     """RI: the media of another sample, at their own size; for a clip those of a clip.
 
-    pool: (id, media) of the samples to draw from, this one among them or not. The draw does not
-    depend on the order of the pool. Raises ValueError where it holds no other sample of this kind.
+    pool: (id, media) of the samples to draw from, this one among them or not, in any order. Raises
+    ValueError where it holds no other sample of this kind.
     """
     clip = isinstance(media, list)
-    others = [(name, other) for name, other in pool if isinstance(other, list) == clip]
-    return _another(others, seed, id, "clip" if clip else "picture")
+    some = [(name, other) for name, other in pool if isinstance(other, list) == clip]
+    what = "no other sample with a " + ("clip" if clip else "picture")
+    return _another(sorted(some, key=_name), seed, id, what, lambda name, _: name == id)
 
 
 def remove_text(problem: str) -> str:
-    """TR: the problem without its conditions and its question.
-
-    Options ("A. red", "(B) 12 cm"), the form of the answer ("Round to the nearest tenth.", "Answer
-    with one word.") and the marks of media (<image>) stay. '' where the text holds none of them.
-    A rule over sentences (D-91):
+    """TR: the problem without its conditions and its question, by a rule over sentences (D-91).
 
         'AB is 5. Find x. Round to the nearest tenth.'  ->  'Round to the nearest tenth.'
+
+    What stays: options, in lines of their own ("A. red", "(B) 12 cm") or at the end of a line ("(A)
+    3 (B) 4"); sentences on the form of the answer ("Answer with one word."), if they ask nothing;
+    the marks of media (<image>). '' where the text holds none of them.
     """
-    lines = []
-    for line in problem.splitlines():
-        marks = MARK.findall(line)
-        line = MARK.sub(" ", line)
-        options = OPTIONS.search(line)
-        before = line[: options.start()] if options else line
-        kept = [part.strip() for part in SENTENCE.split(before) if FORM.search(part)]
-        lines.append(" ".join([*marks, *kept, *([options[0].strip()] if options else [])]))
-    return "\n".join(line for line in lines if line)
+    lines, kept = problem.splitlines(), []
+    listed = _listed(lines)
+    for i, line in enumerate(lines):
+        if i in listed:
+            kept.append(line)
+            continue
+        inline = INLINE.search(line)
+        if inline and ("?" in inline[0] or len(SENTENCE.split(inline[0].strip())) > 1):
+            inline = None
+        parts = []
+        for sentence in SENTENCE.split(line[: inline.start()] if inline else line):
+            stays = FORM.search(sentence) and not ASKS.search(sentence)
+            parts += [sentence.strip()] if stays else MARK.findall(sentence)
+        kept.append(" ".join([*parts, *([inline[0].strip()] if inline else [])]))
+    return "\n".join(line for line in kept if line.strip())
+
+
+def _listed(lines: list[str]) -> set[int]:
+    """The lines that are options: from A, a or 1 on, at least two, and a heading right above."""
+    found: set[int] = set()
+    for i, line in enumerate(lines):
+        block, first = [i], LISTED.match(line)
+        if i in found or not first or first[1] not in ("A", "a", "1"):
+            continue
+        for j in range(i + 1, len(lines)):
+            following = LISTED.match(lines[j])
+            if following and following[1] == chr(ord(first[1]) + len(block)):
+                block.append(j)
+            elif lines[j].strip():
+                break
+        if len(block) > 1:
+            found.update(block)
+            heading = [j for j in range(i) if lines[j].strip()][-1:]
+            found.update(j for j in heading if HEADING.fullmatch(lines[j]))
+    return found
 
 
 MARK = re.compile(r"<(?:image|video)>")
-# the end of a sentence, and not of a decimal or an abbreviation in small letters
-SENTENCE = re.compile(r"(?<=[.?!])\s+(?=[A-Z\"'(\[$\\])|(?<=[。？！])")
-# a line's options to its end: the first letter at its start, or two or more in a row anywhere
-OPTIONS = re.compile(
-    r"^\s*(?:\([A-Z]\)|[A-Z][.):])\s.*|^\s*(?:options|choices)\s*:.*|\(A\)\s.*\(B\)\s.*"
-    r"|(?<!\w)A[.):]\s.*(?<!\w)B[.):]\s.*",
+# at white space behind a sentence: not in a decimal, and harmless behind an abbreviation
+SENTENCE = re.compile(r"(?<=[.?!])\s+|(?<=[。？！])")
+LISTED = re.compile(r"\s*(?:[-*•]\s+)?(?:\*\*)?[(\[]?([A-Za-z]|\d)(?:\*\*)?(?:[.)\]:]|\s[-–]\s)")
+HEADING = re.compile(r"\s*(?:the\s+)?(?:answer\s+)?(?:options|choices)(?:\s+are)?\s*:\s*", re.I)
+# two options or more to the end of a line, perhaps behind "Choices:"
+INLINE = re.compile(
+    r"(?:\b(?i:options|choices)\s*:\s*)?"
+    r"(?:\(A\).+\(B\).*|\(a\).+\(b\).*|(?<!\w)A[.)].+(?<!\w)B[.)].*)$"
+)
+# a sentence that says how to answer
+FORM = re.compile(
+    r"^\W*(?:(?:hint|note)\s*:\s*)?(?:please\s+|just\s+|only\s+|directly\s+|then\s+)*(?:"
+    r"(?:answer|respond|reply)\s+(?:the\s+question\s+)?(?:directly\s+)?"
+    r"(?:with|in|using|by|yes\b|true\b|and\s+(?:provide|give)|as\s+an?)\b"
+    r"|answer\s+the\s+(?:multiple[- ]choice\s+)?question\s+(?:requiring|and\s+(?:provide|give))\b"
+    r"|round\s+(?:(?:your|the)\s+(?:final\s+)?(?:answer|result)\s+|it\s+)?(?:to|up|down|off)\b"
+    r"|(?:express|write|give|state|provide|report|put|output|leave|enter|return|submit)\s+"
+    r"(?:just\s+|only\s+)?(?:your|the)\s+(?:(?:single|final|correct|numerical|option'?s?)\s+)*"
+    r"(?:answer|result|option|letter|number|choice|value)s?"
+    r"(?=\W*$|\s+\(|\s+(?:as|in|to|with|within|using|directly|only|at|inside|on|rounded|from)\b)"
+    r"|(?:choose|select|pick)\s+(?:one|(?:the|a)\s+(?:(?:single|correct|right|best)\s+)*"
+    r"(?:answer|option|choice|letter)s?)(?=\W*$|\s+(?:from|among|below|of\s+the\s+following)\b)"
+    r"|use\s+(?:a\s+single|one|only)\s+(?:word|number|letter|phrase|sentence)\b"
+    r"|(?:the|your)\s+(?:final\s+)?answer\s+(?:must|should|has\s+to)\s+be\b"
+    r"|\(units?\s*:[^)]*\)|请[^？]{0,12}(?:回答|作答|选择))",
     re.IGNORECASE,
 )
-FORM = re.compile(
-    r"^\W*(?:(?:hint|note)\s*:\s*)?(?:please\s+)?(?:(?:answer|respond|reply)\b|round\b.*\bto\b"
-    r"|(?:express|write|give|state|provide|report|leave)\s+(?:\w+\s+){0,2}(?:answer|result)s?\b"
-    r"|(?:choose|select|pick)\s+(?:\w+\s+){0,3}(?:answer|option|choice|letter)s?\b)",
+ASKS = re.compile(
+    r"[?？]|\b(?:answer|respond|reply)\s+(?:yes|true)\s+or\s+(?:no|false)\s*:\s*\S|following\s+question",
     re.IGNORECASE,
 )
 
@@ -132,21 +177,24 @@ def occlude(media: Media, seed: int, id: str, share: float = 0.5) -> Media:
 
 
 def mislead(problem: str, options: Sequence[str], answer: str, seed: int, id: str) -> str:
-    """The problem with a false hint behind it: a wrong option, number, or yes for no.
+    """The problem with a false hint behind it: a wrong option or number, or yes for no.
 
     Never the right answer, and none of several accepted ones. Raises ValueError where no false
-    answer is known: words without options.
+    answer is known: to words without options, or where no option or every one is right.
     """
     accepted = getattr(answer, "accepted", (answer,))
-    rng = _rng(seed, id, "mislead")
     if options:
-        named = [OPTION.match(option) for option in options]
-        letters = [m[1] if m else chr(ord("A") + i) for i, m in enumerate(named)]
-        words = [option[m.end() :] if m else option for m, option in zip(named, options)]
-        right = {
-            w for letter, w in zip(letters, words) if {letter, w} & {a.strip() for a in accepted}
-        }
-        false = [f"{letter}. {w}" for letter, w in zip(letters, words) if w not in right]
+        shown = [(option, LABEL.match(option)) for option in options]
+        named = [(m[1].upper() if m else chr(ord("A") + i)) for i, (_, m) in enumerate(shown)]
+        words = [option[m.end() :] if m else option for option, m in shown]
+        by_letter = [w for letter, w in zip(named, words) if letter in map(str.strip, accepted)]
+        right = [*accepted, *by_letter]
+        false = [
+            f"{letter}. {w}"
+            for letter, w in zip(named, words)
+            if letter not in map(str.strip, accepted) and not any(_same(w, r) for r in right)
+        ]
+        false = false if len(false) < len(options) else []
     elif numbers := [n for n in map(answers.to_number, accepted) if n is not None]:
         # far enough off for every rule of answers.is_correct, and written as the answer is
         steps = [n for n in range(-9, 10) if n]
@@ -157,25 +205,53 @@ def mislead(problem: str, options: Sequence[str], answer: str, seed: int, id: st
         # a count below 0 misleads nobody
         false = [f"{n}" for n in far if n >= 0 or min(numbers) < 0]
     else:
-        other = {"yes": "no", "no": "yes"}
-        false = [other[a] for a in (a.strip().lower() for a in accepted) if a in other]
-        false = [] if len(false) > 1 else false
+        said = {a.strip().lower() for a in accepted}
+        false = [{"yes": "no", "no": "yes"}[a] for a in said if said in ({"yes"}, {"no"})]
     if not false:
         raise ValueError(f"{id}: no false answer is known to its question")
-    return f"{problem}\nHint: the answer is {rng.choice(false)}."
+    return f"{problem}\nHint: the answer is {_rng(seed, id, 'mislead').choice(false)}."
+
+
+LABEL = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
+
+
+def _same(one: str, two: str) -> bool:
+    """Do two answers say the same, as words or as a number?"""
+    return any(
+        answers.is_correct(one.strip(), two.strip(), kind, lenient=True)
+        for kind in ("free-form", "numerical")
+    )
 
 
 def mismatch(pool: Sequence[tuple[str, Other]], seed: int, id: str) -> Other:
     """The question of another sample (whatever the pool of (id, question) holds for one), to be
     asked about this sample's media. Raises ValueError where there is no other sample.
 
-    Over a whole dataset it pairs the same questions with the same foreign media as `random_media`,
-    so `corrupt` has no kind of this name.
+    It joins foreign questions and media, as `random_media` does from the other side. So `corrupt`
+    has no kind of this name.
     """
-    return _another(pool, seed, id, "question")
+    what = "no other sample with a question"
+    return _another(sorted(pool, key=_name), seed, id, what, lambda name, _: name == id)
 
 
-OPTION = re.compile(r"\s*\(?([A-Za-z])[.):]\s*")
+def _name(entry: tuple[str, Other]) -> str:
+    return entry[0]
+
+
+def _another(
+    pool: Sequence[tuple[str, Other]],
+    seed: int,
+    id: str,
+    what: str,
+    is_own: Callable[[str, Other], bool],
+) -> Other:
+    """One of a sorted pool that is not the sample's own: the first such from a drawn place on."""
+    start = _rng(seed, id, "another").randrange(len(pool)) if pool else 0
+    for k in range(len(pool)):
+        name, other = pool[(start + k) % len(pool)]
+        if not is_own(name, other):
+            return other
+    raise ValueError(f"{id}: the pool holds {what}")
 
 
 # --- rows of a dataset ----------------------------------------------------------------------------
@@ -184,27 +260,34 @@ BLUR = 0.05  # sigma, of the shorter side of a picture
 
 
 def corrupt(
-    rows: Sequence[Row], kind: str, seed: int, share: float = 1.0
+    rows: Sequence[Row],
+    kind: str,
+    seed: int,
+    share: float = 1.0,
+    picture: Callable[[Row], Hashable] = lambda row: row.id,
 ) -> tuple[list[Row], list[str]]:
     """Rows with `share` of them corrupted, and notes on those that could not be.   n -> at most n
 
-    share: 0 leaves all intact, 1 corrupts all; in between, (seed, id) decides on each row. A row
-    that should be corrupted and cannot be is left out: without another row whose media it could
-    show, without a false answer to hint at, or, under remove_text, with nothing to remove. Media
+    share: 0 leaves all intact, 1 corrupts all; in between, (seed, id) decides on each row.
+    picture: equal for rows about the same picture, which lend each other nothing. A row that should
+    be corrupted and cannot be is left out: without another row whose media it could show, without a
+    false answer to hint at, or, under remove_text, where the rule finds nothing to remove. Media
     are changed when they are read (`change`). Raises ValueError for an unknown kind.
     """
     if kind not in (*KINDS, NO_MEDIA):
         raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
-    alike = defaultdict(list)  # rows that could lend each other their media
-    for row in sorted(rows, key=lambda row: row.id):
-        alike[row.data_type, len(row.media)].append(row)
+    pools = defaultdict(list)  # rows that could lend each other their media
+    shown = {row.id: picture(row) for row in rows} if kind == "random_media" else {}
+    for row in sorted(rows, key=lambda row: row.id) if shown else ():
+        pools[row.data_type, len(row.media)].append((shown[row.id], row))
     found, left_out = [], defaultdict(list)
     for row in rows:
         if share < 1 and _rng(seed, row.id, "share").random() >= share:
             found.append(row)
             continue
         try:
-            found.append(_corrupted(row, kind, seed, alike[row.data_type, len(row.media)]))
+            pool = pools[row.data_type, len(row.media)]
+            found.append(_corrupted(row, kind, seed, pool, shown.get(row.id)))
         except ValueError as error:
             left_out[str(error).removeprefix(f"{row.id}: ")].append(row.id)
     notes = [f"{len(i)} rows left out: {why} ({', '.join(i[:3])})" for why, i in left_out.items()]
@@ -213,25 +296,27 @@ def corrupt(
     return found, notes
 
 
-def _corrupted(row: Row, kind: str, seed: int, alike: list[Row]) -> Row:
+def _corrupted(row: Row, kind: str, seed: int, pool: list, own: Hashable) -> Row:
     row = replace(row, corruption=(kind, seed))
-    if kind == NO_MEDIA:
-        return replace(row, media=(), sizes=(), problem=MARK.sub(" ", row.problem).strip())
     if kind == "mislead":
-        hinted = mislead(row.problem, row.options, row.answer, seed, row.id)
-        return replace(row, problem=hinted)
+        # apart from the problem: the judge of captions is not to read it
+        return replace(row, hint=mislead("", row.options, row.answer, seed, row.id))
     if kind == "remove_text":
         problem = remove_text(row.problem)
-        if problem == row.problem:
-            raise ValueError(f"{row.id}: its text has no condition and no question to remove")
+        if problem.split() == row.problem.split():
+            raise ValueError(f"{row.id}: the rule finds nothing to remove in its text")
         return replace(row, problem=problem)
     if kind == "random_media":
-        start = _rng(seed, row.id, kind).randrange(len(alike))
-        for other in alike[start:] + alike[:start]:
-            # rows about the same picture are no other sample here
-            if other.id != row.id and other.media != row.media:
-                return replace(row, media=other.media, sizes=other.sizes)
-        raise ValueError(f"{row.id}: no other row has other media of its kind")
+        what = "no other media of its kind"
+        other = _another(pool, seed, row.id, what, lambda shown, _: shown == own)
+        # what a caption can name is what is shown
+        shown = {"media": other.media, "sizes": other.sizes, "objects": other.objects}
+        return replace(row, **shown, relevant=None)
+    if kind == NO_MEDIA:
+        problem = MARK.sub(" ", row.problem).strip()
+        row = replace(row, media=(), sizes=(), problem=problem)
+    if kind in ("blank", NO_MEDIA) and row.objects is not None:
+        row = replace(row, objects=(), relevant=None)
     return row
 
 
@@ -244,10 +329,3 @@ def change(media: Media, kind: str, seed: int, id: str) -> Media:
         first = media[0] if isinstance(media, list) else media
         return blur(media, BLUR * min(first.size))
     return occlude(media, seed, id) if kind == "occlude" else media
-
-
-def _another(pool: Sequence[tuple[str, Other]], seed: int, id: str, what: str) -> Other:
-    others = sorted((name, i) for i, (name, _) in enumerate(pool) if name != id)
-    if not others:
-        raise ValueError(f"{id}: the pool holds no other sample with a {what}")
-    return pool[_rng(seed, id, what).choice(others)[1]][1]

@@ -251,7 +251,7 @@ def fingerprint(sets: dict[str, list[Sample]]) -> str:
     It is equal if all rows, fields and media are equal and in the same order. A file counts by
     path, size and modification time, other media by content.
     """
-    lines, not_data = [], ("media", "sizes", "corruption")
+    lines, not_data = [], ("media", "sizes", "corruption", "hint")
     for name, rows in sorted(sets.items()):
         digest = hashlib.sha256()
         for s in rows:
@@ -296,12 +296,18 @@ def prompts(
     samples: Sequence[Sample], four_stage: bool, fps: float, max_frames: int
 ) -> list[list[dict]]:
     """The conversation of each sample: its media and the prompt of `reasoning`."""
-    return [
-        messages(
-            s, reasoning.prompt(s.problem, s.options, s.problem_type, four_stage), fps, max_frames
-        )
-        for s in samples
-    ]
+    return [messages(s, prompt_of(s, four_stage), fps, max_frames) for s in samples]
+
+
+def prompt_of(sample: Sample, four_stage: bool) -> str:
+    """The text of the user turn."""
+    problem = sample.problem + sample.hint
+    return reasoning.prompt(problem, sample.options, sample.problem_type, four_stage)
+
+
+def picture_of(sample: Sample) -> tuple:
+    """Equal for rows about the same picture or clip."""
+    return tuple(trace(medium) for medium in sample.media)
 
 
 def check(source: str, model: str = "", limits: SimpleNamespace = LIMITS) -> bool:
@@ -358,7 +364,7 @@ def prompt_text_tokens(tokenizer, four_stage: bool = True):
     )
 
     def count(sample: Sample) -> int:
-        text = reasoning.prompt(sample.problem, sample.options, sample.problem_type, four_stage)
+        text = prompt_of(sample, four_stage)
         words = [
             part["text"]
             for part in _placed([{"type": "image"}] * len(sample.media), text)

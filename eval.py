@@ -165,8 +165,10 @@ def on_own_rows(args: argparse.Namespace) -> None:
     judge = open_tried_judge(args, run.device)
     reward = CaptionReward(judge) if judge else None
     policy = open_policy(cfg.model, cfg, run.device)
-    asked = sets | stressed(sets, args.stress, cfg, run)
-    result = measures.evaluate(policy, asked, reward, cfg, run, "evaluate")
+    made = stress.corrupted_tests(sets, args.stress, run.say)
+    # another row's media may be larger
+    made = data.fit_to_model(made, cfg.model, cfg, "skip", run.say) if made else {}
+    result = measures.evaluate(policy, sets | made, reward, cfg, run, "evaluate")
     for split in sets:
         scored = result[split]
         run.say(f"{split}: {measures.one_line(scored)}")
@@ -178,39 +180,18 @@ def on_own_rows(args: argparse.Namespace) -> None:
             shown = "  ".join(f"{key} {v:.3f}" for key, v in existence.items() if key != "n")
             run.say(f"  existence        {shown}")
         if args.stress:
-            questions = [
-                stress.Question(s.id, s.category, s.pair or s.id, chance(s)) for s in sets[split]
-            ]
             by_input = {stress.INTACT: split} | {k: f"{split}_{k}" for k in args.stress}
             right = {
                 name: {row["id"]: row["right"] for row in result[key]["rows"]}
                 for name, key in by_input.items()
+                if key in result
             }
-            run.say(stress.table(split, list(stress.lines(questions, right))))
+            found = list(stress.lines(stress.questions_of(sets[split]), right))
+            scored["stress"] = stress.as_json(found)
+            run.say(stress.table(split, found))
     if args.out:
         run.write(args.out, result)
     run.accelerator.end_training()
-
-
-def stressed(
-    sets: dict[str, list[data.Sample]], kinds: list[str], cfg: Settings, run: Run
-) -> dict[str, list[data.Sample]]:
-    """Each set once more for each kind of corruption. What cannot be corrupted is left out, and
-    said."""
-    made = {}
-    for name, rows in sets.items():
-        for kind in kinds:
-            made[f"{name}_{kind}"], notes = corruption.corrupt(rows, kind, cfg.seed)
-            for note in notes:
-                run.say(f"{name}, {kind}: {note}")
-    # another row's media may be larger
-    return data.fit_to_model(made, cfg.model, cfg, "skip", run.say) if made else {}
-
-
-def chance(sample: data.Sample) -> float:
-    """Of being right by a blind choice among the options; 0 without options."""
-    accepted = getattr(sample.answer, "accepted", (sample.answer,))
-    return len(accepted) / len(sample.options) if sample.options else 0.0
 
 
 # --- command line ---------------------------------------------------------------------------------

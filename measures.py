@@ -96,6 +96,8 @@ def evaluate(
         rows = {row["id"]: row for row in run.gather_object(found)}
         in_order = [rows[s.id] for s in samples]
         result[split] = {"metrics": metrics(samples, in_order), "rows": in_order}
+        if samples[0].corruption:
+            result[split]["corruption"] = samples[0].corruption[0]
     bar.close()
     return result
 
@@ -192,7 +194,7 @@ def verdicts(
         row = {
             "id": sample.id,
             "category": sample.category,
-            "problem": sample.problem,
+            "problem": sample.problem + sample.hint,
             "options": list(sample.options),
             "solution": sample.answer,
             "text": text,

@@ -111,7 +111,11 @@ def image_loss(
 
 
 def symmetric(
-    positive: Sequence[Tensor], negative: Sequence[Tensor], beta1=0.1, beta2=0.1, form="printed"
+    positive: Sequence[Tensor],
+    negative: Sequence[Tensor],
+    beta1=0.1,
+    beta2=0.1,
+    form="two_sigmoids",
 ) -> Tensor:
     """L_Image-Sym, App. B.1: the image loss of A+, and that of A- for which I- is the right image.
 

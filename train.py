@@ -36,6 +36,7 @@ import measures
 import ntk_infonce
 import reasoning
 import report
+import stress
 import world
 from caption_reward import CaptionReward, Judge
 from config import Config, parse_config
@@ -229,7 +230,8 @@ def evaluate(
     result = measures.evaluate(policy, tests, judge, cfg, run, f"evaluate {name}")
     if run.is_main:
         gallery = run.folder / "eval" / "gallery"
-        measures.save_gallery(gallery, tests, cfg.fps, cfg.max_frames)
+        intact = {k: v for k, v in tests.items() if not v[0].corruption}
+        measures.save_gallery(gallery, intact, cfg.fps, cfg.max_frames)
     run.write(file, result)
     for split, scored in result.items():
         run.say(f"{name:>6} | {split}: {measures.one_line(scored)}")
@@ -259,22 +261,20 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
 
 
 def with_corrupted(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict:
-    """Hallucination-as-Cue: RL's prompts corrupted, the cold start's rows intact, and a corrupted
-    test set beside each intact one."""
-    wanted = {}
-    if cfg.corrupt_train and cfg.method != "sft":
+    """Hallucination-as-Cue: RL's prompts corrupted, the cold start's rows intact, and corrupted
+    test sets beside the intact ones. The tests do not depend on --seed, so that runs compare."""
+    kinds, made = cfg.corrupt_eval.split(), {}
+    if cfg.corrupt_train:
         sets.setdefault("cold_start", sets["train"])
-        wanted["train"] = ("train", cfg.corrupt_train, cfg.corrupt_share)
-    for name in [name for name in sets if name.startswith("test")]:
-        for kind in cfg.corrupt_eval.split():
-            wanted[f"{name}_{kind}"] = (name, kind, 1.0)
-    made = {}
-    for name, (source, kind, part) in wanted.items():
-        made[name], notes = corruption.corrupt(sets[source], kind, cfg.seed, part)
-        count = sum(s.corruption is not None for s in made[name])
-        run.say("; ".join([f"{kind}: {count} of {len(sets[source])} rows of {source}", *notes]))
-        if not made[name]:
-            raise DataError(f"{kind}: no row of {source} can be corrupted so")
+        made["train"], notes = corruption.corrupt(
+            sets["train"], cfg.corrupt_train, cfg.seed, cfg.corrupt_share, data.picture_of
+        )
+        count = sum(s.corruption is not None for s in made["train"])
+        run.say("; ".join([f"train: {count} rows with {cfg.corrupt_train}", *notes]))
+        if not made["train"]:
+            raise DataError(f"corrupt_train: no row of train can have {cfg.corrupt_train}")
+    tests = {name: rows for name, rows in sets.items() if name.startswith("test")}
+    made |= stress.corrupted_tests(tests, kinds, run.say)
     # another row's media may be larger
     return sets | (data.fit_to_model(made, cfg.start, cfg, "skip", run.say) if made else {})
 

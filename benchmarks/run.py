@@ -122,16 +122,16 @@ def _stress(
     judge: Judge | None,
 ) -> None:
     """The stress test: the rows with every kind of corruption, by the official rule. Prints a
-    table, and writes stress/NAME.json."""
-    said = {stress.INTACT: lines}
+    table, and writes stress/NAME.json. Undecided answers are not right, as refusals often are."""
+    said, picture = {stress.INTACT: lines}, {row.id: row.cluster for row in rows}
     for kind in kinds:
         # the prompt is made of the row's question, by every benchmark in its own way
         asked = [replace(sample(name, row), problem=row.question) for row in rows]
-        samples, notes = corrupt(asked, kind, cfg.seed)
+        samples, notes = corrupt(asked, kind, 0, picture=lambda s: picture[s.id])
         for note in notes:
             run.say(f"  {kind}: {note}")
-        texts = {s.id: s.problem for s in samples}
-        changed = [replace(row, question=texts[row.id]) for row in rows if row.id in texts]
+        texts = {s.id: s.problem + s.hint for s in samples}
+        changed = [_reworded(row, texts[row.id], kind) for row in rows if row.id in texts]
         file = run.folder / "stress" / kind / f"{name}.jsonl"
         said[kind] = _outputs(name, changed, samples, file, policy, cfg, run)
     if not run.is_main:
@@ -143,17 +143,34 @@ def _stress(
         right[kind] = {
             v.id: v.verdict == "right"
             for v in decided
-            if v.id in answered and v.verdict in ("right", "wrong")
+            if v.id in answered and v.verdict != "dropped"
         }
-    questions = [stress.Question(row.id, row.kind, row.cluster, chance(row)) for row in rows]
+    questions = [
+        # of the options one is right, and so of yes and no
+        stress.Question(
+            row.id,
+            row.kind,
+            row.cluster,
+            stress.chance(len(row.options) or 2 * (row.kind == "yes/no"), 1),
+        )
+        for row in rows
+        if row.kind != "description"
+    ]
     found = list(stress.lines(questions, right))
     rewrite(run.folder / "stress" / f"{name}.json", json.dumps(stress.as_json(found)))
     print(stress.table(name, found), flush=True)
 
 
-def chance(row: Row) -> float:
-    """Of being right by a blind choice: among the options, or of yes and no."""
-    return 1 / len(row.options) if row.options else 0.5 * (row.kind == "yes/no")
+def _reworded(row: Row, question: str, kind: str) -> Row:
+    """The row with another question, in all that its prompts are made of."""
+    if question == row.question:
+        return row
+    more = dict(row.more)
+    if "query" in more:  # the whole prompt as published, with the intact question in it
+        more["query"] = ""
+    if "hint" in more and kind == "remove_text":  # a passage that the question needs
+        more["hint"] = None
+    return replace(row, question=question, more=more)
 
 
 def _outputs(

@@ -61,7 +61,7 @@ WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$")
 class Sample:
     """One checked row. Media stay on disk until `messages` is asked for them. `answer` is an
     `answers.Answers` where several are accepted. `corruption`: a kind of corruption.py, and its
-    seed."""
+    seed. `hint` stands behind the problem, and no judge reads it."""
 
     id: str
     data_type: str
@@ -77,6 +77,7 @@ class Sample:
     relevant: tuple[str, ...] | None = None
     sizes: tuple[Size, ...] = ()
     corruption: tuple[str, int] | None = None
+    hint: str = ""
 
     @property
     def length(self) -> tuple[int, int]:

@@ -133,9 +133,11 @@ class Run:
             free = set(self.cfg.resumable)
             if all(is_url(cfg.get("judge") or "") for cfg in (then, now)):
                 free.add("judge")  # the same --judge_model at another address
-            differ = [k for k in now if k not in free and then.get(k) != now[k]]
+            # an option that was not there yet had its default
+            then = {k: getattr(type(self.cfg), k, None) for k in now} | then
+            differ = [k for k in now if k not in free and then[k] != now[k]]
             if differ:
-                changes = "; ".join(f"{k}: {then.get(k)!r} there, {now[k]!r} now" for k in differ)
+                changes = "; ".join(f"{k}: {then[k]!r} there, {now[k]!r} now" for k in differ)
                 raise ConfigError(
                     f"output_dir: {self.folder} belongs to a run with another configuration "
                     f"({changes}). Give another --output_dir, or the same options to resume it, "

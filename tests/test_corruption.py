@@ -45,7 +45,7 @@ def test_every_mode_of_pillow_is_taken(kind, mode):
 
 
 def test_blank_is_one_colour_that_the_processor_makes_zero():
-    """Mid-grey is the grey level of the 256 that Qwen2.5-VL's normalisation brings nearest to 0."""
+    """Qwen2.5-VL's normalisation brings mid-grey nearer to 0 than black or white."""
     from transformers import Qwen2VLImageProcessor
 
     processor = Qwen2VLImageProcessor()
@@ -136,7 +136,6 @@ def test_mismatch_takes_the_question_of_another_sample():
     ("problem", "left"),
     [
         ("AB is 5.2. Find x. Round to the nearest tenth.", "Round to the nearest tenth."),
-        ("In triangle ABC, AB = 5 and angle C is 30 degrees.", ""),
         ("Is there a dog in the image? Please answer yes or no.", "Please answer yes or no."),
         ("<image>\nWhat is shown?\nA. cat\nB. dog", "<image>\nA. cat\nB. dog"),
         ("Which? (A) 3 (B) 4\nAnswer with the option's letter from the given choices directly.",
@@ -145,9 +144,10 @@ def test_mismatch_takes_the_question_of_another_sample():
          "the end.\nQuestion: What is it?\nChoices:\n(A) 1\n(B) 2",
          "Hint: Please answer the question and provide the correct option letter, e.g., A, B, at "
          "the end.\nChoices:\n(A) 1\n(B) 2"),
-        ("Write the number of apples in the basket.", ""),
-        ("Point A. B lies on C. What is AB?", ""),
+        ("Q: How many dogs?\n\nA. 1\nB. 2", "A. 1\nB. 2"),
+        ("find x. answer in degrees.", "answer in degrees."),
         ("Compare <image> and <image>. Which is larger?", "<image> <image>"),
+        ("Which? (A) <image> (B) <image>", "(A) <image> (B) <image>"),
         ("", ""),
     ],
 )  # fmt: skip
@@ -156,12 +156,58 @@ def test_conditions_and_question_go_options_and_form_stay(problem, left):
     assert corruption.remove_text(left) == left
 
 
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "In triangle ABC, AB = 5 and angle C is 30 degrees.",
+        "Write the number of apples in the basket.",
+        "Point A. B lies on C. What is AB?",
+        "Answer yes or no: is there a snowboard in the image?",
+        "Please answer the following question: is there a dog in the image?",
+        "Answer the question based on the image: How many dogs are there?",
+        "Round the length of AB to the nearest tenth.",
+        "Pick the option that describes the tallest bar in the chart.",
+        "Choose the letter of the shape that has 4 sides.",
+        "Please write the answer that is shown on the whiteboard.",
+        "Report the results shown in the table for 2019.",
+        "Q: what is x?",
+        "A. Jones is on the left. Who is on the right?",
+        "S: 5, T: 7. Find S.",
+        "What is the difference between point (A) and point (B) in the figure?",
+        "If vitamin A: 5 mg and vitamin B: 7 mg, what is the total?",
+        "In the figure: (A) is 5 and (B) is 7. Find their sum.",
+    ],
+)
+def test_no_question_survives(problem):
+    assert corruption.remove_text(problem) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("(A)cat\n(B)dog", "A.cat\nB.dog", "**A.** cat\n**B.** dog", "- A. cat\n- B. dog"),
+        *("[A] cat\n[B] dog", "A - cat\nB - dog", "1. cat\n2. dog", "Choices: A.3 B.4 C.5"),
+        *("Use a single word or phrase.", "Output only the number.", "Just give the letter."),
+        *("The final answer MUST BE put in \\boxed{}.", "(Unit: years)", "请用一个数字回答。"),
+        *("Answer yes or no.", "Round your answer to two decimal places."),
+        *("Please select the correct answer from the options above.",),
+        *("Answer the question using a single word or phrase.",),
+        "Please provide only the single option letter (e.g., A, B, C, D, etc.) within the <answer> "
+        "</answer> tags.",
+    ],
+)
+def test_no_option_and_no_form_is_lost(text):
+    assert corruption.remove_text(f"How many are there?\n{text}").split() == text.split()
+
+
 # --- false hints ----------------------------------------------------------------------------------
 
 QUESTIONS = [
     (["A. red", "B. green", "C. blue"], "B", "multiple choice"),
     (["(A) red", "(B) green"], "A", "multiple choice"),
     (["A. red", "B. red", "C. blue"], "A", "multiple choice"),  # B says what is right
+    (["A. red ", "B. blue"], "Red", "free-form"),
+    (["A. 5 cm", "B. 7 cm"], "5", "numerical"),
     ([], "3", "numerical"),
     ([], "0", "numerical"),
     ([], "-7", "numerical"),
@@ -195,7 +241,12 @@ def test_a_hint_is_none_of_several_accepted_answers():
 
 @pytest.mark.parametrize(
     ("options", "answer"),
-    [([], "a cat"), (["A. red"], "A"), ([], answers.Answers("yes", "no"))],
+    [
+        ([], "a cat"),
+        (["A. red"], "A"),
+        (["A. red", "B. blue"], "C"),
+        ([], answers.Answers("yes", "no")),
+    ],
 )
 def test_no_false_answer_is_invented(options, answer):
     with pytest.raises(ValueError, match="row: no false answer is known"):

@@ -55,6 +55,17 @@ def test_a_begun_run_goes_on_with_its_own_options_only(tmp_path):
     run_of(tmp_path, beta=0.1, max_truncated=0.5, gradient_checkpointing=True, **free)
 
 
+def test_a_run_from_before_an_option_had_its_default(tmp_path):
+    run_of(tmp_path)
+    (tmp_path / "sft").mkdir()
+    file = tmp_path / "config.yaml"
+    lines = [line for line in file.read_text().splitlines() if not line.startswith("corrupt_")]
+    file.write_text("\n".join(lines))
+    with pytest.raises(run.ConfigError, match="corrupt_train: '' there, 'blank' now"):
+        run_of(tmp_path, corrupt_train="blank")
+    run_of(tmp_path)
+
+
 def test_only_the_same_judge_may_move_to_another_address(tmp_path):
     """The same judge may move to another address. No other judge may."""
     run_of(tmp_path, judge="http://one/v1", judge_model="m")

@@ -4,27 +4,34 @@ import math
 import random
 import statistics
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import skimage.data
 from PIL import Image
 
+import answers
 import corruption
 import data
 import stress
+from engine import DataError
 from engine.media import Size
 from stress import Line, Question
 
 pytestmark = pytest.mark.quick
 
 
+PHOTO = Image.fromarray(skimage.data.astronaut()).crop((150, 0, 350, 200))
+
+
 def rows(n=12, **changes) -> list[data.Sample]:
-    """Pictures of their own size and colour, with two words of options."""
+    """Cuts of a photograph, each of its own size, with two words of options."""
     return [
         data.Sample(
             id=f"r{i}",
             data_type="image",
-            media=(Image.new("RGB", (40 + i, 40), (10 * i, 0, 0)),),
+            media=(PHOTO.crop((0, 0, 40 + i, 40)),),
             problem="There are two. <image> Which is it? Answer with one word.",
             options=("A. red", "B. blue"),
             problem_type="multiple choice",
@@ -37,7 +44,7 @@ def rows(n=12, **changes) -> list[data.Sample]:
 
 
 def shown(sample: data.Sample) -> list[dict]:
-    return data.messages(sample, sample.problem)[0]["content"]
+    return data.prompts([sample], True, 2.0, 16)[0][0]["content"]
 
 
 # --- rows -----------------------------------------------------------------------------------------
@@ -58,14 +65,30 @@ def test_rows_are_corrupted_when_they_are_read(kind):
         elif kind in ("remove_text", "mislead"):
             assert images[0] == images[1] and words[0] != words[1]
         else:
-            # one colour looks the same through a blur
-            assert words[0] == words[1] and (images[0] != images[1] or kind == "blur")
+            assert words[0] == words[1] and images[0] != images[1]
     assert before == rows() and corruption.corrupt(before, kind, 0)[0] == after
 
 
-def test_a_judge_reads_the_corrupted_question():
+def test_a_judge_reads_what_is_asked_and_no_false_hint():
     [row] = corruption.corrupt(rows(1), "remove_text", 0)[0]
     assert row.question == "Answer with one word.\nOptions:\nA. red\nB. blue"
+    [row] = corruption.corrupt(rows(1), "mislead", 0)[0]
+    assert row.question == rows(1)[0].question and "Hint: the answer is B. blue." in row.hint
+
+
+def test_a_caption_is_held_against_what_is_shown():
+    """Another row's picture comes with its objects; where nothing is shown, all that is named is
+    made up."""
+    some = [
+        replace(s, objects=(f"thing {i}",), relevant=(f"thing {i}",)) for i, s in enumerate(rows())
+    ]
+    objects = {data.picture_of(s): s.objects for s in some}
+    for row in corruption.corrupt(some, "random_media", 0, picture=data.picture_of)[0]:
+        assert row.objects == objects[data.picture_of(row)] and row.relevant is None
+    for kind in ("blank", corruption.NO_MEDIA):
+        assert {s.objects for s in corruption.corrupt(some, kind, 0)[0]} == {()}
+        assert {s.objects for s in corruption.corrupt(rows(), kind, 0)[0]} == {None}
+    assert corruption.corrupt(some, "occlude", 0)[0][3].objects == some[3].objects
 
 
 def test_another_row_s_media_come_with_their_sizes():
@@ -92,18 +115,24 @@ def test_clips_get_clips_and_two_pictures_get_two():
 
 def test_rows_about_one_picture_do_not_lend_it_to_each_other():
     shared = rows(1)[0]
-    alike = [replace(shared, id=str(i)) for i in range(4)]
-    found, notes = corruption.corrupt(alike, "random_media", 0)
+    # the same content, as every row of a Parquet file holds its own copy
+    alike = [replace(shared, id=str(i), media=(shared.media[0].copy(),)) for i in range(4)]
+    lend = partial(corruption.corrupt, kind="random_media", seed=0, picture=data.picture_of)
+    found, notes = lend(alike)
     assert not found
-    assert notes == ["4 rows left out: no other row has other media of its kind (0, 1, 2)"]
-    assert len(corruption.corrupt([*alike, rows(2)[1]], "random_media", 0)[0]) == 5
+    assert notes == ["4 rows left out: the pool holds no other media of its kind (0, 1, 2)"]
+    assert len(lend([*alike, rows(2)[1]])[0]) == 5
 
 
 @pytest.mark.parametrize(
     ("kind", "changes", "says"),
     [
         ("mislead", dict(options=(), answer="a cat"), "no false answer is known to its question"),
-        ("remove_text", dict(problem="Answer with one word."), "its text has no condition and no"),
+        (
+            "remove_text",
+            dict(problem="Answer with one word."),
+            "the rule finds nothing to remove in its text",
+        ),
     ],
 )
 def test_rows_that_cannot_be_corrupted_are_left_out_and_said(kind, changes, says):
@@ -140,7 +169,7 @@ def test_the_share_is_a_draw_by_seed_and_id():
     assert part == hit[0, 0.5] & {s.id for s in some[50:90]}
 
 
-def test_a_corruption_is_no_part_of_the_data_s_fingerprint():
+def test_a_corruption_of_media_leaves_the_fingerprint():
     some = rows(3)
     corrupted, _ = corruption.corrupt(some, "blank", 0)
     assert data.fingerprint({"train": some}) == data.fingerprint({"train": corrupted})
@@ -169,7 +198,8 @@ def test_drops_by_hand():
     line = found["all", "blank"]
     assert (line.n, line.right, line.drop) == (3, pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert found["one", "blank"].drop == pytest.approx(0.5) and found["two", "blank"].n == 1
-    assert found["two", "blank"].low is None
+    # of few rows, Newcombe's interval
+    assert found["two", "blank"].low < 1.0 == found["two", "blank"].high
     assert found["all", "chance"] == Line("all", "chance", 4, 0.25)
 
 
@@ -205,6 +235,41 @@ def test_an_interval_does_not_leave_what_is_possible():
     assert -1 <= found["low"] < found["drop"] < found["high"] <= 1
 
 
+@pytest.mark.parametrize("lost", [True, False])
+def test_where_all_rows_change_alike_the_interval_is_no_point(lost):
+    one = {str(i): True for i in range(40)}
+    found = stress.difference(asked(40), one, {i: not lost for i in one})
+    assert found["drop"] == lost and found["high"] - found["low"] > 0.05
+
+
+def test_rows_of_one_picture_or_pair_are_one_cluster():
+    some = rows(6)
+    some[1] = replace(some[1], media=(some[0].media[0].copy(),))
+    some[2:4] = [replace(s, pair="p") for s in some[2:4]]
+    some[4] = replace(some[4], media=some[3].media)
+    clusters = [q.cluster for q in stress.questions_of(some)]
+    assert clusters[0] == clusters[1] and len(set(clusters[2:5])) == 1 and len(set(clusters)) == 3
+
+
+def test_chance_is_of_the_options_that_are_shown():
+    several = replace(rows(1)[0], answer=answers.Answers("A", "red"))
+    bare = replace(rows(1)[0], options=(), answer="5")
+    chances = [q.chance for q in stress.questions_of([*rows(1), several, bare])]
+    assert chances == [0.5, 0.5, 0.0]
+
+
+def test_a_set_of_the_same_name_is_not_overwritten():
+    with pytest.raises(DataError, match="test_blank is the name of test with blank"):
+        stress.corrupted_tests({"test": rows(2), "test_blank": rows(2)}, ["blank"], print)
+
+
+def test_a_kind_that_fits_no_row_is_said_and_left_out(capsys):
+    bare = [replace(s, options=(), answer="a cat") for s in rows(2)]
+    made = stress.corrupted_tests({"test": bare}, ["mislead", "blank"], print)
+    assert list(made) == ["test_blank"]
+    assert "test_mislead: 2 rows left out: no false answer is known" in capsys.readouterr().out
+
+
 def test_the_table_reads():
     right = {
         "intact": {"0": True, "1": True, "2": True, "3": False},
@@ -213,5 +278,5 @@ def test_the_table_reads():
     text = stress.table("test", list(stress.lines(asked(4), right)))
     assert text.splitlines()[0] == "test: the stress test"
     assert text.splitlines()[1].split("  ")[1].strip() == "kind of question"
-    assert "needs eyes: 50.0 of 75.0 points" in text and "chance" in text
+    assert "needs eyes: +50.0 [" in text and "] of 75.0 points" in text and "chance" in text
     assert "question alone" in text and "one" not in text.replace("alone", "").split()

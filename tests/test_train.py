@@ -1208,6 +1208,10 @@ def test_yaml_gives_options_and_the_command_line_wins(tmp_path):
     file.write_text("beta: 0.1\nrl_steps: 7\nselection: false\n")
     cfg = train.parse_config(["--config", str(file), "--rl_steps", "9"])
     assert (cfg.beta, cfg.rl_steps, cfg.selection, cfg.caption_reward) == (0.1, 9, False, True)
+    file.write_text("corrupt_eval: [blank, mislead]\n")
+    assert train.parse_config(["--config", str(file)]).corrupt_eval == "blank mislead"
+    words = ["--config", str(file), "--corrupt_eval", "blur", "occlude", "--quiet"]
+    assert train.parse_config(words).corrupt_eval == "blur occlude"
 
 
 @pytest.mark.parametrize(
@@ -1216,6 +1220,9 @@ def test_yaml_gives_options_and_the_command_line_wins(tmp_path):
         ("betta: 0.1", "betta"),
         ("1: 2", "unknown options 1"),
         ("- a", "option: value"),
+        ("corrupt_eval: [blank, fog]", "corrupt_eval: 'fog' is not one of blank"),
+        ("corrupt_share: 0.5", "corrupt_share: say how with --corrupt_train"),
+        ("{corrupt_train: blank, method: sft}", "corrupt_train: --method sft has no RL"),
         ("seed: [", "cannot read"),
     ],
 )

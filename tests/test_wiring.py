@@ -258,7 +258,7 @@ def test_rl_and_tests_are_corrupted_as_asked(ran):
     tests = [name for name in result if not name.endswith(("_blank", "_mislead"))]
     assert set(result) == {f"{t}{k}" for t in tests for k in ("", "_blank", "_mislead")}
     assert "Hint: the answer is" in result[f"{tests[0]}_mislead"]["rows"][0]["problem"]
-    assert any("random_media: " in text and " rows of train" in text for text in ours.printed)
+    assert any(" rows with random_media" in text for text in ours.printed)
 
 
 def test_the_judge_is_the_one_that_was_asked_for(ran):
