@@ -12,12 +12,14 @@ from config import Config
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "replication"  # a folder for each code, so that no run is taken for another
 CODE = (  # what decides the numbers of a result, beside the values of the options
-    "answers caption_reward config conflict data grpo measures ntk_infonce reasoning rollouts "
-    "selection train variance_select engine/* world/*"
+    "answers caption_reward config conflict corruption data grpo measures ntk_infonce reasoning "
+    "rollouts selection stress train variance_select engine/* world/*"
 ).split()
 PLAIN = {"caption_reward": False, "selection": False, "nce_weight": 0.0}
 TWO_STAGE = {"four_stage": False, "caption_reward": False}
 BASE = {"method": "sft", **TWO_STAGE, "sft_steps": 0}
+CUES = ("blank", "random_media", "remove_text")  # BI, RI, TR of Hallucination-as-Cue
+CUE = {"method": "grpo", "corrupt_eval": " ".join(CUES)}
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,16 @@ ARMS = {  # in the order in which they run
         f"feature-{name}": Arm(f"ours, y_i {name}", {"nce_feature": name}, "ours")
         for name in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")
     },
+    # Hallucination-as-Cue: trained on each input, tested on all
+    "cue": Arm("RL on intact inputs", CUE, "cold2", 5),
+    **{f"cue-{x}": Arm(f"RL on {x}", CUE | {"corrupt_train": x}, "cold2", 5) for x in CUES},
 }
 TABLES = {
     "1": ("base", "cold", "grpo", "plain", "ours"),
     "2": ("cold", "plain", "caption", "no-stage", "no-reward", "ours"),
     "3": tuple("cold plain full easy hard medium top30 top60 within select ours".split()),
     "4": ("cold", "no-eq4", "eq4", "plain", "shuffled", "caption", "full", "ours"),
+    "cue": ("cue", *(f"cue-{x}" for x in CUES)),  # the grid of Hallucination-as-Cue
 }
 FIGURES = {
     "1b": ("full", "easy", "hard", "medium", "top30", "top60", "ours"),

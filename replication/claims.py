@@ -155,6 +155,24 @@ CLAIMS = {  # heading: the command that runs its arms, the claims
         Claim("hard prompts leave higher entropy than medium ones",
               of("hard"), of("medium"), "test", "entropy", 1, "higher"),
     ]),
+    "Hallucination-as-Cue": ("--table cue", [
+        *(Claim(f"RL on {name} answers better than its cold start", of(arm), of(arm, "before"),
+                "test", "accuracy", 1, paper)
+          for name, arm, paper in (
+              ("blank pictures", "cue-blank", "+2.3 (7B), +2.5 (3B)"),
+              ("random pictures", "cue-random_media", "+3.3 (7B), +2.7 (3B)"),
+              ("questions without text", "cue-remove_text", "-"),
+          )),
+        *(Claim(f"RL on intact inputs answers better than on {name}", of("cue"), of(arm),
+                "test", "accuracy", 1, paper)
+          for name, arm, paper in (
+              ("blank pictures", "cue-blank", "+0.4 (7B), +2.5 (3B)"),
+              ("random pictures", "cue-random_media", "-0.7 (7B), +2.3 (3B)"),
+              ("questions without text", "cue-remove_text", "-"),
+          )),
+        Claim("RL on blank pictures guesses better on them", of("cue-blank"),
+              of("cue-blank", "before"), "test_blank", "accuracy", 1, "+4.4 (7B), +2.8 (3B)"),
+    ]),
     "tau, weight and y_i of Eq. 4 (Figure 5)": ("--figure 5", [
         *(Claim(f"tau 0.54 answers better than {x}", of("ours"), of(f"tau-{x}"), "test", "accuracy",
                 1, "peak at 0.54") for x in (0.1, 0.3, 0.7, 0.9)),

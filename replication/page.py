@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.files import rewrite
-from replication.arms import TABLES
+from replication.arms import CUES, TABLES
 from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim, of
 
 # Student's 97.5 % quantiles for 1 degree of freedom and more
@@ -42,6 +42,7 @@ MEASURES = {  # column: (set, measure, is more better)
 IN_POINTS = {name for name in MEASURES if name not in ("entropy", "slope")}
 SETS = {
     "test": "",
+    "test_blank": " on blank pictures",
     "test_prior_breaking": ", prior-breaking",
     "test_pairs": ", pairs",
     "rise": " reward's rise",
@@ -206,6 +207,26 @@ def idea_table(arms: Results) -> str:
     return "\n".join(lines)
 
 
+def cue_table(arms: Results) -> str:
+    """Accuracy of each training (row) on each input of the test set (column): mean, and its 95 %
+    interval over seeds."""
+    splits = ["test", *(f"test_{kind}" for kind in CUES)]
+    lines = [f"| | seeds | intact | {' | '.join(CUES)} |", "|---" * (len(splits) + 2) + "|"]
+    rows = [("before RL", "cue", "before")]
+    rows += [(s["words"], name, "after") for name in TABLES["cue"] for s in arms[name].values()]
+    for words, name, side in dict.fromkeys(rows):
+        cells = []
+        for split in splits:
+            found = [value(s, side, split, "accuracy") for s in arms[name].values()]
+            both = interval(found)
+            cells.append(points(fmean(found), "accuracy", False))
+            if both:
+                low, high = (points(x, "accuracy", False) for x in both)
+                cells[-1] += f" [{low}, {high}]"
+        lines.append(f"| {words} | {len(arms[name])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def kind_table(names: tuple[str, ...], arms: Results) -> str:
     """By kind of question on the test set: what stands behind the answers, mean over seeds."""
     columns = ("accuracy", "answerable captions", "right, caption wrong", "slope")
@@ -245,15 +266,21 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     """Write the page's measured part, the arms in this order, and its figures beside the results.
     What stands above the mark is written by hand and kept."""
     arms = by_arm(read(folder))
-    parts = [MARK, about(arms), "## Does the world have the disease?", criteria_table(arms)]
-    unseen = {arm: {s: r for s, r in some.items() if s > 1} for arm, some in arms.items()}
-    parts += ["On seeds 2 and up, which helped to choose nothing:"]
-    parts += [criteria_table(defaultdict(dict, unseen))]
-    parts += ["## What each idea brings", idea_table(arms)]
-    parts += ["Points on the test set, mean and 95 % interval; *better* or *worse* where that "
-              "leaves out 0.", "## Every claim"]  # fmt: skip
+    parts = [MARK, about(arms)]
+    if arms["plain"]:
+        parts += ["## Does the world have the disease?", criteria_table(arms)]
+        unseen = {arm: {s: r for s, r in some.items() if s > 1} for arm, some in arms.items()}
+        parts += ["On seeds 2 and up, which helped to choose nothing:"]
+        parts += [criteria_table(defaultdict(dict, unseen))]
+        parts += ["## What each idea brings", idea_table(arms)]
+        parts += ["Points on the test set, mean and 95 % interval; *better* or *worse* where that "
+                  "leaves out 0."]  # fmt: skip
+    if arms["cue"]:
+        parts += ["## Trained on one input, tested on another", cue_table(arms)]
+    parts.append("## Every claim")
     for title, (options, claims) in CLAIMS.items():
-        parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
+        if any(arms[arm] for claim in claims for arm, _ in (claim.more, claim.less)):
+            parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
     parts += [
         "## Every arm",
         "Test set unless said; percent, mean ± standard deviation over seeds; the slope is a "
@@ -261,13 +288,17 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
         "cold starts are before RL.",
     ]
     rest = [arm for arm in order if not any(arm in names for names in TABLES.values())]
-    for title, names in (*((f"Table {n}", names) for n, names in TABLES.items()), ("Other", rest)):
+    for title, names in (*TABLES.items(), ("Other", rest)):
+        title = {"cue": "Hallucination-as-Cue"}.get(title, title)
+        title = f"Table {title}" if title.isdigit() else title
         if known := tuple(arm for arm in order if arm in names and arms[arm]):
             parts += [f"### {title}", arm_table(known, arms)]
-    if missing := [arm for arm in order if not arms[arm]]:
+    begun = {arm for names in TABLES.values() if any(arms[n] for n in names) for arm in names}
+    begun |= {*rest} if arms["ours"] else set()  # Figure 5 and the like are of ours
+    if missing := [arm for arm in order if not arms[arm] and arm in begun]:
         parts.append(f"Not run yet: {', '.join(missing)}.")
     shown = tuple(arm for arm in ("cold", "plain", "caption", "ours") if arms[arm])
-    parts += ["## By kind of question", kind_table(shown, arms)]
+    parts += ["## By kind of question", kind_table(shown, arms)] if shown else []
     parts.append(f"## Figures\n\n{figures(arms, folder)}")
     text = page.read_text(encoding="utf-8") if page.exists() else ""
     rewrite(page, text.split(MARK)[0] + "\n\n".join(parts) + "\n")

@@ -283,6 +283,38 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path):
     assert again == text
 
 
+def test_the_grid_has_each_training_on_each_input(tmp_path):
+    """Hallucination-as-Cue alone: the rest of the page, whose arms have no results, is left out."""
+    inputs = ("test", "test_blank", "test_random_media", "test_remove_text")
+
+    def on_all(arm, seed, before, after):
+        sides = {
+            side: {
+                name: {"by category": {}, "accuracy": x + seed / 50} for name, x in zip(inputs, of)
+            }
+            for side, of in {"before": before, "after": after}.items()
+        }
+        return result(arm, seed, {}, metrics=sides, **{"begins as": "cold2"})
+
+    start = (0.4, 0.3, 0.2, 0.1)
+    found = [
+        on_all(arm, seed, start, after)
+        for seed in (0, 1)
+        for arm, after in {
+            "cue": (0.8, 0.4, 0.3, 0.2), "cue-blank": (0.6, 0.5, 0.3, 0.2)
+        }.items()
+    ]  # fmt: skip
+    folder = put(tmp_path / "r", *found)
+    text = page.write(folder, tmp_path / "page.md", list(ARMS)).read_text()
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| before RL")]
+    assert [cell.split()[0] for cell in rows[0][1:]] == ["2", "41.0", "31.0", "21.0", "11.0"]
+    assert "| RL on blank | 2 | 61.0 [" in text and "| RL on intact inputs | 2 | 81.0 [" in text
+    assert "RL on intact inputs answers better than on blank pictures | accuracy | +20.0" in text
+    assert "guesses better on them | accuracy on blank pictures | +20.0" in text
+    assert "disease" not in text and "Table 1" not in text and "no-eq4" not in text
+    assert "Not run yet: cue-random_media, cue-remove_text." in text
+
+
 def test_the_committed_page_is_what_its_results_say(tmp_path):
     """docs/replication.md below its mark follows from docs/replication/ alone."""
     file, folder = ROOT / "docs/replication.md", ROOT / "docs/replication"
