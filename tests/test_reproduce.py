@@ -3,7 +3,6 @@
 import json
 import re
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
@@ -341,11 +340,11 @@ def test_the_committed_page_is_what_its_results_say(tmp_path):
         (["--all", "--seeds", "0"], "must be at least 1"),
     ],
 )
-def test_bad_options_are_one_line(options, says):
-    done = subprocess.run(
-        [sys.executable, "reproduce.py", *options], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and says in done.stderr.splitlines()[-1]
+def test_bad_options_are_one_line(options, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", *options])
+    with pytest.raises(SystemExit, match="2"):
+        reproduce.main()
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 # --- what is kept of an arm -----------------------------------------------------------------------
