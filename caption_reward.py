@@ -11,6 +11,14 @@ breaks off is unknown too, as is a thought with nothing behind it.
 
 A judge is any callable from a list of prompts to a list of replies, None where it failed
 (engine/judges.py: a local causal LM, or an OpenAI-compatible server).
+
+Other papers reward captions in the same way, with another judge or on other questions (KINDS):
+
+    external   the above
+    self       the judge is the policy itself, without the picture (Vision-SR1, arXiv 2508.19652)
+    gain       judge(question, caption) - judge(question, ''): 1, 0 or -1 (CaR). Within a prompt
+               the second term is one constant, so GRPO's advantages are those of external (D-94)
+    shared     the mean over all questions about the same picture (CapRL, arXiv 2509.22647)
 """
 
 import re
@@ -22,6 +30,7 @@ import reasoning
 
 Judge = Callable[[list[str]], list[str | None]]
 
+KINDS = ("external", "self", "gain", "shared")
 MAX_TOKENS = 1024  # that a judge may say, its thought among them [choice]
 LONGEST_REPLY = 2**14  # characters after the thought; what is longer is no answer [choice]
 
@@ -117,7 +126,18 @@ class CaptionReward:
         """(question, caption, solution, problem type) of each response -> (reward 1 / 0 / NaN, the
         judge's reply)."""
         items = [(q, as_one_line(c or ""), *rest) for q, c, *rest in items]
-        wanted = {(q, c) for q, c, _, _ in items if c}
+        self._ask({(q, c) for q, c, _, _ in items if c})
+        return [self._verdict(*item) if item[1] else (0.0, None) for item in items]
+
+    def gain(self, items: list[tuple[str, str | None, str, str]]) -> list[tuple[float, str | None]]:
+        """The reward less the judge's verdict without a caption: 1 where the caption mends its
+        answer, -1 where it spoils it (an empty caption is wrong, as in the reward), NaN where
+        either verdict is unknown."""
+        self._ask({(q, "") for q, _, _, _ in items})
+        blind = [self._verdict(q, "", *rest)[0] for q, _, *rest in items]
+        return [(r - b, reply) for (r, reply), b in zip(self(items), blind, strict=True)]
+
+    def _ask(self, wanted: set[tuple[str, str]]) -> None:
         new = sorted(wanted - self.replies.keys())
         for key, reply in zip(
             new, self.judge([judge_prompt(*key) for key in new]) if new else [], strict=True
@@ -128,11 +148,8 @@ class CaptionReward:
                 self.failed += 1  # not remembered: the next step asks again
             else:
                 self.replies[key] = answer
-        return [self._verdict(*item) for item in items]
 
     def _verdict(self, question, caption, solution, problem_type) -> tuple[float, str | None]:
-        if not caption:
-            return 0.0, None
         reply = self.replies.get((question, caption))
         if reply is None:
             return float("nan"), None

@@ -20,16 +20,20 @@ from transformers.utils import is_flash_attn_2_available
 import corruption
 import grpo
 import ntk_infonce
+import ovip
 import variance_select
-from caption_reward import MAX_TOKENS
+from caption_reward import KINDS, MAX_TOKENS
 from engine import ConfigError
 from engine.judges import is_url, url_problem
 from engine.run import COLLECTIVE_TIMEOUT
 
 MECHANISMS = {  # what --method stands for; each switch can be set by itself
-    "ours": {"four_stage": True, "caption_reward": True, "selection": True, "nce_weight": 0.01},
-    "grpo": {"four_stage": False, "caption_reward": False, "selection": False, "nce_weight": 0.0},
-    "sft": {"four_stage": True, "caption_reward": False, "selection": False, "nce_weight": 0.0},
+    # fmt: off
+    "ours": {"four_stage": True, "caption_reward": KINDS[0], "selection": True, "nce_weight": 0.01},
+    "grpo": {"four_stage": False, "caption_reward": "", "selection": False, "nce_weight": 0.0},
+    "sft": {"four_stage": True, "caption_reward": "", "selection": False, "nce_weight": 0.0},
+    "ovip": {"four_stage": True, "caption_reward": "", "selection": False, "nce_weight": 0.0},
+    # fmt: on
 }
 ATTENTION = ("sdpa", "eager", "flex_attention", "flash_attention_2")
 HEADINGS = {  # the first option of each group in `--help`
@@ -42,6 +46,7 @@ HEADINGS = {  # the first option of each group in `--help`
     "rl_steps": "reinforcement learning, Eq. 1",
     "accuracy_weight": "rewards",
     "nce_feature": "conflict regulariser, Eq. 4",
+    "negatives": "OViP (--method ovip)",
     "eval_batch": "evaluation, checkpoints, screen",
 }
 HOLDS = {"at least": ge, "at most": le, "above": gt, "below": lt}
@@ -83,11 +88,13 @@ class Config:
 
     # fmt: off
     method: str = option("ours", choices=tuple(MECHANISMS), help=
-        "ours, grpo (plain: two stages, two rewards, D-43) or sft (cold start) [paper, Table 1]")
+        "ours, grpo (plain: two stages, two rewards, D-43), sft (cold start) [paper, Table 1], or "
+        "ovip (preference.py)")
     four_stage: bool | None = option(None, help=
         "planning and caption stages too; default by --method [paper, Table 2]")
-    caption_reward: bool | None = option(None, help=
-        "the Caption Reward; default by --method [paper, Table 2]")
+    caption_reward: str | None = option(None, choices=("", *KINDS), help=
+        "the Caption Reward: external [paper, Table 2], self [Vision-SR1], gain [CaR], shared "
+        "[CapRL] or false; default by --method")
     selection: bool | None = option(None, help=
         "top half of the prompts by variance; default by --method [paper, Table 3]")
     nce_weight: float | None = option(None, low=0, help=
@@ -97,6 +104,8 @@ class Config:
         "Qwen2.5-VL, folder or hub id; empty: the embedded world's tiny policy [choice]")
     data: str = option("", help=
         "dataset folder or file (see data.py); empty: the embedded world's [choice]")
+    train_set: str = option("train", help=
+        "the set of the data whose prompts RL learns from [choice]")
     on_bad_row: str = option("error", choices=("error", "skip"), help=
         "error: stop before any work; skip: leave bad rows out [choice]")
     judge: str = option("", help=
@@ -197,6 +206,8 @@ class Config:
     caption_weight: float = option(1.0, help="weight of the Caption Reward [official code]")
     leak_penalty: float = option(0.0, low=0, help=
         "taken off where a caption only states the answer, D-14; 0: counted [choice]")
+    reward: str = option("", help=
+        "FILE.py:NAME, a reward function of your own beside these (docs/neighbours.md) [choice]")
     lenient: bool = option(False, help=
         "accuracy reward by the lenient rule of answers.py [official code: strict]")
 
@@ -211,6 +222,26 @@ class Config:
         "control: cosines of other pairs decide which pairs of Eq. 4 are positives [choice]")
     nce_sketch: int = option(0, low=0, help=
         "above 0: f_i as a TensorSketch of so many numbers, for a y_i of many tokens [choice]")
+
+    negatives: str = option("", choices=("", "draw", "diffusion", "crop", "blur", "random"), help=
+        "negative images; default: draw in the embedded world, else diffusion [OViP]")
+    pairs: int = option(16, low=1, help="pairs per update, over all ranks [OViP]")
+    pair_rule: str = option("paper", choices=("paper", "code"), help=
+        "which responses make a pair: Algorithm 1 or the released code, D-81 [OViP]")
+    buffer: str = option("random", choices=("random", "fifo"), help=
+        "pairs leave the buffer by chance [OViP] or in order [its code]")
+    dpo_beta: float = option(0.1, above=0, help="beta, beta1 and beta2 of its losses [OViP]")
+    image_loss: str = option("two_sigmoids", choices=("", *ovip.FORMS), help=
+        "form of the image loss, D-80; empty: none, which is online DPO [its code]")
+    image_weight: float = option(1.0, low=0, help=
+        "weight of the image loss [OViP; its code by default: 0.5]")
+    temperature: float = option(1.0, above=0, help="of its sampling; its code: 1.2 [choice]")
+    top_p: float = option(1.0, above=0, high=1, help="of its sampling; its code: 0.8 [choice]")
+    diffusion: str = option("black-forest-labs/FLUX.1-dev", help=
+        "text-to-image model of diffusers, folder or hub id [OViP]")
+    diffusion_size: int = option(384, low=8, help="its pictures' sides, in pixels [OViP]")
+    diffusion_steps: int = option(40, low=1, help="its steps of denoising [OViP]")
+    diffusion_guidance: float = option(7.5, low=0, help="its guidance scale [OViP]")
 
     eval_batch: int = option(64, low=1, resumable=True, help=
         "rows per evaluation batch on each rank [choice]")
@@ -235,6 +266,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Resolve what --method leaves open; refuse what cannot work, before anything is loaded."""
+        vars(self).update(self.in_words(vars(self)))
         for f in dataclasses.fields(self):
             _check_field(f, getattr(self, f.name))
         for name, value in MECHANISMS[self.method].items():
@@ -248,13 +280,18 @@ class Config:
             raise ConfigError(f"judge: {wrong}")
         if is_url(self.judge) and not self.judge_model:
             raise ConfigError("judge_model: name the model that the judge's URL serves")
-        if self.model and self.caption_reward and not self.judge:
+        if self.model and self.caption_reward not in ("", "self") and not self.judge:
             raise ConfigError(
-                "judge: --model needs a judge of its own; give --judge, or --caption_reward false"
+                "judge: --model needs a judge of its own; give --judge, --caption_reward self (the "
+                "policy judges), or --caption_reward false"
             )
         if self.caption_reward and not self.four_stage:
             raise ConfigError(
                 "caption_reward: there is no caption without four_stage; set --caption_reward false"
+            )
+        if self.reward and self.select_class:
+            raise ConfigError(
+                "select_class: with --reward it is unknown what is easy; leave one of the two out"
             )
         if self.lora_rank and self.train_vision:
             raise ConfigError(
@@ -280,9 +317,43 @@ class Config:
             raise ConfigError("corrupt_train: --method sft has no RL whose prompts to corrupt")
         if self.corrupt_share < 1 and not self.corrupt_train:
             raise ConfigError("corrupt_share: say how with --corrupt_train")
+        self._check_ovip()
         given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
         default = "runs/" + "-".join(filter(None, (self.method, *given)))
         self.output_dir = self.output_dir or default
+
+    def _check_ovip(self) -> None:
+        """What --method ovip needs, and what only it has."""
+        if self.method != "ovip":
+            if (self.temperature, self.top_p) != (1, 1):
+                raise ConfigError(
+                    "temperature: GRPO needs samples of the distribution that it scores (D-8); "
+                    "only --method ovip samples from another"
+                )
+            return
+        for name in ("caption_reward", "selection", "nce_weight", "corrupt_train", "reward"):
+            if getattr(self, name):
+                raise ConfigError(f"{name}: OViP has none; leave it out, or give another --method")
+        if self.iterations > 1:
+            raise ConfigError("iterations: OViP takes each pair once; leave it out")
+        if not (self.image_loss and self.image_weight):
+            self.negatives = ""  # online DPO, which needs no images
+            return
+        self.negatives = self.negatives or ("diffusion" if self.data else "draw")
+        if self.negatives == "draw" and (self.data or not self.four_stage):
+            raise ConfigError(
+                "negatives: draw shows what a caption says of the embedded world's scenes. Without "
+                "captions, or with --data, give diffusion, crop, blur or random"
+            )
+        if self.negatives == "diffusion" and not self.judge:
+            raise ConfigError("judge: --negatives diffusion needs one, which says what to paint")
+
+    @staticmethod
+    def in_words(values: dict[str, Any]) -> dict[str, Any]:
+        """Values as they are now, of a file or command that says --caption_reward true."""
+        kind = str(values.get("caption_reward")).lower()
+        now = {"true": "external", "false": ""}.get(kind)
+        return values if now is None else values | {"caption_reward": now}
 
     @property
     def start(self) -> str:
@@ -311,7 +382,7 @@ def _check_field(field: dataclasses.Field, value: Any) -> None:
     """Raise ConfigError where a value lies outside the bounds or choices of its field."""
     name, choices, bounds = field.name, field.metadata["choices"], field.metadata["bounds"]
     for word in value.split() if field.metadata["several"] else [value]:
-        if choices and word not in choices:
+        if choices and word not in (*choices, None):
             raise ConfigError(f"{name}: {word!r} is not one of {', '.join(filter(None, choices))}")
     if value is not None and not all(HOLDS[words](value, bound) for words, bound in bounds.items()):
         wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())

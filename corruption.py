@@ -176,6 +176,23 @@ def occlude(media: Media, seed: int, id: str, share: float = 0.5) -> Media:
     return _each(media, change)
 
 
+def crop(media: Media, seed: int, id: str, least: float = 0.8) -> Media:
+    """A part of the picture in its proportions, of `least` of its area or more, enlarged to its
+    size: the negative image of mDPO, and a baseline of OViP. Frames of a clip are cut alike."""
+    if not 0 < least <= 1:
+        raise ValueError(f"least must lie in (0, 1], got {least}")
+    rng = _rng(seed, id, "crop")
+    x, y, side = rng.random(), rng.random(), math.sqrt(rng.uniform(least, 1))
+
+    def change(image: Image.Image) -> Image.Image:
+        width, height = image.width * side, image.height * side
+        left, top = x * (image.width - width), y * (image.height - height)
+        box = (left, top, left + width, top + height)
+        return image.convert("RGB").resize(image.size, Image.Resampling.BICUBIC, box)
+
+    return _each(media, change)
+
+
 def mislead(problem: str, options: Sequence[str], answer: str, seed: int, id: str) -> str:
     """The problem with a false hint behind it: a wrong option or number, or yes for no.
 

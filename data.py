@@ -251,7 +251,7 @@ def fingerprint(sets: dict[str, list[Sample]]) -> str:
     It is equal if all rows, fields and media are equal and in the same order. A file counts by
     path, size and modification time, other media by content.
     """
-    lines, not_data = [], ("media", "sizes", "corruption", "hint")
+    lines, not_data = [], ("media", "sizes", "corruption", "hint", "others")
     for name, rows in sorted(sets.items()):
         digest = hashlib.sha256()
         for s in rows:

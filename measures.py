@@ -9,7 +9,8 @@ Each row gets one greedy response. All measures are taken of each set and of eac
     captions        CHAIR's: share of captioned objects that are not in `objects`, share of captions
                     with such an object; and the share of `relevant` objects that the caption covers
     format          responses with all their stages
-    answerable      captions from which the judge answers right, whatever was rewarded in training
+    answerable      captions from which the judge answers right, whatever was rewarded in training;
+                    with --caption_reward self also those from which the policy itself does
     right, caption wrong; both right
                     rows with the right answer behind a caption that the judge cannot answer from
                     or that names what is not there; and behind any other caption
@@ -35,6 +36,7 @@ import data
 import reasoning
 from caption_reward import CaptionReward
 from engine import vlm
+from engine.judges import PolicyJudge
 from engine.media import gallery_file
 from engine.run import Run
 from engine.shared_prefix import uniform_numbers
@@ -71,6 +73,9 @@ def evaluate(
     """
     names, result, size = vocabulary(sets), {}, cfg.eval_batch * run.processes
     n = cfg.eval_responses if judge and cfg.four_stage else 0
+    itself = None
+    if getattr(cfg, "caption_reward", "") == "self":
+        itself = CaptionReward(PolicyJudge(policy, cfg.max_new_tokens))
     bar = run.progress_bar(sum(map(len, sets.values())), title, "row")
 
     def answer(some: list[data.Sample], elsewhere: dict[str, data.Sample]) -> list[tuple]:
@@ -79,7 +84,14 @@ def evaluate(
         moved = [s.id for s in some if s.id in elsewhere]
         blind = dict(zip(moved, respond(policy, [elsewhere[i] for i in moved], *how), strict=True))
         drawn = draw(policy, some, n, cfg) if n and not some[0].corruption else [None] * len(some)
-        return [(s, text, blind.get(s.id), d) for s, text, d in zip(some, said, drawn)]
+        mine = [None] * len(some)
+        if itself:
+            asked = [
+                (s.question, reasoning.parse(text).caption, s.answer, s.problem_type)
+                for s, text in zip(some, said, strict=True)
+            ]
+            mine = [verdict for verdict, _ in itself(asked)]
+        return [(s, text, blind.get(s.id), *x) for s, text, *x in zip(some, said, drawn, mine)]
 
     for split, samples in sets.items():
         answered, elsewhere = [], other_media(samples)
@@ -87,10 +99,12 @@ def evaluate(
             parts = run.local_micro_batches(run.shard(chunk), 0, answer, elsewhere)
             answered += [row for part in parts for row in part]
             bar.update(len(chunk))
-        shard, texts, blind, drawn = [list(x) for x in zip(*answered)] or ([], [], [], [])
+        shard, texts, blind, drawn, mine = [list(x) for x in zip(*answered)] or [[]] * 5
         found = verdicts(shard, texts, names, cfg.four_stage, judge)
-        for row, sample, text in zip(found, shard, blind, strict=True):
+        for row, sample, text, own in zip(found, shard, blind, mine, strict=True):
             row["blind"] = None if text is None else is_right(sample, text)
+            if itself:
+                row["answerable to itself"] = None if own != own else bool(own)
         if any(drawn):
             add_sampled(found, shard, drawn, judge)
         rows = {row["id"]: row for row in run.gather_object(found)}
@@ -254,6 +268,8 @@ def metrics(samples: list[data.Sample], rows: list[dict], by_category: bool = Tr
         result["answerable captions"] = rate([r["answerable"] for r in judged])
         for name, wrong in (("right, caption wrong", True), ("both right", False)):
             result[name] = rate([r["right"] and caption_wrong(r) == wrong for r in judged])
+    if own := [x for r in rows if (x := r.get("answerable to itself")) is not None]:
+        result["answerable to itself"] = rate(own)
     if found := slope([covariance(r) for r in rows if "sampled" in r]):
         result["slope"] = found
     if entropy := [r["sampled"]["entropy"] for r in rows if "sampled" in r]:
@@ -373,6 +389,7 @@ def one_line(scored: dict) -> str:
         "accuracy",
         "paired",
         "answerable captions",
+        "answerable to itself",
         "right, caption wrong",
         "hallucinated objects",
         "format",

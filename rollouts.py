@@ -1,4 +1,4 @@
-"""What flows between the stages: sample G responses to each prompt, reward them, record them.
+"""What flows between the stages: sample G responses to each prompt, and record what they earn.
 
     Sample -> Rollouts (responses, masks, log-probs) -> rewards by name [B, G] -> advantages -> loss
 
@@ -6,22 +6,21 @@ Shapes: B prompts of a micro-batch, G responses each, T response tokens. NaN rew
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import BatchFeature
 
-import answers
 import data
 import reasoning
-from caption_reward import CaptionReward, only_states_the_answer
 from conflict import reference_branch
-from engine import vlm
+from engine import ConfigError, DataError, vlm
 from engine.learner import Learner, Reference
 from engine.run import Run
 from engine.shared_prefix import uniform_numbers
+from rewards import rewards_as_json
 
 
 @dataclass
@@ -95,7 +94,8 @@ def roll_out(
     step: int | str = 0,
     n: int = 0,
 ) -> Rollouts:
-    """Sample n responses (0: G) to each prompt at T = 1, and score them with the reference model.
+    """Sample n responses (0: G) to each prompt, at T = 1 but in OViP, and score them with the
+    reference model.
 
     The draws follow from (seed, step, prompt) alone. reference = None (selection): neither
     reference log-probs nor the reference branch of Eq. 4.
@@ -103,7 +103,9 @@ def roll_out(
     n, length = n or cfg.group_size, cfg.max_new_tokens
     inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
     draws = uniform_numbers([s.id for s in samples], n, length, f"{cfg.seed}/{step}")
-    rolls = policy.generate(inputs, n, length, draws=draws)
+    rolls = policy.generate(
+        inputs, n, length, draws=draws, temperature=cfg.temperature, top_p=cfg.top_p
+    )
     feature = cfg.nce_feature if reference and cfg.nce_weight else ""
     branch = reference_branch(feature, policy, rolls, inputs, samples, length)
     longest = max(rolls.ids.shape[-1], branch[0].shape[-1])
@@ -122,57 +124,18 @@ def roll_out(
     )
 
 
-def reward(
-    micro_batches: list[Rollouts], judge: CaptionReward | None, cfg
-) -> list[tuple[dict[str, Tensor], list]]:
-    """For each micro-batch the rewards of every response, by name [B, G], and the judge's replies.
-
-    accuracy, format and, with the Caption Reward, caption and leak (D-14). The judge is asked once
-    for all.
-    """
-    stages = [[[reasoning.parse(text) for text in row] for row in m.text] for m in micro_batches]
-    verdicts: list[list] = [[] for _ in micro_batches]
-    if cfg.caption_reward:
-        items = [
-            [
-                (s.question, p.caption, s.answer, s.problem_type)
-                for s, row in zip(m.samples, rows)
-                for p in row
-            ]
-            for m, rows in zip(micro_batches, stages)
-        ]
-        flat = iter(judge([item for some in items for item in some]))
-        verdicts = [[next(flat) for _ in some] for some in items]
-    return [_rewards(*three, cfg) for three in zip(micro_batches, stages, verdicts)]
-
-
-def _rewards(m: Rollouts, stages: list, verdicts: list, cfg) -> tuple[dict[str, Tensor], list]:
-    rows = zip(m.samples, m.text, stages, strict=True)
-    flat = [(s, text, parsed) for s, texts, some in rows for text, parsed in zip(texts, some)]
-    shape, n = (len(m.text), -1), len(m.text[0])
-    correct = [
-        answers.is_correct(answers.extract(p.answer, t), s.answer, s.problem_type, cfg.lenient)
-        for s, t, p in flat
-    ]
-    formed = [reasoning.format_reward(t, cfg.four_stage) for _, t, _ in flat]
-    rewards = {
-        "accuracy": torch.tensor(correct).float().view(shape),
-        "format": torch.tensor(formed).view(shape),
-    }
-    replies = [reply for _, reply in verdicts] or [None] * len(flat)
-    if verdicts:
-        rewards["caption"] = torch.tensor([verdict for verdict, _ in verdicts]).view(shape)
-        leaks = [only_states_the_answer(p.caption, s.answer, s.problem_type) for s, _, p in flat]
-        rewards["leak"] = 0.0 - torch.tensor(leaks).float().view(shape)
-    rewards = {name: table.to(m.mask.device) for name, table in rewards.items()}
-    return rewards, [replies[i : i + n] for i in range(0, len(replies), n)]
-
-
-def rewards_as_json(rewards: dict[str, Tensor], i: int) -> dict[str, list[float | None]]:
-    """Every reward of prompt i by name. An unknown one is null, because JSON has no NaN."""
-    return {
-        name: [None if r != r else r for r in table[i].tolist()] for name, table in rewards.items()
-    }
+def reference_response(sample: data.Sample, four_stage: bool) -> str:
+    """The row's reference, with the stages that are asked for and no others."""
+    text = sample.process
+    if not four_stage:
+        stages = replace(reasoning.parse(text), prethink=None, caption=None)
+        text = reasoning.render(stages)
+    if not reasoning.format_reward(text, four_stage):
+        raise DataError(
+            f"process: the reference response of row {sample.id} lacks a stage; add it or drop "
+            "the row"
+        )
+    return text
 
 
 def global_counts(micro_batches: list[Rollouts], run: Run) -> dict[str, float]:
@@ -192,6 +155,8 @@ def log_rollouts(learner: Learner, micro_batches: list[Rollouts]) -> None:
             numbers[name][0] += value
             numbers[name][1] += n
     run, cfg, step = learner.run, learner.cfg, learner.step
+    if cfg.reward and len({tuple(names) for names in run.gather_object([sorted(numbers)])}) > 1:
+        raise ConfigError(f"reward: {cfg.reward} must return the same names for all rows")
     metrics = learner.log(numbers)
     lines = [
         {
@@ -211,13 +176,18 @@ def log_rollouts(learner: Learner, micro_batches: list[Rollouts]) -> None:
         run.say(
             "  warning: all responses to each prompt earn the same reward: every advantage is 0"
         )
+    sample, text = micro_batches[0].samples[0], micro_batches[0].text[0][0]
+    show(run, cfg, step, metrics["truncated"], sample, text)
+
+
+def show(run: Run, cfg, step: int, truncated: float, sample: data.Sample, text: str) -> None:
+    """Every so many updates: a response, and a warning where many are cut off."""
     if cfg.show_every and (step % cfg.show_every == 0 or step == 1):
-        if metrics["truncated"] > cfg.max_truncated:
+        if truncated > cfg.max_truncated:
             run.say(
-                f"  warning: {metrics['truncated']:.0%} of responses were cut at --max_new_tokens "
+                f"  warning: {truncated:.0%} of responses were cut at --max_new_tokens "
                 f"{cfg.max_new_tokens}, before their answer: raise it, or train the cold start "
                 "longer"
             )
         if step > 1:
-            sample, text = micro_batches[0].samples[0], micro_batches[0].text[0][0]
             run.say(f"  {sample.problem} [{sample.answer}]\n  {text}")

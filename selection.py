@@ -17,7 +17,6 @@ import yaml
 from torch import Tensor
 
 import data
-import grpo
 import report
 import variance_select
 from caption_reward import CaptionReward
@@ -26,7 +25,8 @@ from engine import ConfigError, DataError
 from engine.files import read_jsonl, rewrite, to_jsonl
 from engine.pretrained import open_policy
 from engine.run import Run
-from rollouts import reward, rewards_as_json, roll_out
+from rewards import reward, reward_judge, rewards_as_json, total
+from rollouts import roll_out
 
 
 def select_prompts(
@@ -49,7 +49,8 @@ def select_prompts(
             micro_batches = run.micro_batches(
                 shard, 0, lambda some: roll_out(some, policy(), None, cfg, "select", cfg.responses)
             )
-            rewards = [tables for tables, _ in reward(micro_batches, judge, cfg)]
+            now = reward_judge(judge, policy(), cfg)
+            rewards = [tables for tables, _ in reward(micro_batches, now, cfg)]
             scored = zip(micro_batches, rewards)
             return [line for m, tables in scored for line in score_lines(m.samples, tables, cfg)]
 
@@ -71,7 +72,8 @@ def _selected(
     """selected.json: the ids kept, and by category how many were kept, scored and tied."""
     known = [line for line in scores if 2 * line["known"] >= cfg.responses]
     if len(known) < len(scores) / 2:
-        errors = run.gather_object([getattr(judge.judge, "last_error", "")])
+        asked = getattr(judge, "judge", None)  # none where the policy judges
+        errors = run.gather_object([getattr(asked, "last_error", "")])
         raise ConfigError(
             f"selection: the judge gave no verdict on most captions of {len(scores) - len(known)} "
             f"of {len(scores)} prompts, although it was asked twice. Its last error: "
@@ -113,11 +115,11 @@ def _selected(
 def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
     """Lines of select/scores.jsonl, one per prompt: statistics of the total reward, class, every
     reward."""
-    total = grpo.total_reward(rewards, cfg.reward_weights)
+    reward = total(rewards, cfg)
     # a mean in place of an unknown one would lower the variance
     if cfg.reward_weights.get("caption"):
-        total = total.masked_fill(rewards["caption"].isnan(), math.nan)
-    stats = variance_select.reward_statistics(total)
+        reward = reward.masked_fill(rewards["caption"].isnan(), math.nan)
+    stats = variance_select.reward_statistics(reward)
     best = sum(cfg.reward_weights.values()) - cfg.reward_weights.get("leak", 0.0)
     return [
         {
@@ -145,7 +147,7 @@ def share(cfg: Config, run: Run) -> None:
         raise ConfigError(
             f"share: {source} is not a run folder with a finished cold start (sft/policy)"
         )
-    there = yaml.safe_load(file.read_text())
+    there = Config.in_words(yaml.safe_load(file.read_text()))
     differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
     rows = [folder / "data.json" for folder in (source, run.folder)]
     if not differ and json.loads(rows[0].read_text()) != json.loads(rows[1].read_text()):
@@ -162,12 +164,17 @@ def share(cfg: Config, run: Run) -> None:
         same = {
             name: all(there.get(k, getattr(Config, k)) == getattr(cfg, k) for k in names)
             for name, names in {
-                "prompts": ("corrupt_train", "corrupt_share"),
+                "prompts": ("corrupt_train", "corrupt_share", "train_set"),
                 "tests": ("corrupt_eval",),
             }.items()
         }
+        kinds = (there.get("caption_reward"), cfg.caption_reward)
+        judged_alike = kinds[0] == kinds[1]
+        same["tests"] &= judged_alike or "self" not in kinds
         # without captions judged there, the responses are sampled anew here
-        if cfg.selection and same["prompts"] and len(tables) == len(cfg.reward_weights):
+        rewards = len(tables) == len(cfg.reward_weights) and not cfg.reward
+        rewards &= judged_alike or not cfg.caption_reward
+        if cfg.selection and same["prompts"] and rewards:
             some = [SimpleNamespace(id=line["id"]) for line in lines]
             file = run.folder / "select" / "scores.jsonl"
             file.parent.mkdir(exist_ok=True)

@@ -14,7 +14,6 @@
 Options are in config.py, departures from the paper in DEPARTURES.md.
 """
 
-import dataclasses
 import random
 import shutil
 import sys
@@ -34,7 +33,7 @@ import data
 import grpo
 import measures
 import ntk_infonce
-import reasoning
+import preference
 import report
 import stress
 import world
@@ -46,7 +45,16 @@ from engine.learner import Diverged, Learner, Reference, batch_size, updates
 from engine.pretrained import open_policy
 from engine.run import Run, stop
 from engine.vlm import VLM
-from rollouts import global_counts, log_rollouts, reward, roll_out
+from rewards import (
+    BUILT_IN,
+    custom_reward,
+    reward,
+    reward_judge,
+    total,
+    weights_of,
+    with_other_questions,
+)
+from rollouts import global_counts, log_rollouts, reference_response, roll_out
 from selection import select_prompts, share
 
 JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is trained
@@ -54,6 +62,8 @@ JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is tra
 
 def main(cfg: Config) -> None:
     run = Run(cfg)
+    if cfg.reward:
+        custom_reward(cfg.reward)  # a bad one is found before anything is loaded
     sets = open_data(cfg, run)
     share(cfg, run)
     judge = open_judge(sets, cfg, run)
@@ -67,7 +77,8 @@ def main(cfg: Config) -> None:
         prompts = select_prompts(start, sets["train"], judge, cfg, run)
 
         # Reinforcement learning: GRPO with the Caption Reward and Conflict-Aware Regularization.
-        policy = reinforce(start, prompts, sets, judge, cfg, run)
+        learn = prefer if cfg.method == "ovip" else reinforce
+        policy = learn(start, prompts, sets, judge, cfg, run)
         evaluate("after", policy, sets, judge, cfg, run)
 
     finish(run)
@@ -103,20 +114,6 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> str
     return learner.finish()
 
 
-def reference_response(sample: data.Sample, four_stage: bool) -> str:
-    """The row's reference, with the stages that are asked for and no others."""
-    text = sample.process
-    if not four_stage:
-        stages = dataclasses.replace(reasoning.parse(text), prethink=None, caption=None)
-        text = reasoning.render(stages)
-    if not reasoning.format_reward(text, four_stage):
-        raise DataError(
-            f"process: the reference response of row {sample.id} lacks a stage; add it or drop "
-            "the row"
-        )
-    return text
-
-
 def reinforce(
     start: str,
     prompts: list[data.Sample],
@@ -142,9 +139,11 @@ def reinforce(
             micro_batches = run.micro_batches(
                 batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step
             )
-        for m, (rewards, replies) in zip(micro_batches, reward(micro_batches, judge, cfg)):
+            now = reward_judge(judge, learner.policy, cfg)
+            found = reward(micro_batches, now, cfg)
+        for m, (rewards, replies) in zip(micro_batches, found):
             m.rewards, m.replies = rewards, replies  # accuracy, format, caption   [B, G] each
-            m.adv = grpo.group_advantages(grpo.total_reward(m.rewards, cfg.reward_weights))
+            m.adv = grpo.group_advantages(total(m.rewards, cfg))
         options = cfg.grpo_options | global_counts(micro_batches, run)
 
         for _ in range(cfg.iterations):
@@ -171,6 +170,21 @@ def reinforce(
         log_rollouts(learner, micro_batches)
     del reference  # its memory is free before another model is loaded
     return learner.finish()
+
+
+def prefer(
+    start: str,
+    prompts: list[data.Sample],
+    sets: dict[str, list[data.Sample]],
+    judge: CaptionReward | None,
+    cfg: Config,
+    run: Run,
+) -> str:
+    """OViP's preference learning in place of GRPO. --judge scores the responses. Without one a
+    rule does: the embedded world's judge reads captions only."""
+    scorer = judge.judge if judge and cfg.judge else None
+    scored = held_out(sets, judge, cfg, run)
+    return preference.prefer(start, prompts, scorer, cfg, run, scored)
 
 
 # --- held-out rows --------------------------------------------------------------------------------
@@ -206,10 +220,14 @@ def held_out_reward(
         return SimpleNamespace(samples=some, text=[[text] for text in said], mask=torch.zeros(1))
 
     micro_batches = run.local_micro_batches(run.shard(rows), cfg.eval_batch, respond)
-    weights = {name: weight for name, weight in cfg.reward_weights.items() if weight}
+    judge = reward_judge(judge, policy, cfg)
     for _ in range(2):  # the second time asks for missing verdicts only
         rewards = [tables for tables, _ in reward(micro_batches, judge, cfg)]
-        totals = [sum(w * tables[name] for name, w in weights.items()) for tables in rewards]
+        totals = []
+        for tables in rewards:  # of one's own, an unknown one adds nothing, as in training
+            known = {k: x if k in BUILT_IN else x.nan_to_num(0.0) for k, x in tables.items()}
+            weights = weights_of(known, cfg).items()
+            totals.append(sum(w * known[name] for name, w in weights if w))
         if not any(total.isnan().any() for total in totals):
             break
     found = run.gather_object([value for total in totals for value in total[:, 0].tolist()])
@@ -245,7 +263,7 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     needed."""
     with run.local_main_first():
         sets = data.load(cfg.data, cfg.on_bad_row, run.say) if cfg.data else None
-    if not (cfg.data and cfg.model and (cfg.judge or not cfg.caption_reward)):
+    if not (cfg.data and cfg.model and (cfg.judge or cfg.caption_reward in ("", "self"))):
         if run.is_main:
             world.build(Path(cfg.world), cfg.quiet)
         run.accelerator.wait_for_everyone()
@@ -253,10 +271,17 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         with run.local_main_first():
             sets = data.load(Path(cfg.world) / "data")
     sets = data.fit_to_model(sets, cfg.start, cfg, cfg.on_bad_row, run.say)
-    if "train" not in sets:
-        raise DataError(f"data: {cfg.data} has no train.json to learn from")
+    if cfg.train_set not in sets:
+        where = cfg.data or cfg.world
+        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
     run.claim_data(run.from_main(lambda: data.fingerprint(sets)))
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
+    if cfg.train_set != "train":
+        sets = {"cold_start": sets.get("train", [])} | sets | {"train": sets[cfg.train_set]}
+    if cfg.caption_reward == "shared":
+        sets["train"] = with_other_questions(sets["train"])
+    if cfg.method == "ovip":
+        preference.check(sets["train"], cfg)
     return with_corrupted(sets, cfg, run)
 
 
@@ -286,7 +311,8 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     Its replies are kept in the run folder. Where there are a judge and captions, these are judged
     at evaluation also if they earn no reward, so that runs can be compared.
     """
-    there = cfg.four_stage and (cfg.judge or not cfg.model)
+    scores = cfg.method == "ovip" and cfg.judge
+    there = scores or cfg.four_stage and (cfg.judge or not cfg.model)
     if not there or run.from_main((run.folder / "eval" / "after.json").exists):
         return None
     judge, name = judge_of(cfg, run.device)
@@ -300,6 +326,8 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
             f"{judge.last_error}"
         )
     run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without a caption")
+    if scores:
+        preference.try_scores(judge, few[:4])
     if refused := getattr(judge, "refused", None):
         run.say(
             f"warning: the judge's server refuses {' and '.join(refused)}: replies may differ "

@@ -25,7 +25,8 @@ from caption_reward import CaptionReward
 from config import Config
 from conflict import Conflict
 from engine import pretrained
-from rollouts import reward, roll_out
+from rewards import reward
+from rollouts import roll_out
 
 NO_REFERENCE = SimpleNamespace(logp=lambda *_: None)  # the KL plays no part here
 

@@ -5,6 +5,7 @@ says why.
 """
 
 import asyncio
+import copy
 import json
 import os
 import re
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BatchFeature, Gene
 from caption_reward import MAX_TOKENS, after_thought
 from engine import ConfigError, reason
 from engine.files import read_jsonl, to_jsonl
-from engine.vlm import end_token_ids
+from engine.vlm import VLM, end_token_ids
 
 LONGEST_RESPONSE = 2**22  # bytes that are read of an endpoint's response [choice]
 # finish reasons of a complete reply
@@ -79,6 +80,16 @@ class LocalJudge:
             eos_token_id=sorted(ends - {None}),
             pad_token_id=self.tokenizer.pad_token_id,
         )
+        self.generation = self.model.generation_config
+
+    def sampling(self, temperature: float, top_p: float, max_tokens: int) -> "LocalJudge":
+        """The same model, sampled from with torch's generator."""
+        other = copy.copy(self)
+        other.generation, other.max_new_tokens = copy.deepcopy(self.generation), max_tokens
+        other.generation.update(
+            do_sample=True, temperature=temperature, top_p=top_p, max_new_tokens=max_tokens
+        )
+        return other
 
     def __str__(self) -> str:
         return self.path
@@ -94,16 +105,14 @@ class LocalJudge:
         replies = []
         for i in range(0, len(prompts), self.batch):
             inputs = self._encode(prompts[i : i + self.batch]).to(self.model.device)
-            out = self.model.generate(**inputs, generation_config=self.model.generation_config)
+            out = self.model.generate(**inputs, generation_config=self.generation)
             replies += map(self._read, out[:, inputs["input_ids"].shape[1] :].tolist())
         return replies
 
     def _read(self, ids: list[int]) -> str | None:
         """The reply up to its end; the marks of its thought may be special tokens as well, so these
         go last."""
-        end = next(
-            (k for k, i in enumerate(ids) if i in self.model.generation_config.eos_token_id), None
-        )
+        end = next((k for k, i in enumerate(ids) if i in self.generation.eos_token_id), None)
         text = None if end is None else after_thought(self.tokenizer.decode(ids[:end]))
         if text is None:
             inside = "ends inside its thought or right after it"
@@ -111,6 +120,25 @@ class LocalJudge:
             self.last_error = f"its reply {what}: raise --judge_max_tokens"
             return None
         return self.special.sub(" ", text).strip()
+
+
+class PolicyJudge:
+    """A policy as the judge of its own captions: it is asked what any judge is asked, without a
+    picture, and answers greedily with the weights of now. A reply that is cut off, or that ends
+    inside its thought, is '', which is wrong: the same weights would say the same again."""
+
+    def __init__(self, policy: VLM, max_new_tokens: int, batch: int = 64):
+        self.policy, self.max_new_tokens, self.batch = policy, max_new_tokens, batch
+
+    def __call__(self, prompts: list[str]) -> list[str | None]:
+        chats = [[{"role": "user", "content": [{"type": "text", "text": x}]}] for x in prompts]
+        replies: list[str | None] = []
+        for i in range(0, len(chats), self.batch):
+            inputs = self.policy.encode(chats[i : i + self.batch])
+            said = self.policy.generate(inputs, 1, self.max_new_tokens, sample=False)
+            for [text], ended in zip(said.text, said.ended[:, 0].tolist(), strict=True):
+                replies.append((after_thought(text) if ended else None) or "")
+        return replies
 
 
 def url_problem(url: str) -> str:
@@ -191,6 +219,13 @@ class EndpointJudge:
 
     def __str__(self) -> str:
         return f"{self.model} at {self.base_url}"
+
+    def sampling(self, temperature: float, top_p: float, max_tokens: int) -> "EndpointJudge":
+        """The same server, asked for replies that are sampled."""
+        other = copy.copy(self)
+        sampled = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p}
+        other.options = {name: sampled.get(name, x) for name, x in (self.options | sampled).items()}
+        return other
 
     @property
     def refused(self) -> list[str]:

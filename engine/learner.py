@@ -66,6 +66,8 @@ class Learner:
         self.step, self.size, self.losses = 0, None, []
         # skipped updates in a row before this one, and in this one
         self.skipped = self.left_out = 0
+        self.extra: dict[str, Any] = {}  # what else the rest of the stage depends on, as JSON
+        self.gradient_norm = self.rate = math.nan  # of the last update
         self.policy = None
         run.micro_batch_limit = sys.maxsize  # another stage needs other memory
         if self.finished:
@@ -131,6 +133,7 @@ class Learner:
             self.skipped, self.left_out = self.skipped + 1 if self.left_out else 0, 0
             batch = [samples[i] for i in islice(rows, size)]
             self.ids = [sample.id for sample in batch]
+            self.gradient_norm = self.rate = math.nan  # until an update
             run.reseed(self.stage, self.step)
             yield self.step, run.shard(batch)
             self.bar.update()
@@ -164,10 +167,10 @@ class Learner:
         self.losses.append(loss.detach())
         self.run.accelerator.backward(loss * self.run.processes)
 
-    def update(self) -> None:
+    def update(self, scheduled: bool = True) -> None:
         """Take one optimiser step, or skip it if any rank's loss or gradient is non-finite: one
         batch is lost, and not the weights. Raises Diverged after `max_skipped` skipped updates in a
-        row."""
+        row. scheduled: take the schedule's step with it."""
         run, cfg = self.run, self.cfg
         self.gradient_norm = run.clip_grad_norm(self.model, cfg.max_grad_norm)
         self.rate = self.schedule.get_last_lr()[0]
@@ -182,7 +185,8 @@ class Learner:
                 f"{self.stage} {self.step}: non-finite loss or gradient; update skipped, its rows "
                 f"are in {file}"
             )
-        self.schedule.step()
+        if scheduled:
+            self.schedule.step()
         self.optimizer.zero_grad()
         self.losses = []
         if self.left_out and self.skipped + 1 >= cfg.max_skipped:
@@ -264,7 +268,7 @@ class Learner:
             tensors |= {f"{key}/{name}": value for key, value in state.items()}
         schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
         state = {"stage": self.stage, "step": self.step, "size": self.size, "schedule": schedule}
-        state["micro_batch_limit"] = self.run.micro_batch_limit
+        state |= {"micro_batch_limit": self.run.micro_batch_limit, "extra": self.extra}
         checkpoint.save(self.run, self.folder / f"checkpoint-{self.step}", state, tensors)
         for old in self.checkpoints()[: -self.cfg.keep_last]:
             self.run.remove(old)
@@ -277,6 +281,7 @@ class Learner:
         state, tensors = checkpoint.load(self.run, folder, weights, needed)
         self.step, self.size = state["step"], state["size"]
         self.run.micro_batch_limit = state["micro_batch_limit"]
+        self.extra = state.get("extra", {})
         now, slots = self.optimizer.state_dict(), self._slots()
         for group in now["param_groups"]:
             group["lr"] = state["schedule"]["_last_lr"][0]
@@ -373,7 +378,7 @@ class Reference:
 
     def __init__(self, start: str, learner: Learner, cfg):
         self.learner, self.frozen = learner, None
-        self.needed = cfg.beta > 0 and not learner.finished
+        self.needed = (cfg.beta > 0 or cfg.method == "ovip") and not learner.finished
         if self.needed and not cfg.lora_rank:
             self.frozen = open_policy(start, cfg, learner.run.device)
 
@@ -430,6 +435,10 @@ def readable(metrics: dict[str, float]) -> str:
         "entropy": "entropy {:.3f}",
         "length": "length {:.0f}",
         "tied": "tied {:.0%}",
+        "score": "score {:.1f}",
+        "pairs": "pairs a prompt {:.2f}",
+        "text_right": "text right {:.0%}",
+        "image_right": "image right {:.0%}",
         "nce/cosine_mean": "cosine {:.2f}",
         "nce/active": "anchors {:.0f}",
         "grad_norm": "gradient {:.2f}",

@@ -61,7 +61,8 @@ WRAPPED = re.compile(r"\$?\\boxed\{([^{}$]+)\}\$?|\$([-+]?[\d.,]+|[A-Z])\$")
 class Sample:
     """One checked row. Media stay on disk until `messages` is asked for them. `answer` is an
     `answers.Answers` where several are accepted. `corruption`: a kind of corruption.py, and its
-    seed. `hint` stands behind the problem, and no judge reads it."""
+    seed. `hint` stands behind the problem, and no judge reads it. `others`: (question, answer,
+    problem type) of other rows about the same picture."""
 
     id: str
     data_type: str
@@ -78,6 +79,7 @@ class Sample:
     sizes: tuple[Size, ...] = ()
     corruption: tuple[str, int] | None = None
     hint: str = ""
+    others: tuple[tuple[str, str, str], ...] = ()
 
     @property
     def length(self) -> tuple[int, int]:

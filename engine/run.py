@@ -92,7 +92,8 @@ class Run:
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
         self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        for name in ("prompts_per_step", "sft_batch"):
+        of_ovip = ("pairs",) if getattr(cfg, "method", "") == "ovip" else ()
+        for name in ("prompts_per_step", "sft_batch", *of_ovip):
             if getattr(cfg, name, 0) % self.processes:
                 raise ConfigError(
                     f"{name}: {getattr(cfg, name)} is not a multiple of the {self.processes} "
@@ -133,6 +134,7 @@ class Run:
             free = set(self.cfg.resumable)
             if all(is_url(cfg.get("judge") or "") for cfg in (then, now)):
                 free.add("judge")  # the same --judge_model at another address
+            then = getattr(type(self.cfg), "in_words", dict)(then)
             # an option that was not there yet had its default
             then = {k: getattr(type(self.cfg), k, None) for k in now} | then
             differ = [k for k in now if k not in free and then[k] != now[k]]

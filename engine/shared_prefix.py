@@ -101,14 +101,20 @@ def uniform_numbers(names: list[str], n: int, length: int, when: str) -> Tensor:
 
 class TokenSampler(LogitsProcessor):
     """Chooses the next token itself, at T = 1 from all of softmax(scores) or greedily, and leaves
-    `generate` no other choice. A row that has ended gets end tokens."""
+    `generate` no other choice. A row that has ended gets end tokens. warpers: those of
+    transformers, for another temperature or a nucleus."""
 
-    def __init__(self, banned: list[int], end: int, ended: Tensor, draws: Tensor | None):
+    def __init__(
+        self, banned: list[int], end: int, ended: Tensor, draws: Tensor | None, warpers: list = ()
+    ):
+        self.warpers = warpers
         self.banned, self.end, self.ended = banned, end, ended[:, None]
         self.draws = None if draws is None else iter(draws.split(1, 1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         scores[:, self.banned] = -torch.inf
+        for warper in self.warpers:
+            scores = warper(input_ids, scores)
         token = (
             scores.argmax(-1, keepdim=True)
             if self.draws is None

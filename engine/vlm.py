@@ -28,6 +28,8 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
 )
 
 import reasoning
@@ -203,8 +205,11 @@ class VLM(nn.Module):
         max_new_tokens: int,
         sample: bool = True,
         draws: Tensor | None = None,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
     ) -> Completions:
         """n completions per prompt, at T = 1 from the whole distribution (D-8), or greedy.
+        temperature, top_p: another distribution, for what is not scored as its samples (OViP).
 
         The prompt, and with it the vision tower, runs once, and its keys and values are held once
         for all its completions (`BranchCache`). Every SEGMENT tokens those that have ended leave
@@ -231,6 +236,8 @@ class VLM(nn.Module):
             if attention == "eager"
             else valid
         )
+        warpers = [TemperatureLogitsWarper(temperature)] if temperature != 1 else []
+        warpers += [TopPLogitsWarper(top_p)] if top_p < 1 else []
         prefill = DynamicCache()
         core.model(
             inputs_embeds=self._embed(inputs),
@@ -277,7 +284,9 @@ class VLM(nn.Module):
                         [valid.repeat_interleave(left, 0), torch.ones_like(so_far)], 1
                     ),
                     logits_processor=[
-                        TokenSampler(self.banned_ids, self.end_ids[0], ended.flatten(), numbers)
+                        TokenSampler(
+                            self.banned_ids, self.end_ids[0], ended.flatten(), numbers, warpers
+                        )
                     ],
                     # by itself it would keep step with other processes wherever FSDP is in use
                     synced_gpus=False,

@@ -12,11 +12,14 @@ from config import Config
 ROOT = Path(__file__).parent.parent
 RUNS = ROOT / "runs" / "replication"  # a folder for each code, so that no run is taken for another
 CODE = (  # what decides the numbers of a result, beside the values of the options
-    "answers caption_reward config conflict corruption data grpo measures ntk_infonce reasoning "
-    "rollouts selection stress train variance_select engine/* world/*"
+    "answers caption_reward config conflict corruption data grpo measures negatives ntk_infonce "
+    "ovip preference reasoning rewards rollouts selection stress train variance_select engine/* "
+    "world/*"
 ).split()
-PLAIN = {"caption_reward": False, "selection": False, "nce_weight": 0.0}
-TWO_STAGE = {"four_stage": False, "caption_reward": False}
+PLAIN = {"caption_reward": "", "selection": False, "nce_weight": 0.0}
+TWO_STAGE = {"four_stage": False, "caption_reward": ""}
+ALONE = {"selection": False, "nce_weight": 0.0}
+SHARING = {"train_set": "train_shared"}
 BASE = {"method": "sft", **TWO_STAGE, "sft_steps": 0}
 CUES = ("blank", "random_media", "remove_text")  # BI, RI, TR of Hallucination-as-Cue
 CUE = {"method": "grpo", "corrupt_eval": " ".join(CUES)}
@@ -41,13 +44,13 @@ ARMS = {  # in the order in which they run
     "cold": Arm("cold start", {"method": "sft"}),
     # one idea at a time, then all
     "plain": Arm("plain four-stage GRPO", PLAIN, "cold"),
-    "caption": Arm("plain + Caption Reward", {"selection": False, "nce_weight": 0.0}, "cold"),
+    "caption": Arm("plain + Caption Reward", ALONE, "cold"),
     "ours": Arm("ours", {}, "cold", 10),
-    "no-reward": Arm("ours without Caption Reward", {"caption_reward": False}, "ours"),
+    "no-reward": Arm("ours without Caption Reward", {"caption_reward": ""}, "ours"),
     "full": Arm("ours without selection: all prompts", {"selection": False}, "ours"),
     "no-eq4": Arm("ours without Eq. 4", {"nce_weight": 0.0}, "ours"),
-    "select": Arm("plain + selection", {"caption_reward": False, "nce_weight": 0.0}, "ours"),
-    "eq4": Arm("plain + Eq. 4", {"caption_reward": False, "selection": False}, "cold"),
+    "select": Arm("plain + selection", {"caption_reward": "", "nce_weight": 0.0}, "ours"),
+    "eq4": Arm("plain + Eq. 4", {"caption_reward": "", "selection": False}, "cold"),
     "within": Arm("ours, top half of each kind", {"select_within": "category"}, "ours"),
     # two stages, Tables 1 and 2
     "cold2": Arm("two-stage cold start", {"method": "sft", **TWO_STAGE}),
@@ -71,6 +74,13 @@ ARMS = {  # in the order in which they run
     # Hallucination-as-Cue: trained on each input, tested on all
     "cue": Arm("RL on intact inputs", CUE, "cold2", 5),
     **{f"cue-{x}": Arm(f"RL on {x}", CUE | {"corrupt_train": x}, "cold2", 5) for x in CUES},
+    # the caption rewards of other papers, each added to plain GRPO; the last two with prompts of
+    # which three ask about one picture
+    "self": Arm("plain + self", ALONE | {"caption_reward": "self"}, "cold", 5),
+    "gain": Arm("plain + gain", ALONE | {"caption_reward": "gain"}, "cold"),
+    "shared": Arm("plain + shared", ALONE | SHARING | {"caption_reward": "shared"}, "cold"),
+    "unshared": Arm("plain + Caption Reward, the prompts of shared", ALONE | SHARING, "cold"),
+    "ovip": Arm("OViP", {"method": "ovip"}, "cold"),
 }
 TABLES = {
     "1": ("base", "cold", "grpo", "plain", "ours"),
@@ -78,6 +88,7 @@ TABLES = {
     "3": tuple("cold plain full easy hard medium top30 top60 within select ours".split()),
     "4": ("cold", "no-eq4", "eq4", "plain", "shuffled", "caption", "full", "ours"),
     "cue": ("cue", *(f"cue-{x}" for x in CUES)),  # the grid of Hallucination-as-Cue
+    "neighbours": tuple("cold plain caption self gain unshared shared ovip ours".split()),
 }
 FIGURES = {
     "1b": ("full", "easy", "hard", "medium", "top30", "top60", "ours"),

@@ -173,6 +173,17 @@ CLAIMS = {  # heading: the command that runs its arms, the claims
         Claim("RL on blank pictures guesses better on them", of("cue-blank"),
               of("cue-blank", "before"), "test_blank", "accuracy", 1, "+4.4 (7B), +2.8 (3B)"),
     ]),
+    "Other caption rewards": ("--table neighbours", [
+        *better("the policy as its own judge helps plain GRPO", "self", "plain"),
+        *better("an external judge beats the policy as judge", "caption", "self"),
+        *better("the gain over no caption beats the verdict alone", "gain", "caption"),
+        *better("all questions about a picture beat its own alone", "shared", "unshared"),
+    ]),
+    "OViP": ("--table neighbours", [
+        *moved("OViP, after training against before it,", "ovip"),
+        *better("OViP beats plain GRPO", "ovip", "plain"),
+        *better("ours beats OViP", "ours", "ovip"),
+    ]),
     "tau, weight and y_i of Eq. 4 (Figure 5)": ("--figure 5", [
         *(Claim(f"tau 0.54 answers better than {x}", of("ours"), of(f"tau-{x}"), "test", "accuracy",
                 1, "peak at 0.54") for x in (0.1, 0.3, 0.7, 0.9)),

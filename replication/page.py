@@ -289,7 +289,7 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     ]
     rest = [arm for arm in order if not any(arm in names for names in TABLES.values())]
     for title, names in (*TABLES.items(), ("Other", rest)):
-        title = {"cue": "Hallucination-as-Cue"}.get(title, title)
+        title = {"cue": "Hallucination-as-Cue", "neighbours": "Neighbours"}.get(title, title)
         title = f"Table {title}" if title.isdigit() else title
         if known := tuple(arm for arm in order if arm in names and arms[arm]):
             parts += [f"### {title}", arm_table(known, arms)]

@@ -32,7 +32,7 @@ def pytest_configure(config):
 def world(tmp_path_factory):
     """world.build's folder with few rows, an untrained policy and a briefly trained judge."""
     folder = tmp_path_factory.mktemp("world")
-    sizes = {"cold_start": 60, "train": 12, "test": 10, "test_pairs": 4}
+    sizes = {"cold_start": 60, "train": 12, "train_shared": 12, "test": 10, "test_pairs": 4}
     scenes.write_data(folder / "data", sizes)
     models.set_seed(0)
     model, processor = models.make_policy(models.make_tokenizer())

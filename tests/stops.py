@@ -26,10 +26,10 @@ def stop_at(moment: str, kind: str) -> None:
     def before(owner, name: str, here) -> None:
         original = getattr(owner, name)
 
-        def wrapped(self, *args):
+        def wrapped(self, *args, **named):
             if here(self, *args):
                 stop()
-            return original(self, *args)
+            return original(self, *args, **named)
 
         setattr(owner, name, wrapped)
 

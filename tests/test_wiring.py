@@ -78,7 +78,8 @@ RUNS = {
     "grpo": {  # full fine-tuning, epochs, data and models of one's own
         "method": "grpo",
         "four_stage": True,
-        "caption_reward": True,
+        "caption_reward": "gain",
+        "train_set": "train_shared",
         "selection": True,
         "model": "policy",
         "data": "data",
@@ -98,8 +99,12 @@ RUNS = {
     },
 }
 # given to every run here; with tests of their own below; and in test_train.py,
-# "the_lenient_rule_is_an_option" and "a_run_takes_over_the_cold_start"
-ELSEWHERE = {"world", "output_dir", "quiet", "tracker", "lenient", "share"}
+# "the_lenient_rule_is_an_option" and "a_run_takes_over_the_cold_start"; test_rewards.py; and
+# test_preference.py, "every_option_acts" and "a_diffusion_model_paints"
+ELSEWHERE = {"world", "output_dir", "quiet", "tracker", "lenient", "share", "reward"}
+ELSEWHERE |= {"negatives", "pairs", "pair_rule", "buffer", "dpo_beta", "image_loss", "image_weight"}
+ELSEWHERE |= {"temperature", "top_p"}
+ELSEWHERE |= {f"diffusion{name}" for name in ("", "_size", "_steps", "_guidance")}
 BASE = {
     "sft_batch": 8,
     "responses": 3,

@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import negatives
+import preference
 import train
 from engine import judges, media_check
 
@@ -26,6 +28,7 @@ ORIGINAL = {
     "roll_out": train.roll_out,
     "reward": train.reward,
     "order": train.Run.permutation,
+    "negatives": negatives.Negatives.__call__,
     "check_media": media_check.check_media,
 }
 
@@ -40,11 +43,14 @@ class Variant:
         self.start = collectives()
 
     def play(self) -> dict:
-        train.Learner.update = lambda learner: self.update(learner)
+        train.Learner.update = lambda learner, **how: self.update(learner, **how)
         train.reward = self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
-        train.roll_out = self.roll_out
+        train.roll_out = preference.roll_out = self.roll_out
         train.Run.permutation = lambda run, *where: self.order(run, *where)
         media_check.check_media = self.check_media
+        if "SCORES" in self.faults:
+            preference.scores_of = self.scores
+            negatives.Negatives.__call__ = lambda maker, *args: self.negatives(maker, *args)
         train.main(self.cfg)
         counts, opened = (
             self.run.gather_object([count]) for count in (collectives() - self.start, self.opened)
@@ -61,7 +67,7 @@ class Variant:
         self.opened += 1
         return ORIGINAL["check_media"](*args)
 
-    def update(self, learner) -> None:
+    def update(self, learner, **how) -> None:
         """Keep what the optimiser is given and what it makes of it."""
         self.run, k = learner.run, len(self.updates)
         tensors = [*learner.policy.parameters(), *learner._slots()]
@@ -75,7 +81,7 @@ class Variant:
         )
         for name, p in learner._weights().items():
             self.tensors[f"gradient/{k}/{name}"] = full(p.grad)
-        ORIGINAL["update"](learner)
+        ORIGINAL["update"](learner, **how)
         self.updates.append({"stage": learner.stage, "norm": learner.gradient_norm, "share": share})
         for name, p in learner._weights().items():
             self.tensors[f"weight/{k}/{name}"] = full(p)
@@ -100,6 +106,19 @@ class Variant:
             tables["leak"] = torch.zeros(len(part.samples), n, dtype=torch.float64)
             found.append((tables, [[None] * n for _ in part.samples]))
         return found
+
+    def scores(self, part, rewards, judge):
+        """One good response in each group, and one bad one."""
+        found = torch.full((len(part.samples), len(part.text[0])), 5.0)
+        for row, sample in zip(found, part.samples, strict=True):
+            good, bad = random.Random(sample.id).sample(range(len(row)), 2)
+            row[good], row[bad] = 10.0, 0.0
+        return found
+
+    def negatives(self, maker, pairs, *args):
+        """None for every third row: one rank may lack all."""
+        found = ORIGINAL["negatives"](maker, pairs, *args)
+        return [None if int(p.id[-2:]) % 3 == 0 else m for p, m in zip(pairs, found, strict=True)]
 
     def roll_out(self, batch, *args):
         if rank() == 1 and len(batch) > int(self.faults.get("MEMORY", 10**9)):

@@ -17,7 +17,7 @@ from engine import ConfigError
 from engine.files import rewrite
 from world import models, scenes
 
-VERSION = 3  # of what a seed builds: data, models and their training
+VERSION = 4  # of what a seed builds: data, models and their training
 JUDGE_RIGHT = 0.97  # of the true captions that are held out of its training, a judge must read
 JUDGE_TRIES = 4
 

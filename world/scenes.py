@@ -39,6 +39,7 @@ import itertools
 import json
 import math
 import random
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -71,6 +72,7 @@ CELL = 28  # pixels: one visual token of Qwen2.5-VL (patches of 14, merged 2 x 2
 # about the mean that the image processor subtracts: shapes stand out from zero
 GROUND = (122, 116, 104)
 RL_KINDS = KINDS[1:]  # of train.json, in turn
+SHARED_KINDS = ("colour", "row", "count")  # of train_shared.json, in turn: three to a picture
 TYPICAL = 0.5  # share of objects with their shape's usual colour; the same for rows and directions
 COLD_TYPICAL = 0.2  # that share in the cold start
 # shares of cold-start rows whose caption, and whose thought and answer, follow the prior, true or
@@ -79,6 +81,7 @@ FLAW_CAPTION, FLAW_ANSWER = 0.9, 0.5
 SIZES = {
     "cold_start": 2400,
     "train": 1536,
+    "train_shared": 1536,
     "test": 400,
     "test_prior_breaking": 300,
     "test_pairs": 300,
@@ -237,6 +240,12 @@ def solve(scene: Scene, query: dict) -> reasoning.Stages:
     return reasoning.Stages(locate(scene, shape), describe(scene, shape), thought, answer)
 
 
+def others_in(scene: Scene, shape: str) -> list[str]:
+    """The other shapes of a scene, or all others where it has none."""
+    here = sorted({t.shape for t in scene} - {shape})
+    return here or [s for s in PRIOR if s != shape]
+
+
 def of_shape(scene: Scene, shape: str) -> list[Thing]:
     """The objects of a shape, in reading order."""
     return sorted((t for t in scene if t.shape == shape), key=lambda t: (t.row, t.column))
@@ -250,6 +259,21 @@ def locate(scene: Scene, shape: str) -> str:
 def describe(scene: Scene, shape: str) -> str:
     """What the objects of a shape are."""
     return ", ".join(t.describe() for t in of_shape(scene, shape)) or f"no {shape}"
+
+
+def read_description(text: str) -> Scene | None:
+    """The scene that a caption in the words of `describe` tells of; None where it is none."""
+    if re.fullmatch(rf"no (?:{'|'.join(PRIOR)})", text.strip()):
+        return ()
+    cells = {cell: (r, c) for r, row in enumerate(CELLS) for c, cell in enumerate(row)}
+    thing = re.compile(
+        rf"({'|'.join(cells)}) ({'|'.join(COLOURS)}) ({'|'.join(PRIOR)})"
+        rf"(?: moving ({'|'.join(DIRECTIONS)}))?"
+    )
+    found = [thing.fullmatch(part.strip()) for part in text.split(",")]
+    if not all(found):
+        return None
+    return tuple(Thing(m[3], m[2], *cells[m[1]], m[4]) for m in found)
 
 
 # --- pictures and clips ---------------------------------------------------------------------------
@@ -324,7 +348,8 @@ def write_clip(path: Path, images: list[Image.Image], fps: int = 2) -> None:
 
 
 def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> None:
-    """A dataset in the official schema: cold start, RL, and three test sets.
+    """A dataset in the official schema: cold start, RL, RL with three questions about each
+    picture (train_shared, for --train_set), and three test sets.
 
     The pictures and clips of a test set are its own. Their scenes are not always, and then differ
     by shifts of a pixel or two: clips have only 192 scenes. At SIZES and seeds 0 to 4, cold start
@@ -338,8 +363,14 @@ def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> No
         media.mkdir(parents=True)
         rows = []
         for i in range(size):
+            # two questions about one shape of a picture, and one about another shape
+            if split == "train_shared":
+                if i % 3 == 0:
+                    scene, query = make_row(rng, "colour", TYPICAL)
+                    asked = [query["shape"]] * 2 + [rng.choice(others_in(scene, query["shape"]))]
+                query = {"kind": SHARED_KINDS[i % 3], "shape": asked[i % 3]}
             # VideoHallucer's form: what is there, and its companion, which is not
-            if split == "test_pairs":
+            elif split == "test_pairs":
                 if i % 2 == 0:
                     scene, query = make_row(rng, "colour", TYPICAL)
                 shape = query["shape"] if i % 2 == 0 else PRIOR[query["shape"]][3]
@@ -350,18 +381,20 @@ def write_data(folder: Path, sizes: dict[str, int] = SIZES, seed: int = 0) -> No
                 )
                 kinds = RL_KINDS if split == "train" else KINDS
                 scene, query = make_row(rng, kinds[i % len(kinds)], typical)
-            rows.append(_write_row(rng, folder, split, i, scene, query))
+            drawn = i - i % 3 if split == "train_shared" else i
+            rows.append(_write_row(rng, folder, split, i, scene, query, drawn))
         (folder / f"{split}.json").write_text(json.dumps(rows, indent=1))
 
 
 def _write_row(
-    rng: random.Random, folder: Path, split: str, i: int, scene: Scene, query: dict
+    rng: random.Random, folder: Path, split: str, i: int, scene: Scene, query: dict, drawn: int
 ) -> dict:
+    """Row i; drawn: the row whose picture it shows, this or an earlier one."""
     is_clip = query["kind"] == "motion"
-    path = f"{split}/{i:05d}." + ("mp4" if is_clip else "png")
+    path = f"{split}/{drawn:05d}." + ("mp4" if is_clip else "png")
     if is_clip:
         write_clip(folder / path, frames(rng, scene))
-    else:
+    elif drawn == i:
         draw(rng, scene).save(folder / path)
     problem, options = ask(query)
     row = {
