@@ -15,10 +15,11 @@ A judge is any callable from a list of prompts to a list of replies, None where 
 Other papers reward captions in the same way, with another judge or on other questions (KINDS):
 
     external   the above
-    self       the judge is the policy itself, without the picture (Vision-SR1, arXiv 2508.19652)
+    self       the judge is the policy itself, without the picture (Vision-SR1, arXiv 2508.19652;
+               D-95)
     gain       judge(question, caption) - judge(question, ''): 1, 0 or -1 (CaR). Within a prompt
                the second term is one constant, so GRPO's advantages are those of external (D-94)
-    shared     the mean over all questions about the same picture (CapRL, arXiv 2509.22647)
+    shared     the mean over all questions about the same picture (CapRL, arXiv 2509.22647; D-96)
 """
 
 import re

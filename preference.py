@@ -5,8 +5,8 @@
 
 `ovip` has the mathematics. A round is a step of train.py: as many completions as one of GRPO. While
 the buffer holds N pairs, they are taken out for an update, so a round has any number of updates,
-all at one learning rate. All ranks hold one buffer and train on their shares of its pairs. The
-buffer is a part of every checkpoint.
+all at one learning rate (D-85). All ranks hold one buffer and train on their shares of its pairs.
+The buffer is a part of every checkpoint.
 
 What a pair costs: the policy and its reference each score four texts, (A+, I+) and (A-, I+) behind
 one prompt, A+ without an image, and A+ with I-. In the row without an image its tokens are cut out.
@@ -46,7 +46,7 @@ def prefer(
 ) -> str:
     """Train on preferences. Returns the policy's folder.
 
-    judge: scores responses; None: a rule does, 9 for the right answer and 1 for the form.
+    judge: scores responses; None: a rule does, 9 for the right answer and 1 for the form (D-88).
     """
     steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step, run.processes)
     learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, held_out)
@@ -184,7 +184,7 @@ def choose_pairs(
     texts: list[str], scores: Tensor, sample: data.Sample, cfg
 ) -> tuple[list[tuple[int | None, int]], bool]:
     """The pairs of one prompt by --pair_rule, and whether one is missing because the row has no
-    reference response (`process`)."""
+    reference response (`process`, D-86)."""
     if cfg.pair_rule == "code":
         first = [i for i, text in enumerate(texts) if text not in texts[:i]]
         found = ovip.released_pairs(scores[first])
@@ -239,7 +239,7 @@ def learn(
     numbers: dict,
 ) -> bool:
     """One step on L_OViP of this rank's pairs, a mean over the pairs of all ranks that have a
-    negative image. Returns whether there was one. Adds to `numbers`."""
+    negative image (D-87). Returns whether there was one. Adds to `numbers`."""
     run, policy = learner.run, learner.policy
     chats = [data.prompts([by_id[p.id]], cfg.four_stage, cfg.fps, cfg.max_frames)[0] for p in pairs]
     shown: list = [media_of(chat) for chat in chats]

@@ -209,7 +209,7 @@ class VLM(nn.Module):
         top_p: float = 1.0,
     ) -> Completions:
         """n completions per prompt, at T = 1 from the whole distribution (D-8), or greedy.
-        temperature, top_p: another distribution, for what is not scored as its samples (OViP).
+        temperature, top_p: another distribution, for samples that are not scored as such (D-84).
 
         The prompt, and with it the vision tower, runs once, and its keys and values are held once
         for all its completions (`BranchCache`). Every SEGMENT tokens those that have ended leave

@@ -224,3 +224,56 @@ def test_an_extreme_ratio_gives_finite_gradients():
         loss = ovip.image_loss(*six, form=form).sum()
         gradients = torch.autograd.grad(loss, six, materialize_grads=True)
         assert all(g.isfinite().all() for g in gradients)
+
+
+# --- the released code's rule, and the judge ------------------------------------------------------
+
+
+def test_released_pairs_are_those_of_its_loop():
+    """Sorted, best with worst, while its two conditions hold; random scores with ties and NaN."""
+    rng = np.random.default_rng(0)
+    for _ in range(3000):
+        k = int(rng.integers(1, 10))
+        scores = rng.integers(0, 11, k).astype(float)
+        scores[rng.random(k) < 0.1] = math.nan
+        left = sorted((s for s in scores if s == s), reverse=True)
+        pairs = []
+        if 1 <= len(left) <= 4:
+            if left[0] - left[-1] >= 4 and left[0] >= 6:
+                pairs = [(left[0], left[-1])]
+            elif left[-1] <= 5:
+                pairs = [(None, left[-1])]
+        elif left:
+            margin, i = 2 * max(1.5, np.std(left, ddof=1)), 0
+            while left[i] - left[-1 - i] > margin and left[i] >= 6:
+                pairs.append((left[i], left[-1 - i]))
+                i += 1
+            if not i and left[-1] <= 5:
+                pairs = [(None, left[-1])]
+        found = ovip.released_pairs(torch.tensor(scores))
+        as_scores = [(None if p is None else scores[p], scores[n]) for p, n in found]
+        assert as_scores == pairs, scores
+        used = [x for pair in found for x in pair if x is not None]
+        assert len(used) == len(set(used))
+
+
+@pytest.mark.parametrize(
+    ("reply", "score"),
+    [
+        ("Score: [7]\n", 7), ("Score: 7/10", 7), ("7", 7), ("10", 10), ("**Score:** 8.5", 8.5),
+        ("Score (0-10): 7", 7), ("7 out of 10", 7), ("The score is 6.", 6), ("Score: 0", 0),
+        ("Score: 3. Score: 4", None), ("score: 0-10", None), ("Score: -1", None), ("-3", None),
+        ("Score: 11", None), ("I think 7", None), ("a lovely picture", None), ("", None),
+        (None, None),
+    ],
+)  # fmt: skip
+def test_a_score_is_one_number_from_0_to_10(reply, score):
+    found = ovip.read_score(reply)
+    assert math.isnan(found) if score is None else found == score
+
+
+def test_the_judge_gets_all_that_it_compares():
+    score = ovip.score_prompt("Q?", "R", "A*")
+    assert all(f":\n{part}\n" in score for part in ("Q?", "R", "A*"))
+    difference = ovip.difference_prompt("Q?", "good", "bad")
+    assert "Response A:\ngood\n" in difference and difference.endswith("Response B:\nbad")

@@ -1,6 +1,7 @@
 """The pipeline as a user starts it: `accelerate launch train.py`, in miniature, with every
 stage."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -1207,7 +1208,12 @@ def test_yaml_gives_options_and_the_command_line_wins(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("beta: 0.1\nrl_steps: 7\nselection: false\n")
     cfg = train.parse_config(["--config", str(file), "--rl_steps", "9"])
-    assert (cfg.beta, cfg.rl_steps, cfg.selection, cfg.caption_reward) == (0.1, 9, False, True)
+    assert (cfg.beta, cfg.rl_steps, cfg.selection, cfg.caption_reward) == (
+        0.1,
+        9,
+        False,
+        "external",
+    )
     file.write_text("corrupt_eval: [blank, mislead]\n")
     assert train.parse_config(["--config", str(file)]).corrupt_eval == "blank mislead"
     words = ["--config", str(file), "--corrupt_eval", "blur", "occlude", "--quiet"]
@@ -1322,7 +1328,7 @@ def test_help_explains_every_field_with_its_source(capsys):
     with pytest.raises(SystemExit):
         train.parse_config(["--help"])
     text = capsys.readouterr().out
-    for field in train.dataclasses.fields(train.Config):
+    for field in dataclasses.fields(train.Config):
         assert f"--{field.name}" in text
         assert field.metadata["help"].rstrip().endswith("]"), f"{field.name} names no source"
 
