@@ -63,7 +63,7 @@ METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one upd
     "tied": "groups whose responses all earn the same / groups; their advantage is exactly 0",
     "clipped": "response tokens whose gradient the clip of Eq. 1 cuts off / response tokens",
     "loss": "RL: Eq. 1, near 0 on fresh samples because advantages are centred, though its "
-    "gradient is not; cold start: mean of -log p over response tokens",
+    "gradient is not; cold start: mean of -log p over response tokens; OViP: L_OViP, mean of pairs",
     "nce": "Eq. 4: mean over active anchors of -log(sum of exp(s / T) over positives / the same "
     "sum over all others)",
     "nce/active": "anchors with both a positive and a negative; only they enter Eq. 4, which is 0 "
@@ -72,6 +72,21 @@ METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one upd
     "positives of Eq. 4",
     "nce/cosine_mean": "mean gradient cosine of all pairs of prompts in the batch",
     "nce/cosine_sd": "standard deviation of these cosines",
+    "score": "mean score of responses, 0 to 10 (OViP)",
+    "scored": "responses with a score / responses",
+    "pairs": "pairs of responses / prompts of the round",
+    "no_pair": "prompts without a valid pair / prompts",
+    "no_reference": "prompts whose only pair would need the row's reference response, which it "
+    "lacks / prompts",
+    "of_reference": "prompts paired with it / prompts",
+    "updates": "updates of the round",
+    "taken": "pairs that left the buffer",
+    "buffer": "pairs left in it",
+    "lost": "pairs without a negative image / pairs that left the buffer",
+    "text_right": "pairs with h(A+, I+) > h(A-, I+) / pairs trained on",
+    "text_margin": "mean of that difference, in nats",
+    "image_right": "pairs with h(A+, I+) > h(A+, I-) / pairs trained on",
+    "image_margin": "mean of that difference, in nats",
     "unknown": "rewards that the judge could not give / responses; left out, never counted as 0",
     "grad_norm": "Euclidean norm of the gradient before clipping",
     "lr": "learning rate of the update",
@@ -290,11 +305,18 @@ def figures(run: Results) -> str:
     cosine = {"nce/cosine_mean": "mean"}
     band = partial(cosine_band, conflict, run.config.get("tau"))
     disease = disease_and_cure(run)
+    pairs = curves(
+        [row for row in rl if "text_right" in row],
+        {"text_right": "A+ against A-", "image_right": "I+ against I-"},
+        "Share of pairs on their right side of 0 (OViP).",
+        ylim=(0, 1.02),
+    )
     drawn = {
         **({"Disease and cure": disease} if disease else {}),  # needs captions and a judge
         "Rewards": curves(
             rl, rewards, "Means over sampled responses (paper, Figure 3).", ylim=(0, 1.02)
         ),
+        **({"Pairs": pairs} if pairs else {}),
         "KL from the cold-start model": curves(rl, {"kl": "KL"}, "Nats per token."),
         "Entropy of the policy": curves(rl, {"entropy": "entropy"}, "Nats per token."),
         "Length of responses": curves(rl, {"length": "length"}, "Tokens."),
@@ -335,6 +357,8 @@ def summary(run: Results, lines: list[Line]) -> str:
         "selection": "selection by reward variance",
         "nce_weight": "the regulariser of Eq. 4",
     }
+    if (kind := cfg.get("caption_reward")) in ("self", "gain", "shared"):
+        switches["caption_reward"] += f" ({kind})"
     with_what = (
         ", ".join(text for name, text in switches.items() if cfg.get(name))
         or "none of the paper's mechanisms"
@@ -348,7 +372,13 @@ def summary(run: Results, lines: list[Line]) -> str:
         )
     if cfg.get("method") != "sft":
         asked = "" if cfg.get("rl_epochs") else f" of {cfg.get('rl_steps', '?')}"
-        did.append(f"{len(run.rl)}{asked} updates of reinforcement learning")
+        rounds = f"{sum(row.get('updates', 0) for row in run.rl):g} updates in {len(run.rl)}{asked}"
+        ovip = f"{rounds} rounds of OViP"
+        did.append(
+            ovip
+            if cfg.get("method") == "ovip"
+            else f"{len(run.rl)}{asked} updates of reinforcement learning"
+        )
     text = [
         f"A run with {with_what}: {', '.join(did)}.",
         *(f"{line[0].upper()}{line[1:]}." for line in warnings),
