@@ -324,26 +324,24 @@ class VLM(nn.Module):
         """One response text per prompt, teacher-forced: ids and mask [B, 1, T], each closed by the
         end token.
 
-        after: a beginning of each response that is fed as well but not in the mask. Raises
-        ValueError for no text.
+        after: a beginning of each response that is fed as well but not in the mask. Both are one
+        text to the tokenizer, as what a model writes is; a token that reaches into both, such as
+        Qwen's "><" of </think><answer>, is in the mask. Raises ValueError for no text.
         """
         if not texts:
             raise ValueError("there is no response to encode")
-        tokenizer = self.processor.tokenizer
-        start = [
-            tokenizer(text, add_special_tokens=False).input_ids
-            for text in after or [""] * len(texts)
-        ]
-        rows = [
-            tokenizer(text, add_special_tokens=False).input_ids + [self.end_ids[0]]
-            for text in texts
-        ]
-        length = max(len(a) + len(b) for a, b in zip(start, rows))
+        tokenizer, after = self.processor.tokenizer, after or [""] * len(texts)
+        rows, starts = [], []
+        for begin, text in zip(after, texts, strict=True):
+            whole = tokenizer(begin + text, add_special_tokens=False, return_offsets_mapping=True)
+            rows.append([*whole.input_ids, self.end_ids[0]])
+            starts.append(sum(end <= len(begin) for _, end in whole.offset_mapping))
+        length = max(map(len, rows))
         ids = torch.full((len(rows), 1, length), self.end_ids[0], device=self.device)
         mask = torch.zeros_like(ids, dtype=torch.bool)
-        for i, (a, b) in enumerate(zip(start, rows)):
-            ids[i, 0, : len(a) + len(b)] = torch.tensor(a + b)
-            mask[i, 0, len(a) : len(a) + len(b)] = True
+        for i, (row, start) in enumerate(zip(rows, starts)):
+            ids[i, 0, : len(row)] = torch.tensor(row)
+            mask[i, 0, start : len(row)] = True
         return ids, mask
 
     def forward(self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None) -> TokenScores:
