@@ -90,6 +90,7 @@ TABLES = {
     "cue": ("cue", *(f"cue-{x}" for x in CUES)),  # the grid of Hallucination-as-Cue
     "neighbours": tuple("cold plain caption self gain unshared shared ovip ours".split()),
 }
+BASIS = {"cold", "plain", "caption", "ours"}  # arms of several tables
 FIGURES = {
     "1b": ("full", "easy", "hard", "medium", "top30", "top60", "ours"),
     "3": ("full",),

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.files import rewrite
-from replication.arms import CUES, TABLES
+from replication.arms import BASIS, CUES, TABLES
 from replication.claims import CLAIMS, CRITERIA, IDEAS, Claim, of
 
 # Student's 97.5 % quantiles for 1 degree of freedom and more
@@ -279,7 +279,7 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
         parts += ["## Trained on one input, tested on another", cue_table(arms)]
     parts.append("## Every claim")
     for title, (options, claims) in CLAIMS.items():
-        if any(arms[arm] for claim in claims for arm, _ in (claim.more, claim.less)):
+        if any(differences(claim, arms) for claim in claims):
             parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
     parts += [
         "## Every arm",
@@ -287,13 +287,17 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
         "ratio, the entropy in nats. docs/evaluation.md defines the measures. The base and the "
         "cold starts are before RL.",
     ]
+    # a table has been begun where it has more than what most tables share
+    begun = [names for names in TABLES.values() if any(arms[n] for n in {*names} - BASIS)]
     rest = [arm for arm in order if not any(arm in names for names in TABLES.values())]
-    for title, names in (*TABLES.items(), ("Other", rest)):
+    alone = [arm for arm in order if arms[arm] and not any(arm in names for names in begun)]
+    for title, names in (*TABLES.items(), ("Other", alone)):
         title = {"cue": "Hallucination-as-Cue", "neighbours": "Neighbours"}.get(title, title)
         title = f"Table {title}" if title.isdigit() else title
-        if known := tuple(arm for arm in order if arm in names and arms[arm]):
+        known = tuple(arm for arm in order if arm in names and arms[arm])
+        if known and (names in begun or names is alone):
             parts += [f"### {title}", arm_table(known, arms)]
-    begun = {arm for names in TABLES.values() if any(arms[n] for n in names) for arm in names}
+    begun = {arm for names in begun for arm in names}
     begun |= {*rest} if arms["ours"] else set()  # Figure 5 and the like are of ours
     if missing := [arm for arm in order if not arms[arm] and arm in begun]:
         parts.append(f"Not run yet: {', '.join(missing)}.")

@@ -275,7 +275,7 @@ def test_the_page_keeps_what_is_written_by_hand(tmp_path):
     assert text.startswith("# By hand\n") and text.count(page.MARK) == 1
     assert "| accuracy | +10.0 | - | 1 | one seed: no interval |" in text.replace("+20.0", "+10.0")
     assert (
-        "Not measured yet: ours beats" in text
+        "Not measured yet: two-stage GRPO, after RL against before it, answers" in text
         and "| plain four-stage GRPO | 1 | 960 | 80.0 |" in text
     )
     again = page.write(folder, file, list(ARMS)).read_text()
@@ -314,18 +314,19 @@ def test_the_grid_has_each_training_on_each_input(tmp_path):
     assert "Not run yet: cue-random_media, cue-remove_text." in text
 
 
-def test_the_committed_page_is_what_its_results_say(tmp_path):
-    """docs/replication.md below its mark follows from docs/replication/ alone."""
-    file, folder = ROOT / "docs/replication.md", ROOT / "docs/replication"
+@pytest.mark.parametrize("name", ["replication", "neighbours"])
+def test_the_committed_page_is_what_its_results_say(tmp_path, name):
+    """docs/NAME.md below its mark follows from docs/NAME/ alone."""
+    file, folder = ROOT / f"docs/{name}.md", ROOT / f"docs/{name}"
     if not folder.exists():
         pytest.skip("no results are committed")
-    copy = tmp_path / "replication.md"
+    copy = tmp_path / f"{name}.md"
     copy.write_text(file.read_text().split(page.MARK)[0])
-    (tmp_path / "replication").mkdir()
+    (tmp_path / name).mkdir()
     for one in folder.glob("*.json"):
-        (tmp_path / "replication" / one.name).write_text(one.read_text())
-    assert page.write(tmp_path / "replication", copy, list(ARMS)).read_text() == file.read_text()
-    for name in re.findall(r"\]\((replication/\S+\.svg)\)", file.read_text()):
+        (tmp_path / name / one.name).write_text(one.read_text())
+    assert page.write(tmp_path / name, copy, list(ARMS)).read_text() == file.read_text()
+    for name in re.findall(rf"\]\(({name}/\S+\.svg)\)", file.read_text()):
         assert (folder.parent / name).exists(), name
 
 
@@ -383,9 +384,9 @@ def test_a_true_caption_is_true_of_its_scene(tmp_path, monkeypatch):
     place, another shape's description or no caption is not."""
     seen, write = [], scenes._write_row
 
-    def spy(rng, folder, split, i, scene, query):
+    def spy(rng, folder, split, i, scene, query, drawn):
         seen.append((scene, query))
-        return write(rng, folder, split, i, scene, query)
+        return write(rng, folder, split, i, scene, query, drawn)
 
     monkeypatch.setattr(scenes, "_write_row", spy)
     scenes.write_data(tmp_path / "data", {"test": 10}, seed=3)
