@@ -326,8 +326,8 @@ def test_the_committed_page_is_what_its_results_say(tmp_path, name):
     for one in folder.glob("*.json"):
         (tmp_path / name / one.name).write_text(one.read_text())
     assert page.write(tmp_path / name, copy, list(ARMS)).read_text() == file.read_text()
-    for name in re.findall(rf"\]\(({name}/\S+\.svg)\)", file.read_text()):
-        assert (folder.parent / name).exists(), name
+    for figure in re.findall(rf"\]\(({name}/\S+\.svg)\)", file.read_text()):
+        assert (folder.parent / figure).exists(), figure
 
 
 # --- the command ----------------------------------------------------------------------------------
