@@ -79,7 +79,8 @@ def prefer(
         numbers |= {"updates": (made, 1), "taken": (gone, 1), "buffer": (len(buffer), 1)}
         numbers["loss"] = (numbers["loss"][0] / max(1, made), 0)
         metrics = learner.log(numbers)
-        if metrics.get("lost"):
+        now = cfg.show_every and step % cfg.show_every == 0
+        if metrics.get("lost") and (now or images.last_error):
             why = f": {images.last_error}" if images.last_error else ""
             run.say(f"  {metrics['lost']:.0%} of the pairs had no negative image{why}")
         if not any(line["pairs"] for line in lines):
