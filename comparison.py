@@ -33,6 +33,11 @@ MEASURES = {  # of eval/*.json: which way is better (0: neither), and what it is
         1,
         "captions from which the text-only judge answers rightly / captions that it judged",
     ),
+    "answerable to itself": (
+        1,
+        "captions from which the policy itself, without the picture, answers rightly / captions "
+        "(--caption_reward self)",
+    ),
     "right, caption wrong": (
         -1,
         "right answers behind a caption that the judge cannot answer from or that names what is "
@@ -71,6 +76,9 @@ BY_KIND = {  # shown for every category too
 PARTS = {
     "accuracy": lambda r: (r["right"], 1),
     "answerable captions": lambda r: r.get("answerable") is not None and (r["answerable"], 1),
+    "answerable to itself": lambda r: (
+        r.get("answerable to itself") is not None and (r["answerable to itself"], 1)
+    ),
     "blind accuracy": lambda r: r.get("blind") is not None and (r["blind"], 1),
     "right, caption wrong": lambda r: (
         r.get("answerable") is not None and (r["right"] and measures.caption_wrong(r), 1)

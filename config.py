@@ -224,19 +224,19 @@ class Config:
         "above 0: f_i as a TensorSketch of so many numbers, for a y_i of many tokens [choice]")
 
     negatives: str = option("", choices=("", "draw", "diffusion", "crop", "blur", "random"), help=
-        "negative images; default: draw in the embedded world, else diffusion [OViP]")
+        "draw (default in the embedded world), diffusion (default), crop, blur or random [OViP]")
     pairs: int = option(16, low=1, help="pairs per update, over all ranks [OViP]")
     pair_rule: str = option("paper", choices=("paper", "code"), help=
-        "which responses make a pair: Algorithm 1 or the released code, D-81 [OViP]")
+        "which responses make a pair: paper (Algorithm 1) or code (as released), D-81 [OViP]")
     buffer: str = option("random", choices=("random", "fifo"), help=
-        "pairs leave the buffer by chance [OViP] or in order [its code]")
+        "pairs leave the buffer by chance (random) [OViP] or in order (fifo) [its code]")
     dpo_beta: float = option(0.1, above=0, help="beta, beta1 and beta2 of its losses [OViP]")
     image_loss: str = option("two_sigmoids", choices=("", *ovip.FORMS), help=
-        "form of the image loss, D-80; empty: none, which is online DPO [its code]")
+        "two_sigmoids, printed or base, D-80; empty: none, which is online DPO [its code]")
     image_weight: float = option(1.0, low=0, help=
         "weight of the image loss [OViP; its code by default: 0.5]")
-    temperature: float = option(1.0, above=0, help="of its sampling; its code: 1.2 [choice]")
-    top_p: float = option(1.0, above=0, high=1, help="of its sampling; its code: 0.8 [choice]")
+    temperature: float = option(1.0, above=0, help="OViP's sampling; its code: 1.2 [choice]")
+    top_p: float = option(1.0, above=0, high=1, help="OViP's sampling; its code: 0.8 [choice]")
     diffusion: str = option("black-forest-labs/FLUX.1-dev", help=
         "text-to-image model of diffusers, folder or hub id [OViP]")
     diffusion_size: int = option(384, low=8, help="its pictures' sides, in pixels [OViP]")
@@ -327,8 +327,7 @@ class Config:
         if self.method != "ovip":
             if (self.temperature, self.top_p) != (1, 1):
                 raise ConfigError(
-                    "temperature: GRPO needs samples of the distribution that it scores (D-8); "
-                    "only --method ovip samples from another"
+                    "temperature, top_p: GRPO samples what it scores (D-8); only OViP does not"
                 )
             return
         for name in ("caption_reward", "selection", "nce_weight", "corrupt_train", "reward"):
@@ -346,14 +345,17 @@ class Config:
                 "captions, or with --data, give diffusion, crop, blur or random"
             )
         if self.negatives == "diffusion" and not self.judge:
-            raise ConfigError("judge: --negatives diffusion needs one, which says what to paint")
+            raise ConfigError(
+                "judge: --negatives diffusion (default with --data) needs one, which says what to "
+                "paint. Give --judge, or --negatives crop, blur or random"
+            )
 
     @staticmethod
     def in_words(values: dict[str, Any]) -> dict[str, Any]:
-        """Values as they are now, of a file or command that says --caption_reward true."""
-        kind = str(values.get("caption_reward")).lower()
-        now = {"true": "external", "false": ""}.get(kind)
-        return values if now is None else values | {"caption_reward": now}
+        """The values, with words for a --caption_reward of true or false."""
+        said = values.get("caption_reward")
+        kinds = {"true": "external", "false": ""}
+        return values | {"caption_reward": kinds.get(str(said).lower(), said)}
 
     @property
     def start(self) -> str:

@@ -26,6 +26,7 @@ from engine.run import Run
 from world import scenes
 
 DESCRIBER = {"temperature": 0.1, "top_p": 0.9, "max_tokens": 128}  # of G_diff [paper, App. B.2]
+WHY = {"draw": "no scene could be read from the caption", "diffusion": "no description"}
 DRAWN = ("draw", "diffusion")  # of what a response says: one picture, in place of one
 
 
@@ -86,6 +87,8 @@ class Negatives:
         if self.kind == "diffusion":
             self.paint = Diffusion(cfg, run.device)
             self.describe = judge.sampling(**DESCRIBER)
+
+    why = property(lambda self: WHY.get(self.kind, "its row has none"))
 
     @property
     def last_error(self) -> str:

@@ -28,6 +28,7 @@ import negatives
 import ovip
 from caption_reward import Judge, as_one_line
 from engine import ConfigError
+from engine.files import read_jsonl
 from engine.learner import Learner, Reference, updates
 from engine.run import Run
 from engine.vlm import VLM
@@ -55,6 +56,8 @@ def prefer(
     reference = Reference(start, learner, cfg)
     by_id = {s.id: s for s in prompts}
     images = Negatives(prompts, judge, cfg, run) if cfg.negatives else None
+    by = judge or "the rule: 9 for the right answer, 1 for the form"
+    run.say(f"OViP: responses are scored by {by}; negative images: {cfg.negatives or 'none'}")
     buffer = [Pair(**entry) for entry in learner.extra.get("buffer", [])]
     for step, batch in learner.batches(prompts, cfg.prompts_per_step):
         with run.unsharded(learner.policy):
@@ -77,12 +80,15 @@ def prefer(
         learner.extra = {"buffer": [vars(pair) for pair in buffer]}
         run.append(learner.folder / "rollouts.jsonl", [{"step": step, **line} for line in lines])
         numbers |= {"updates": (made, 1), "taken": (gone, 1), "buffer": (len(buffer), 1)}
-        numbers["loss"] = (numbers["loss"][0] / max(1, made), 0)
+        loss, _ = numbers.pop("loss")
+        numbers |= {"loss": (loss / made, 0)} if made else {}
         metrics = learner.log(numbers)
         now = cfg.show_every and step % cfg.show_every == 0
         if metrics.get("lost") and (now or images.last_error):
-            why = f": {images.last_error}" if images.last_error else ""
-            run.say(f"  {metrics['lost']:.0%} of the pairs had no negative image{why}")
+            run.say(
+                f"  {metrics['lost']:.0%} of the pairs had no negative image, and are not trained "
+                f"on ({images.last_error or images.why})"
+            )
         if not any(line["pairs"] for line in lines):
             run.say("  warning: no prompt of this round gave a pair of responses")
         if metrics.get("scored") == 0:
@@ -91,7 +97,16 @@ def prefer(
         first = micro_batches[0]
         show(run, cfg, step, metrics["truncated"], first.samples[0], first.text[0][0])
     if buffer:
-        run.say(f"{len(buffer)} pairs are left in the buffer: fewer than an update takes")
+        run.say(
+            f"{len(buffer)} pairs are left in the buffer, not trained on: fewer than --pairs "
+            f"{cfg.pairs}"
+        )
+    lines = run.from_main(lambda: read_jsonl(learner.folder / "metrics.jsonl", repair=False))
+    if not any(line.get("updates") for line in lines):
+        run.say(
+            "warning: no update was made, so the policy is as it was: no pairs (no_pair, "
+            "no_reference) or no negative images (lost), see rl/metrics.jsonl"
+        )
     del reference
     return learner.finish()
 
@@ -276,16 +291,21 @@ def learn(
             with torch.no_grad():
                 gap = (h[:, 0] - ref[:, 0]) - (negative - ref_negative)
                 add(numbers, "image_margin", (gap * weight).sum().item(), weight.sum().item())
-                add(numbers, "image_right", ((gap > 0) * weight).sum().item(), weight.sum().item())
+                add(numbers, "image_right", (right(gap) * weight).sum().item(), weight.sum().item())
         with torch.no_grad():
             gap = (h[:, 0] - ref[:, 0]) - (h[:, 1] - ref[:, 1])
             add(numbers, "text_margin", (gap * weight).sum().item(), weight.sum().item())
-            add(numbers, "text_right", ((gap > 0) * weight).sum().item(), weight.sum().item())
+            add(numbers, "text_right", (right(gap) * weight).sum().item(), weight.sum().item())
         loss = torch.where(weight > 0, loss, 0.0).sum() / total
         add(numbers, "loss", loss.item(), 0)
         learner.backward(loss)
     learner.update(scheduled=False)
     return True
+
+
+def right(gap: Tensor) -> Tensor:
+    """1 where it is above 0, 1/2 where it is 0: at the start the policy is the reference."""
+    return torch.heaviside(gap, gap.new_tensor(0.5))
 
 
 def add(numbers: dict, name: str, value: float, count: float) -> None:

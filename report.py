@@ -302,6 +302,7 @@ def figures(run: Results) -> str:
     batch = min(run.config.get("prompts_per_step", 1), len(run.selected.get("kept", ())) or 10**9)
     anchors = [row | {"share": row["nce/active"] / batch} for row in conflict]
     rewards = {"reward/accuracy": "answer", "reward/caption": "caption", "reward/format": "format"}
+    own = {k: k[7:] for row in rl for k in row if k.startswith("reward/") and k not in rewards}
     cosine = {"nce/cosine_mean": "mean"}
     band = partial(cosine_band, conflict, run.config.get("tau"))
     disease = disease_and_cure(run)
@@ -316,6 +317,7 @@ def figures(run: Results) -> str:
         "Rewards": curves(
             rl, rewards, "Means over sampled responses (paper, Figure 3).", ylim=(0, 1.02)
         ),
+        **({"Rewards of its own": curves(rl, own, "Means over responses.")} if own else {}),
         **({"Pairs": pairs} if pairs else {}),
         "KL from the cold-start model": curves(rl, {"kl": "KL"}, "Nats per token."),
         "Entropy of the policy": curves(rl, {"entropy": "entropy"}, "Nats per token."),
@@ -356,6 +358,7 @@ def summary(run: Results, lines: list[Line]) -> str:
         "caption_reward": "the Caption Reward",
         "selection": "selection by reward variance",
         "nce_weight": "the regulariser of Eq. 4",
+        "reward": f"the reward {cfg.get('reward')}",
     }
     if (kind := cfg.get("caption_reward")) in ("self", "gain", "shared"):
         switches["caption_reward"] += f" ({kind})"

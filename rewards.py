@@ -5,12 +5,16 @@
 Shapes: B prompts of a micro-batch, G responses each. NaN rewards are unknown.
 """
 
+import hashlib
 import importlib.util
 import sys
+import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor
@@ -104,16 +108,35 @@ def custom_reward(spec: str) -> Callable:
     return found
 
 
+def reward_file(spec: str) -> str:
+    """The file of --reward and its fingerprint, so that a run is not resumed with another one."""
+    file = Path(spec.rpartition(":")[0])
+    return f"reward {file.name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+
+
+def try_custom(samples: list[data.Sample], cfg) -> None:
+    """Call --reward once, on rows with made-up responses, before anything is loaded."""
+    text = [[s.process or f"<answer>{s.answer}</answer>", "no answer"] for s in samples]
+    _custom_rewards(SimpleNamespace(samples=samples, text=text), cfg)
+
+
 def _custom_rewards(m, cfg) -> dict[str, Tensor]:
     turns = [data.messages(s, "", cfg.fps, cfg.max_frames)[0]["content"] for s in m.samples]
     media = [[part[part["type"]] for part in turn if part["type"] != "text"] for turn in turns]
     shape = (len(m.text), len(m.text[0]))
     try:
         found = custom_reward(cfg.reward)(m.samples, m.text, media)
-        tables = {name: torch.as_tensor(table).float() for name, table in found.items()}
     except Exception as error:  # it is the user's code
+        line = traceback.extract_tb(error.__traceback__)[-1]
         raise ConfigError(
-            f"reward: {cfg.reward} failed on {m.samples[0].id}: {type(error).__name__}: {error}"
+            f"reward: {cfg.reward} failed on {m.samples[0].id}: {type(error).__name__}: {error} "
+            f"({Path(line.filename).name}, line {line.lineno})"
+        ) from error
+    try:
+        tables = {name: torch.as_tensor(table).float() for name, table in found.items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"reward: {cfg.reward} must return a dict of names to [B, G] numbers ({error})"
         ) from error
     if tables.keys() != NAMES.setdefault(cfg.reward, tables.keys()):
         raise ConfigError(f"reward: {cfg.reward} must return the same names for all rows")
@@ -170,7 +193,8 @@ def with_other_questions(samples: list[data.Sample]) -> list[data.Sample]:
     if len(alike) == len(samples):
         raise DataError(
             "caption_reward: shared needs several questions about a picture, and no two rows of "
-            "train share theirs. Give such rows, or --caption_reward external"
+            "train share theirs. Give such rows (in the embedded world, --train_set "
+            "train_shared), or --caption_reward external"
         )
 
     def others(s: data.Sample) -> tuple:

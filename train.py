@@ -49,8 +49,10 @@ from rewards import (
     BUILT_IN,
     custom_reward,
     reward,
+    reward_file,
     reward_judge,
     total,
+    try_custom,
     weights_of,
     with_other_questions,
 )
@@ -274,12 +276,15 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     if cfg.train_set not in sets:
         where = cfg.data or cfg.world
         raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
-    run.claim_data(run.from_main(lambda: data.fingerprint(sets)))
+    rows = data.fingerprint(sets) + (f"; {reward_file(cfg.reward)}" if cfg.reward else "")
+    run.claim_data(run.from_main(lambda: rows))
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
     if cfg.train_set != "train":
         sets = {"cold_start": sets.get("train", [])} | sets | {"train": sets[cfg.train_set]}
     if cfg.caption_reward == "shared":
         sets["train"] = with_other_questions(sets["train"])
+    if cfg.reward:
+        try_custom(sets["train"][:2], cfg)
     if cfg.method == "ovip":
         preference.check(sets["train"], cfg)
     return with_corrupted(sets, cfg, run)

@@ -443,4 +443,6 @@ def readable(metrics: dict[str, float]) -> str:
         "nce/active": "anchors {:.0f}",
         "grad_norm": "gradient {:.2f}",
     }
+    own = {name: name[7:] + " {:.2f}" for name in metrics if name.startswith("reward/")}
+    shown = own | shown
     return "  ".join(f.format(metrics[name]) for name, f in shown.items() if name in metrics)

@@ -173,8 +173,9 @@ class Run:
         )
         if then != rows:
             raise ConfigError(
-                f"data: the rows or their media have changed since the run in {self.folder} began "
-                f"({then} there, {rows} now; files are known by path, size and time of change). "
+                "data: the rows, their media or the file of --reward have changed since the run "
+                f"in {self.folder} began ({then} there, {rows} now; files are known by path, size "
+                "and time of change). "
                 "Give another --output_dir, or the data as they were"
             )
         self.write(file, {"rows": rows})

@@ -201,8 +201,10 @@ def test_a_reward_of_ones_own(samples, tmp_path):
             "def score(s, r, m): return {str(len(A.append(1) or A)): [[1.0, 2.0]]}\nA = []",
             "same names",
         ),
-        ("def score(s, r, m): return None", "failed on .*: AttributeError"),
-        ("def score(s, r, m): return 1 / 0", "failed on .*: ZeroDivisionError"),
+        ("def score(s, r, m): return None", "must return a dict of names"),
+        ("def score(s, r, m): return [[1.0, 2.0]]", "must return a dict of names"),
+        ("def score(s, r, m): return {'x': 'good'}", "must return a dict of names"),
+        ("def score(s, r, m):\n    return 1 / 0", r"ZeroDivisionError: .* \(mine.py, line 2\)"),
     ],
 )
 def test_a_bad_reward_function_is_said(samples, tmp_path, text, says):
@@ -217,6 +219,20 @@ def test_a_missing_reward_file_stops_a_run_at_once(world, tmp_path):
         done = commands.launch(*options, check=False)
         assert "error: reward: " in done.stderr and done.returncode == 1
         assert not (tmp_path / "run/sft").exists()
+
+
+def test_a_reward_is_tried_before_anything_is_loaded_and_kept(world, tmp_path):
+    """A mistake is found at once, and a run is not resumed with another file."""
+    spec = write(tmp_path, "def score(s, r, m): return {'short': [1.0]}")
+    options = ["--method", "grpo", "--reward", spec, "--world", world, "--sft_steps", "0"]
+    options += ["--rl_steps", "0", "--output_dir", tmp_path / "run", "--max_new_tokens", "4"]
+    done = commands.launch(*options, check=False)
+    assert "must return [B, G] = [2, 2]" in done.stderr and not (tmp_path / "run/eval").exists()
+    spec = write(tmp_path, "def score(s, r, m): return {'short': [[1.0] * len(t) for t in r]}")
+    done = commands.launch(*options)
+    write(tmp_path, "def score(s, r, m): return {'short': [[2.0] * len(t) for t in r]}")
+    done = commands.launch(*options, check=False)
+    assert "the file of --reward have changed" in done.stderr and done.returncode == 1
 
 
 def test_the_words_for_on_and_off():
