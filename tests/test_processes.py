@@ -42,7 +42,7 @@ VARIANTS = {
     "judge": "--nce_weight 0 --prompts_per_step 4 JUDGE=dies REWARD=real".split(),
     # pairs whose images some ranks lack; three forward passes before each backward pass
     "ovip": "--method ovip --nce_weight 0 --tau_quantile 0 --pairs 4 --negatives crop "
-    "--prompts_per_pass 1 SCORES=made".split(),
+    "--prompts_per_pass 1 --rl_steps 2 SCORES=made".split(),
 }
 WHICH = {  # launch -> variants
     "one": ("plain", "passes", "memory", "unlike", "lora", "half", "ovip"),
