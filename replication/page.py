@@ -203,7 +203,8 @@ def idea_table(arms: Results) -> str:
                 cells[-1] += f" [{points(both[0], measure)}, {points(both[1], measure)}]"
             if both and (both[0] > 0 or both[1] < 0):
                 cells[-1] = f"**{cells[-1]}** {'better' if way * both[0] > 0 else 'worse'}"
-        lines.append(f"| {' | '.join([words, str(len(seeds)), *cells])} |")
+        if seeds:
+            lines.append(f"| {' | '.join([words, str(len(seeds)), *cells])} |")
     return "\n".join(lines)
 
 
