@@ -107,7 +107,7 @@ class Variant:
             found.append((tables, [[None] * n for _ in part.samples]))
         return found
 
-    def scores(self, part, rewards, judge):
+    def scores(self, part, *of):
         """One good response in each group, and one bad one."""
         found = torch.full((len(part.samples), len(part.text[0])), 5.0)
         for row, sample in zip(found, part.samples, strict=True):
