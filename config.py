@@ -88,13 +88,13 @@ class Config:
 
     # fmt: off
     method: str = option("ours", choices=tuple(MECHANISMS), help=
-        "ours, grpo (plain: two stages, two rewards, D-43), sft (cold start) [paper, Table 1], or "
-        "ovip (preference.py)")
+        "ours, grpo (plain: two stages, two rewards, D-43), sft (cold start) or ovip [paper, Table "
+        "1; OViP]")
     four_stage: bool | None = option(None, help=
         "planning and caption stages too; default by --method [paper, Table 2]")
     caption_reward: str | None = option(None, choices=("", *KINDS), help=
-        "the Caption Reward: external [paper, Table 2], self [Vision-SR1], gain [CaR], shared "
-        "[CapRL] or false; default by --method")
+        "external, self, gain, shared or false; default by --method [paper, Table 2; Vision-SR1, "
+        "CaR, CapRL]")
     selection: bool | None = option(None, help=
         "top half of the prompts by variance; default by --method [paper, Table 3]")
     nce_weight: float | None = option(None, low=0, help=

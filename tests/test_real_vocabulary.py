@@ -1,4 +1,7 @@
-"""The released checkpoints' vocabulary, files and shapes: every place where text meets tokens."""
+"""The released checkpoints' vocabulary, files and shapes: every place where text meets tokens.
+
+pytest -m slow tests/test_real_vocabulary.py      # the shape of 7B too, trained in full
+"""
 
 import json
 import re
@@ -24,7 +27,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = reasoning.render(reasoning.Stages("left", "A red cup", "it is red", "B"))
 
 
-@pytest.fixture(scope="module", params=["3b", "7b"])
+@pytest.fixture(scope="module", params=["3b", pytest.param("7b", marks=pytest.mark.slow)])
 def folder(request, tmp_path_factory):
     return qwen.write(tmp_path_factory.mktemp(request.param) / "model", request.param)
 

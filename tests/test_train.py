@@ -1285,7 +1285,8 @@ def test_rows_or_pictures_that_changed_stop_a_resumed_run(world, tmp_path):
     claim()
     file.write_text(json.dumps([*rows[1:-1], rows[-1] | {"problem": "Is there a circle in it?"}]))
     with pytest.raises(
-        train.ConfigError, match="data: the rows or their media have changed since.*train: 11 rows"
+        train.ConfigError,
+        match="data: the rows, their media or .* have changed since.*train: 11 rows",
     ):
         claim()
     file.write_text(json.dumps(rows[1:]))
