@@ -86,10 +86,7 @@ def evaluate(
         drawn = draw(policy, some, n, cfg) if n and not some[0].corruption else [None] * len(some)
         mine = [None] * len(some)
         if itself:
-            asked = [
-                (s.question, reasoning.parse(text).caption, s.answer, s.problem_type)
-                for s, text in zip(some, said, strict=True)
-            ]
+            asked = [judged_item(s, text) for s, text in zip(some, said, strict=True)]
             mine = [verdict for verdict, _ in itself(asked)]
         return [(s, text, blind.get(s.id), *x) for s, text, *x in zip(some, said, drawn, mine)]
 
@@ -153,15 +150,18 @@ def is_right(sample: data.Sample, text: str) -> bool:
     return answers.is_correct(answer, sample.answer, sample.problem_type)
 
 
+def judged_item(sample: data.Sample, text: str) -> tuple[str, str | None, str, str]:
+    """What `CaptionReward` takes of a response."""
+    return sample.question, reasoning.parse(text).caption, sample.answer, sample.problem_type
+
+
 def add_sampled(
     rows: list[dict], samples: list[data.Sample], drawn: list[tuple], judge: CaptionReward
 ) -> None:
     """row["sampled"]: of each drawn response whether it is right, and whether its caption is
     answerable (None: unknown)."""
     asked = [
-        (s.question, reasoning.parse(text).caption, s.answer, s.problem_type)
-        for s, (texts, _) in zip(samples, drawn, strict=True)
-        for text in texts
+        judged_item(s, text) for s, (texts, _) in zip(samples, drawn, strict=True) for text in texts
     ]
     verdict = iter(ask_in_parts(judge, asked))
     for row, sample, (texts, entropy) in zip(rows, samples, drawn, strict=True):

@@ -76,6 +76,7 @@ class Negatives:
 
     def __init__(self, prompts: list[data.Sample], judge: Judge | None, cfg, run: Run):
         self.kind, self.cfg, self.run = cfg.negatives, cfg, run
+        self.why = WHY.get(self.kind, "its row has none")  # there may be no image
         self.others: dict[str, data.Sample] = {}
         if self.kind == "random":
             found, notes = others_of(prompts, cfg)
@@ -87,8 +88,6 @@ class Negatives:
         if self.kind == "diffusion":
             self.paint = Diffusion(cfg, run.device)
             self.describe = judge.sampling(**DESCRIBER)
-
-    why = property(lambda self: WHY.get(self.kind, "its row has none"))
 
     @property
     def last_error(self) -> str:

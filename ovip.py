@@ -130,10 +130,9 @@ def difference_prompt(question: str, positive: str, negative: str) -> str:
     )
 
 
-FORMS = ("two_sigmoids", "printed", "base")  # of the image loss
-
-
 # --- losses ---------------------------------------------------------------------------------------
+
+FORMS = ("two_sigmoids", "printed", "base")  # of the image loss
 
 
 def text_loss(

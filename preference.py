@@ -33,7 +33,7 @@ from engine.learner import Learner, Reference, updates
 from engine.run import Run
 from engine.vlm import VLM
 from negatives import Negatives, media_of, with_media, without_media
-from rewards import reward
+from rewards import reward, rewards_as_json
 from rollouts import Rollouts, reference_response, roll_out, show
 
 
@@ -53,7 +53,7 @@ def prefer(
     learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, held_out)
     if learner.finished:
         return learner.finish()
-    reference = Reference(start, learner, cfg)
+    reference = Reference(start, learner, cfg, always=True)
     by_id = {s.id: s for s in prompts}
     images = Negatives(prompts, judge, cfg, run) if cfg.negatives else None
     by = judge or "the rule: 9 for the right answer, 1 for the form"
@@ -155,9 +155,7 @@ def score_and_pair(
                 {
                     "id": sample.id,
                     "text": m.text[i],
-                    "accuracy": tables["accuracy"][i].tolist(),
-                    "format": tables["format"][i].tolist(),
-                    "score": [None if s != s else s for s in scores[i].tolist()],
+                    **rewards_as_json(tables | {"score": scores}, i),
                     "pairs": pairs,
                     "ids": full,
                 }
@@ -257,10 +255,9 @@ def learn(
     """One step on L_OViP of this rank's pairs, a mean over the pairs of all ranks that have a
     negative image (D-87). Returns whether there was one. Adds to `numbers`."""
     run, policy = learner.run, learner.policy
-    chats = [data.prompts([by_id[p.id]], cfg.four_stage, cfg.fps, cfg.max_frames)[0] for p in pairs]
-    shown: list = [media_of(chat) for chat in chats]
-    if images:
-        shown = images(pairs, [by_id[p.id] for p in pairs], chats)
+    samples = [by_id[p.id] for p in pairs]
+    chats = data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames)
+    shown: list = images(pairs, samples, chats) if images else [media_of(chat) for chat in chats]
     live = [m is not None for m in shown]
     total = run.all_reduce(torch.tensor(float(sum(live)), device=run.device)).item()
     add(numbers, "lost", len(live) - sum(live), len(live))
@@ -288,14 +285,8 @@ def learn(
                 cfg.dpo_beta, cfg.dpo_beta, cfg.image_loss,
             )  # fmt: skip
             loss = loss + cfg.image_weight * image
-            with torch.no_grad():
-                gap = (h[:, 0] - ref[:, 0]) - (negative - ref_negative)
-                add(numbers, "image_margin", (gap * weight).sum().item(), weight.sum().item())
-                add(numbers, "image_right", (right(gap) * weight).sum().item(), weight.sum().item())
-        with torch.no_grad():
-            gap = (h[:, 0] - ref[:, 0]) - (h[:, 1] - ref[:, 1])
-            add(numbers, "text_margin", (gap * weight).sum().item(), weight.sum().item())
-            add(numbers, "text_right", (right(gap) * weight).sum().item(), weight.sum().item())
+            record(numbers, "image", (h[:, 0] - ref[:, 0]) - (negative - ref_negative), weight)
+        record(numbers, "text", (h[:, 0] - ref[:, 0]) - (h[:, 1] - ref[:, 1]), weight)
         loss = torch.where(weight > 0, loss, 0.0).sum() / total
         add(numbers, "loss", loss.item(), 0)
         learner.backward(loss)
@@ -303,9 +294,13 @@ def learn(
     return True
 
 
-def right(gap: Tensor) -> Tensor:
-    """1 where it is above 0, 1/2 where it is 0: at the start the policy is the reference."""
-    return torch.heaviside(gap, gap.new_tensor(0.5))
+@torch.no_grad()
+def record(numbers: dict, name: str, gap: Tensor, weight: Tensor) -> None:
+    """The sum of the differences of the pairs that count, and how many are above 0. One of 0 is
+    half: at the start the policy is the reference."""
+    above = torch.heaviside(gap, gap.new_tensor(0.5))
+    add(numbers, f"{name}_margin", (gap * weight).sum().item(), weight.sum().item())
+    add(numbers, f"{name}_right", (above * weight).sum().item(), weight.sum().item())
 
 
 def add(numbers: dict, name: str, value: float, count: float) -> None:

@@ -83,9 +83,9 @@ METRICS = {  # of metrics.jsonl, over the responses (tokens, prompts) of one upd
     "taken": "pairs that left the buffer",
     "buffer": "pairs left in it",
     "lost": "pairs without a negative image / pairs that left the buffer",
-    "text_right": "pairs with h(A+, I+) > h(A-, I+) / pairs trained on",
+    "text_right": "pairs with h(A+, I+) > h(A-, I+) / pairs trained on; equal ones count half",
     "text_margin": "mean of that difference, in nats",
-    "image_right": "pairs with h(A+, I+) > h(A+, I-) / pairs trained on",
+    "image_right": "pairs with h(A+, I+) > h(A+, I-) / pairs trained on; equal ones count half",
     "image_margin": "mean of that difference, in nats",
     "unknown": "rewards that the judge could not give / responses; left out, never counted as 0",
     "grad_norm": "Euclidean norm of the gradient before clipping",
@@ -375,13 +375,11 @@ def summary(run: Results, lines: list[Line]) -> str:
         )
     if cfg.get("method") != "sft":
         asked = "" if cfg.get("rl_epochs") else f" of {cfg.get('rl_steps', '?')}"
-        rounds = f"{sum(row.get('updates', 0) for row in run.rl):g} updates in {len(run.rl)}{asked}"
-        ovip = f"{rounds} rounds of OViP"
-        did.append(
-            ovip
-            if cfg.get("method") == "ovip"
-            else f"{len(run.rl)}{asked} updates of reinforcement learning"
-        )
+        what = f"{len(run.rl)}{asked} updates of reinforcement learning"
+        if cfg.get("method") == "ovip":
+            made = sum(row.get("updates", 0) for row in run.rl)
+            what = f"{made:g} updates in {len(run.rl)}{asked} rounds of OViP"
+        did.append(what)
     text = [
         f"A run with {with_what}: {', '.join(did)}.",
         *(f"{line[0].upper()}{line[1:]}." for line in warnings),

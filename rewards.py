@@ -187,9 +187,9 @@ def with_other_questions(samples: list[data.Sample]) -> list[data.Sample]:
 
     Raises DataError where no two share one.
     """
-    alike = defaultdict(list)
-    for s in samples:
-        alike[data.picture_of(s)].append(s)
+    pictures, alike = [data.picture_of(s) for s in samples], defaultdict(list)
+    for picture, s in zip(pictures, samples):
+        alike[picture].append(s)
     if len(alike) == len(samples):
         raise DataError(
             "caption_reward: shared needs several questions about a picture, and no two rows of "
@@ -197,8 +197,8 @@ def with_other_questions(samples: list[data.Sample]) -> list[data.Sample]:
             "train_shared), or --caption_reward external"
         )
 
-    def others(s: data.Sample) -> tuple:
-        some = [o for o in alike[data.picture_of(s)] if o is not s]
+    def others(s: data.Sample, picture: tuple) -> tuple:
+        some = [o for o in alike[picture] if o is not s]
         return tuple((o.question, o.answer, o.problem_type) for o in some)
 
-    return [replace(s, others=others(s)) for s in samples]
+    return [replace(s, others=others(s, picture)) for s, picture in zip(samples, pictures)]

@@ -64,8 +64,6 @@ JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is tra
 
 def main(cfg: Config) -> None:
     run = Run(cfg)
-    if cfg.reward:
-        custom_reward(cfg.reward)  # a bad one is found before anything is loaded
     sets = open_data(cfg, run)
     share(cfg, run)
     judge = open_judge(sets, cfg, run)
@@ -263,6 +261,8 @@ def evaluate(
 def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     """Check every row and every file before any model is loaded; build the embedded world if
     needed."""
+    if cfg.reward:
+        custom_reward(cfg.reward)  # one that is not there is found before any media are opened
     with run.local_main_first():
         sets = data.load(cfg.data, cfg.on_bad_row, run.say) if cfg.data else None
     if not (cfg.data and cfg.model and (cfg.judge or cfg.caption_reward in ("", "self"))):
@@ -276,8 +276,8 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     if cfg.train_set not in sets:
         where = cfg.data or cfg.world
         raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
-    rows = data.fingerprint(sets) + (f"; {reward_file(cfg.reward)}" if cfg.reward else "")
-    run.claim_data(run.from_main(lambda: rows))
+    file = f"; {reward_file(cfg.reward)}" if cfg.reward else ""
+    run.claim_data(run.from_main(lambda: data.fingerprint(sets) + file))
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
     if cfg.train_set != "train":
         sets = {"cold_start": sets.get("train", [])} | sets | {"train": sets[cfg.train_set]}

@@ -374,11 +374,11 @@ class AdamW(torch.optim.AdamW):
 class Reference:
     """pi_ref of the KL: the model after the cold start. With LoRA it is the policy without its
     adapter, otherwise a frozen copy. It is not loaded with beta = 0, nor where the stage is
-    finished."""
+    finished. always: a loss needs it whatever beta is."""
 
-    def __init__(self, start: str, learner: Learner, cfg):
+    def __init__(self, start: str, learner: Learner, cfg, always: bool = False):
         self.learner, self.frozen = learner, None
-        self.needed = (cfg.beta > 0 or cfg.method == "ovip") and not learner.finished
+        self.needed = (always or cfg.beta > 0) and not learner.finished
         if self.needed and not cfg.lora_rank:
             self.frozen = open_policy(start, cfg, learner.run.device)
 
