@@ -24,28 +24,26 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 
-def log_prob(
-    hidden: Tensor, weight: Tensor, ids: Tensor, banned: list[int], chunk: int | None = None
-):
-    """log pi(y_t) and the entropy H_t of pi_t = softmax(W h_t).   [N, d], [V, d], [N] -> [N], [N]
+def log_prob(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor, chunk: int | None = None):
+    """log pi(y_t) and the entropy H_t of pi_t = softmax(W h_t + b).
+    [N, d], [V, d], [N], [V] -> [N], [N]
 
     The logits [N, V] are by far the largest tensor of a step, so they never exist: the head runs on
-    chunk / V tokens at a time, and again in backward, where d log pi(y) / dz = e_y - pi. banned
-    tokens have no probability. The entropy carries no gradient. Half precision is widened before
-    the softmax. chunk: numbers in a chunk; by default what suited a CPU's caches best, and on a GPU
+    chunk / V tokens at a time, and again in backward, where d log pi(y) / dz = e_y - pi. bias: no
+    gradient (`VLM.bias`). The entropy carries none either. Half precision is widened before the
+    softmax. chunk: numbers in a chunk; by default what suited a CPU's caches best, and on a GPU
     more, so that it is kept busy and a half-precision gradient of W has few summands.
     """
     chunk = chunk or (2**22 if hidden.device.type == "cpu" else 2**26)
-    return _LogProb.apply(hidden, weight, ids, banned, max(1, chunk // len(weight)))
+    return _LogProb.apply(hidden, weight, ids, bias, max(1, chunk // len(weight)))
 
 
 class _LogProb(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, ids, banned, rows):
+    def forward(ctx, hidden, weight, ids, bias, rows):
         logp, entropy, norm = [], [], []
         for h, y in zip(hidden.split(rows), ids.split(rows)):
-            z = at_least_float32(h @ weight.T)
-            z[:, banned] = torch.finfo(z.dtype).min / 2
+            z = at_least_float32(h @ weight.T).add_(bias)
             highest = z.amax(-1, keepdim=True)
             # log-sum-exp by hand: its parts give the entropy as well
             weights = z.sub_(highest).exp()
@@ -54,8 +52,8 @@ class _LogProb(torch.autograd.Function):
             logp.append(z.gather(-1, y[:, None])[:, 0] - total.log())
             entropy.append(total.log() - torch.linalg.vecdot(weights, z) / total)
         norm = torch.cat(norm)
-        ctx.save_for_backward(hidden, weight, ids, norm)
-        ctx.banned, ctx.rows = banned, rows
+        ctx.save_for_backward(hidden, weight, ids, norm, bias)
+        ctx.rows = rows
         entropy = torch.cat(entropy)
         ctx.mark_non_differentiable(entropy)
         return torch.cat(logp), entropy
@@ -63,15 +61,14 @@ class _LogProb(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        hidden, weight, ids, norm = ctx.saved_tensors
+        hidden, weight, ids, norm, bias = ctx.saved_tensors
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         d_hidden = torch.empty_like(hidden) if to_hidden else None
         d_weight = torch.zeros_like(weight) if to_weight else None
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             h, g = hidden[part], grad[part, None]
-            z = at_least_float32(h @ weight.T)
-            z[:, ctx.banned] = torch.finfo(z.dtype).min / 2
+            z = at_least_float32(h @ weight.T).add_(bias)
             residual = (
                 z.sub_(norm[part, None])
                 .exp_()
@@ -100,19 +97,19 @@ def uniform_numbers(names: list[str], n: int, length: int, when: str) -> Tensor:
 
 
 class TokenSampler(LogitsProcessor):
-    """Chooses the next token itself, at T = 1 from all of softmax(scores) or greedily, and leaves
-    `generate` no other choice. A row that has ended gets end tokens. warpers: those of
+    """Chooses the next token itself, at T = 1 from all of softmax(scores + bias) or greedily, and
+    leaves `generate` no other choice. A row that has ended gets end tokens. warpers: those of
     transformers, for another temperature or a nucleus."""
 
     def __init__(
-        self, banned: list[int], end: int, ended: Tensor, draws: Tensor | None, warpers: list = ()
+        self, bias: Tensor, end: int, ended: Tensor, draws: Tensor | None, warpers: list = ()
     ):
         self.warpers = warpers
-        self.banned, self.end, self.ended = banned, end, ended[:, None]
+        self.bias, self.end, self.ended = bias, end, ended[:, None]
         self.draws = None if draws is None else iter(draws.split(1, 1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores[:, self.banned] = -torch.inf
+        scores += self.bias
         for warper in self.warpers:
             scores = warper(input_ids, scores)
         token = (

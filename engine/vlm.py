@@ -99,6 +99,10 @@ class VLM(nn.Module):
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
         self.end_ids = end_token_ids(self.core, processor.tokenizer)
         self.banned_ids = banned_token_ids(self.core, processor.tokenizer, self.end_ids)
+        # no buffer, which DDP would send around; finite, because 0 times it is asked for
+        lowest = torch.finfo(torch.float32).min / 2
+        self._bias = torch.zeros(len(self.core.lm_head.weight))
+        self._bias[self.banned_ids] = lowest
         # a convolution whose stride is its kernel is one matrix product, and PyTorch's Conv3d is
         # far slower at it
         conv = self.core.model.visual.patch_embed.proj
@@ -113,6 +117,12 @@ class VLM(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.core.lm_head.weight.device
+
+    @property
+    def bias(self) -> Tensor:
+        """Of the head [V]: 0, and a number at `banned_ids` that leaves them no probability."""
+        self._bias = self._bias.to(self.device)
+        return self._bias
 
     def base(self):
         """Context in which the LoRA adapter is off: the reference model of a LoRA run."""
@@ -285,7 +295,7 @@ class VLM(nn.Module):
                     ),
                     logits_processor=[
                         TokenSampler(
-                            self.banned_ids, self.end_ids[0], ended.flatten(), numbers, warpers
+                            self.bias, self.end_ids[0], ended.flatten(), numbers, warpers
                         )
                     ],
                     # by itself it would keep step with other processes wherever FSDP is in use
@@ -420,7 +430,7 @@ class VLM(nn.Module):
         )
 
     def _scores(self, hidden: Tensor, ids: Tensor, mask: Tensor, prompt: Tensor) -> TokenScores:
-        found = log_prob(hidden[mask], self.core.lm_head.weight, ids[mask], self.banned_ids)
+        found = log_prob(hidden[mask], self.core.lm_head.weight, ids[mask], self.bias)
         logp, entropy = (
             torch.zeros(ids.shape, dtype=x.dtype, device=x.device).masked_scatter(mask, x)
             for x in found
@@ -428,16 +438,12 @@ class VLM(nn.Module):
         return TokenScores(logp, entropy, hidden, prompt)
 
     def head(self, trained: bool = True) -> tuple[Tensor, Tensor]:
-        """W [V, d] and b [V]: softmax(W h + b) is the distribution that is sampled; b is -inf at
-        banned tokens.
+        """W [V, d] and b [V] (`bias`): softmax(W h + b) is the distribution that is sampled.
 
-        trained = False: without gradient.
+        trained = False: W without gradient.
         """
-        weight = self.core.lm_head.weight if trained else self.core.lm_head.weight.detach()
-        banned = torch.tensor(self.banned_ids, device=weight.device)
-        return weight, torch.zeros(len(weight), device=weight.device).index_fill(
-            0, banned, -torch.inf
-        )
+        weight = self.core.lm_head.weight
+        return weight if trained else weight.detach(), self.bias
 
     def save(self, folder: str | Path, merge: bool = True) -> None:
         """Write weights and processor, so that plain `from_pretrained` loads them. LoRA's are

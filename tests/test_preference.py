@@ -421,7 +421,8 @@ def test_temperature_and_nucleus_are_those_asked_for(policy, samples):
 def test_the_sampler_without_warpers_is_as_before():
     scores = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
     draws = torch.full((3, 1), 0.3, dtype=torch.float64)
-    plain = shared_prefix.TokenSampler([0], 1, torch.zeros(3, dtype=torch.bool), draws)
+    bias = torch.tensor([-1e30, 0, 0, 0, 0, 0, 0])
+    plain = shared_prefix.TokenSampler(bias, 1, torch.zeros(3, dtype=torch.bool), draws)
     chosen = plain(None, scores.clone()).argmax(-1)
     cut = scores.index_fill(1, torch.tensor([0]), -torch.inf).softmax(-1).double().cumsum(-1)
     assert chosen.tolist() == [int((row <= 0.3).sum()) for row in cut]

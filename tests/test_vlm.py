@@ -1010,7 +1010,7 @@ def test_stage_tags_that_are_special_tokens_are_said_and_scored(world, tmp_path,
     )
     # the world's instructions are one token each whose text holds all the tags: none is said here
     words = special.processor.tokenizer.get_vocab().items()
-    special.banned_ids += [i for word, i in words if "<answer>" in word and word not in tags]
+    special.bias[[i for word, i in words if "<answer>" in word and word not in tags]] = -1e30
     with torch.no_grad():
         special.core.lm_head.weight[ids] *= 4
     torch.manual_seed(0)
@@ -1044,7 +1044,8 @@ def test_a_padded_prompt_samples_what_it_samples_alone(world, attention, dtype):
 def test_nothing_to_score_gives_nothing_or_one_clear_error(policy):
     """Nothing to score or to draw gives nothing or one clear error."""
     hidden, weight = torch.zeros(0, 4, requires_grad=True), torch.zeros(5, 4, requires_grad=True)
-    logp, entropy = shared_prefix.log_prob(hidden, weight, torch.zeros(0, dtype=torch.long), [1])
+    ids, bias = torch.zeros(0, dtype=torch.long), torch.zeros(5)
+    logp, entropy = shared_prefix.log_prob(hidden, weight, ids, bias)
     logp.sum().backward()
     assert logp.shape == entropy.shape == (0,) and torch.equal(weight.grad, torch.zeros(5, 4))
     assert shared_prefix.inverse_cdf(torch.zeros(0, 5), torch.zeros(0, 1)).shape == (0, 1)
@@ -1536,14 +1537,15 @@ def test_no_head_tensor_grows_with_vocabulary_times_length():
 
     n, d, v, chunk = 3000, 8, 2000, 2**16
     hidden, weight = torch.randn(n, d, requires_grad=True), torch.randn(v, d, requires_grad=True)
-    ids, banned = torch.randint(5, v, (n,)), [1, 2]
+    ids, bias = torch.randint(5, v, (n,)), torch.zeros(v)
+    bias[[1, 2]] = -1e30
     with Largest() as largest:
-        logp, entropy = shared_prefix.log_prob(hidden, weight, ids, banned, chunk)
+        logp, entropy = shared_prefix.log_prob(hidden, weight, ids, bias, chunk)
         logp.sum().backward()
     assert largest.numbers <= max(chunk, n * d, v * d) < n * v / 50
     got = [logp, entropy, hidden.grad, weight.grad]
     hidden, weight = (x.detach().clone().requires_grad_() for x in (hidden, weight))
-    table = (hidden @ weight.T).index_fill(-1, torch.tensor(banned), -math.inf).log_softmax(-1)
+    table = (hidden @ weight.T).index_fill(-1, torch.tensor([1, 2]), -math.inf).log_softmax(-1)
     want = table.gather(-1, ids[:, None])[:, 0]
     want.sum().backward()
     for x, y in zip(
