@@ -10,18 +10,25 @@ Shapes: B prompts, K branches per prompt, P prompt tokens (left-padded), T respo
 vocabulary.
 """
 
+import math
 import random
+from collections import defaultdict
 from contextlib import contextmanager
+from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.flex_attention import create_block_mask
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, LogitsProcessor
 from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+GROUP = 2  # tokens of branches that attend together, as a multiple of the prompt's
 
 
 def log_prob(hidden: Tensor, weight: Tensor, ids: Tensor, bias: Tensor, chunk: int | None = None):
@@ -150,32 +157,66 @@ def branch_mask(prompt_mask: Tensor, lengths: list[int], dtype: torch.dtype, att
     """What a token of a row [prompt | branches] may see: the prompt, and its own branch's past.
 
     lengths: the tokens of each branch; L = P + sum(lengths). An additive mask [B, 1, L, L], 0 or
-    the lowest number. `branch_attention` gets two: [B, 1, P, P] for the prompt (None where plain
-    causal attention is enough) and [B, 1, L - P, L] for the branches. Flex attention gets blocks.
+    the lowest number; flex attention gets blocks, and `branch_attention` gets `Branches`, because
+    this mask grows with the square of the branches' number.
     """
     (b, p), device = prompt_mask.shape, prompt_mask.device
     length = p + sum(lengths)
-    branch = torch.arange(len(lengths) + 1, device=device).repeat_interleave(
-        torch.tensor([p, *lengths], device=device)
+    # place L, behind the row, is a branch of its own: it pads groups, and nothing else sees it
+    branch = torch.arange(len(lengths) + 2, device=device).repeat_interleave(
+        torch.tensor([p, *lengths, 1], device=device)
     )
-    valid = torch.cat([prompt_mask.bool(), prompt_mask.new_ones(b, sum(lengths)).bool()], 1)
+    valid = F.pad(prompt_mask.bool(), (0, length + 1 - p), value=True)
 
     def may_see(row, _head, q, k):
         same = (branch[k] == 0) | (branch[k] == branch[q])
         return (same & (k <= q) & valid[row, k]) | (k == q)  # padding sees itself: no NaN
 
-    def dense(start: int, stop: int) -> Tensor:
-        at = torch.arange(stop, device=device)
-        see = may_see(torch.arange(b, device=device)[:, None, None], None, at[start:, None], at)
+    def additive(q: Tensor, k: Tensor) -> Tensor:  # [n, Q], [n, K] -> [B * n, 1, Q, K]
+        row = torch.arange(b, device=device)[:, None, None, None]
+        see = may_see(row, None, q[..., None], k[:, None]).flatten(0, 1)[:, None]
         return torch.zeros(see.shape, dtype=dtype, device=device).masked_fill(
             ~see, torch.finfo(dtype).min
-        )[:, None]
+        )
 
     if attention == "flex_attention":
         return create_block_mask(may_see, b, None, length, length, device=device)
-    if attention == "shared_prefix" and length > p:
-        return None if prompt_mask.all() else dense(0, p), dense(p, length)
-    return dense(0, length)
+    at = torch.arange(length, device=device)[None]
+    if attention != "shared_prefix" or length == p:
+        return additive(at, at)
+    n = math.ceil((length - p) / (GROUP * p))
+    groups = defaultdict(list)
+    for size, stop in zip(lengths, accumulate(lengths)):
+        if size:  # where its middle lies
+            groups[n * (2 * stop - size) // (2 * (length - p))] += range(p + stop - size, p + stop)
+    place = pad_sequence(
+        [torch.tensor(group, device=device) for group in groups.values()],
+        batch_first=True,
+        padding_value=length,
+    )
+    of_prompt, before = at[:, :p], at[:, :p].expand(len(place), -1)
+    return Branches(
+        None if prompt_mask.all() else additive(of_prompt, of_prompt),
+        additive(place, torch.cat([before, place], 1)),
+        place.clamp_max(length - 1) - p,
+        (place.flatten() < length).nonzero()[:, 0],
+    )
+
+
+class Branches(NamedTuple):
+    """The branches of a row in n groups of about S = 2 P tokens, for `branch_attention`: time and
+    masks grow with the number of branches and not with its square. Each group has a copy of its
+    prompt's keys and values, hence groups and not single branches.
+
+    prompt [B, 1, P, P]: the prompt's additive mask, None where plain causal attention is enough.
+    own [B * n, 1, S, P + S]: the groups'. place [n, S]: where their tokens stand behind the prompt.
+    back [L - P]: which of the n * S each token behind the prompt is.
+    """
+
+    prompt: Tensor | None
+    own: Tensor
+    place: Tensor
+    back: Tensor
 
 
 def branch_attention(
@@ -185,17 +226,26 @@ def branch_attention(
     "shared_prefix"."""
     if hasattr(key, "branches"):  # a new token in every completion
         return decode_attention(at_least_float32(query) * scaling, key, value)[:, None], None
-    if not isinstance(mask, tuple):
+    if not isinstance(mask, Branches):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    # the prompt sees no branch: its rows need no columns of theirs
-    p = query.shape[2] - mask[1].shape[2]
-    parts = (
-        (query[:, :, :p], key[:, :, :p], value[:, :, :p], mask[0]),
-        (query[:, :, p:], key, value, mask[1]),
-    )
-    return torch.cat(
-        [sdpa_attention_forward(module, *part, scaling=scaling, **kwargs)[0] for part in parts], 1
-    ), None
+    p, n = key.shape[2] - len(mask.back), len(mask.place)
+
+    def attend(*parts: Tensor) -> Tensor:
+        return sdpa_attention_forward(module, *parts, scaling=scaling, **kwargs)[0]
+
+    def group(x: Tensor, prompt: bool) -> Tensor:  # [B, h, L, d] -> [B * n, h, (P +) S, d]
+        if n == 1:
+            return x if prompt else x[:, :, p:]
+        own = x[:, :, p:][:, :, mask.place].transpose(1, 2)
+        if prompt:
+            own = torch.cat([x[:, None, :, :p].expand(-1, n, -1, -1, -1), own], 3)
+        return own.flatten(0, 1)
+
+    # the prompt sees no branch
+    before = attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask.prompt)
+    own = attend(group(query, False), group(key, True), group(value, True), mask.own)
+    own = own.unflatten(0, (-1, n)).flatten(1, 2)[:, mask.back]  # [B, L - P, H, d]
+    return torch.cat([before, own], 1), None
 
 
 class BranchCache(DynamicLayer):

@@ -294,9 +294,7 @@ class VLM(nn.Module):
                         [valid.repeat_interleave(left, 0), torch.ones_like(so_far)], 1
                     ),
                     logits_processor=[
-                        TokenSampler(
-                            self.bias, self.end_ids[0], ended.flatten(), numbers, warpers
-                        )
+                        TokenSampler(self.bias, self.end_ids[0], ended.flatten(), numbers, warpers)
                     ],
                     # by itself it would keep step with other processes wherever FSDP is in use
                     synced_gpus=False,

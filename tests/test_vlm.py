@@ -214,6 +214,29 @@ def test_shared_prefix_equals_score_plain_in_every_field(exact, kind):
         close(got, want)
 
 
+@pytest.mark.parametrize("group", [0.02, 0.2, 2])
+def test_branches_in_groups_score_like_plain_rows(exact, group, monkeypatch):
+    """Ragged branches, one of a single token last, behind prompts of two lengths: whichever attend
+    together, scores and gradients are those of plain rows."""
+    monkeypatch.setattr(shared_prefix, "GROUP", group)
+    inputs = exact.encode([prompts()["a picture"], prompts()["a clip"]])
+    lengths = [5, 1, 9, 3, 7, 1, 12, 1]
+    ids = ragged(*lengths).expand(2, -1, -1)
+    mask = (torch.arange(12) < torch.tensor(lengths)[:, None]).expand(2, -1, -1)
+    made = shared_prefix.branch_mask(
+        inputs["attention_mask"], [n - 1 for n in lengths], torch.float64, "shared_prefix"
+    )
+    p = inputs["input_ids"].shape[1]
+    assert len(made.place) == min(5, math.ceil((sum(lengths) - 8) / (group * p)))
+    found = []
+    for form in (exact, exact.score_plain):
+        scores = form(inputs, ids, mask)
+        grads = torch.autograd.grad(scores.logp[mask].square().sum(), list(exact.parameters()))
+        found.append((scores.logp[mask], scores.entropy[mask], *grads))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-9, rtol=0)
+
+
 def test_a_completion_of_one_token_is_scored(exact):
     inputs, ids = exact.encode([prompts()["a clip"]]), ragged(1, 1)
     with torch.no_grad():
