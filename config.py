@@ -4,17 +4,13 @@ Defaults fit the embedded world; configs/ has presets for real models. D-1 and t
 explained in DEPARTURES.md.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 from dataclasses import dataclass
-from operator import ge, gt, le, lt
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import torch
-import yaml
-from transformers.hf_argparser import string_to_bool
 from transformers.utils import is_flash_attn_2_available
 
 import corruption
@@ -25,6 +21,7 @@ import variance_select
 from caption_reward import KINDS, MAX_TOKENS
 from engine import ConfigError
 from engine.judges import is_url, url_problem
+from engine.options import check_field, option, parse
 from engine.run import COLLECTIVE_TIMEOUT
 
 MECHANISMS = {  # what --method stands for; each switch can be set by itself
@@ -49,7 +46,6 @@ HEADINGS = {  # the first option of each group in `--help`
     "negatives": "OViP (--method ovip)",
     "eval_batch": "evaluation, checkpoints, screen",
 }
-HOLDS = {"at least": ge, "at most": le, "above": gt, "below": lt}
 SHARED = (  # what decides a cold start and its responses: runs that share them agree on these
     "four_stage model data on_bad_row judge judge_model judge_max_tokens world seed min_pixels "
     "max_pixels fps max_frames max_prompt_tokens dtype attention lora_rank train_vision sft_steps "
@@ -57,29 +53,6 @@ SHARED = (  # what decides a cold start and its responses: runs that share them 
     "lenient eval_responses"
 ).split()
 MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 2  # a judge may be asked twice while other ranks wait
-
-
-def option(
-    default: Any,
-    *,
-    help: str,
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: tuple = (),
-    several: bool = False,
-    resumable: bool = False,
-) -> Any:
-    """One field of Config. low <= value <= high, above < value < below, or one of `choices`.
-
-    several: words of `choices`, with spaces between them. resumable: a run may be resumed with
-    another value.
-    """
-    bounds = {"at least": low, "at most": high, "above": above, "below": below}
-    bounds = {words: bound for words, bound in bounds.items() if bound is not None}
-    rules = {"bounds": bounds, "choices": choices, "several": several, "resumable": resumable}
-    return dataclasses.field(default=default, metadata={"help": help, **rules})
 
 
 @dataclass
@@ -145,6 +118,8 @@ class Config:
         "float32, bfloat16 or float64 [official code: bfloat16]")
     attention: str = option("sdpa", choices=ATTENTION, help=
         f"{', '.join(ATTENTION)}; the last shares no prompt in scoring [choice]")
+    static_decoding: bool = option(False, resumable=True, help=
+        "decode in steps of one shape, which a GPU records once and replays [choice]")
     lora_rank: int = option(0, low=0, help=
         "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
     merge: bool = option(False, help=
@@ -268,7 +243,7 @@ class Config:
         """Resolve what --method leaves open; refuse what cannot work, before anything is loaded."""
         vars(self).update(self.in_words(vars(self)))
         for f in dataclasses.fields(self):
-            _check_field(f, getattr(self, f.name))
+            check_field(f, getattr(self, f.name))
         for name, value in MECHANISMS[self.method].items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
@@ -380,71 +355,14 @@ class Config:
         return {f.name for f in dataclasses.fields(self) if f.metadata["resumable"]}
 
 
-def _check_field(field: dataclasses.Field, value: Any) -> None:
-    """Raise ConfigError where a value lies outside the bounds or choices of its field."""
-    name, choices, bounds = field.name, field.metadata["choices"], field.metadata["bounds"]
-    for word in value.split() if field.metadata["several"] else [value]:
-        if choices and word not in (*choices, None):
-            raise ConfigError(f"{name}: {word!r} is not one of {', '.join(filter(None, choices))}")
-    if value is not None and not all(HOLDS[words](value, bound) for words, bound in bounds.items()):
-        wanted = " and ".join(f"{words} {bound}" for words, bound in bounds.items())
-        raise ConfigError(f"{name}: must be {wanted}, got {value} ({field.metadata['help']})")
-
-
 def parse_config(argv: list[str]) -> Config:
     """Command line -> Config. The command line wins over `--config file.yaml`."""
-    parser = _parser()
-    names = {f.name for f in dataclasses.fields(Config)}
-    several = [f.name for f in dataclasses.fields(Config) if f.metadata["several"]]
-    argv = [
-        part
-        for word in argv
-        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
-    if argv.count("--config") > 1:
-        raise ConfigError("--config: give one file")
-    if "--config" in argv:
-        at = argv.index("--config")
-        path, argv = argv[at + 1 : at + 2], argv[:at] + argv[at + 2 :]
-        try:
-            values = yaml.safe_load(Path(*path).read_text()) or {}
-        except (OSError, TypeError, yaml.YAMLError) as error:
-            where = "".join(path) or "a file (none given)"
-            raise ConfigError(f"--config: cannot read {where}: {error}") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"--config: {path[0]} must hold lines of the form option: value")
-        if unknown := sorted(set(map(str, values)) - names):
-            raise ConfigError(f"--config: {path[0]} has unknown options {', '.join(unknown)}")
-        for name in several:
-            if isinstance(values.get(name), list):
-                values[name] = " ".join(map(str, values[name]))
-        argv = [f"--{name}={value}" for name, value in values.items() if value is not None] + argv
-    values = vars(parser.parse_args(argv))
-    values |= {name: " ".join(values[name]) for name in several if values[name]}
-    return Config(**{name: values[name] for name in names})
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    return parse(
+        Config,
+        argv,
+        HEADINGS,
         prog="train.py",
         usage="accelerate launch train.py [--config FILE] [--option VALUE ...]",
         description="Ground What You See: cold start, selection, GRPO with caption reward and "
         "InfoNCE, evaluation, report. D-1 and the like are explained in DEPARTURES.md.",
-        allow_abbrev=False,
     )
-    parser.add_argument(
-        "--config", help="YAML file with any of these options; the command line wins over it"
-    )
-    types = get_type_hints(Config)
-    for f in dataclasses.fields(Config):
-        if f.name in HEADINGS:
-            group = parser.add_argument_group(HEADINGS[f.name])
-        kind = next((t for t in get_args(types[f.name]) if t is not type(None)), types[f.name])
-        flag = {"nargs": "?", "const": True}  # --quiet, --quiet true
-        how = {"type": string_to_bool, **flag} if kind is bool else {"type": kind}
-        how |= {"nargs": "+"} if f.metadata["several"] else {}
-        text = f.metadata["help"].replace("%", "%%")
-        text += "" if f.default in (None, "") else f" (default: {f.default})"
-        spelt = dict.fromkeys((f"--{f.name}", f"--{f.name.replace('_', '-')}"))
-        group.add_argument(*spelt, dest=f.name, default=f.default, help=text, **how)
-    return parser

@@ -48,6 +48,7 @@ def load(
     gradient_checkpointing: bool = False,
     min_pixels: int = 4 * 28 * 28,
     max_pixels: int = 401_408,
+    static_decoding: bool = False,
     trainable: bool = True,
 ) -> VLM:
     """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder), which is merged in
@@ -87,13 +88,15 @@ def load(
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         with quiet_peft():
             model = get_peft_model(model, config)
-    return VLM(model, processor, min_pixels, max_pixels).train(trainable)
+    policy = VLM(model, processor, min_pixels, max_pixels)
+    policy.static_decoding = static_decoding
+    return policy.train(trainable)
 
 
 def open_policy(model: str, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
     """`load` with the options of the same names in `cfg`, on `device`. Raises ConfigError where it
     cannot be loaded."""
-    names = ("dtype", "attention", "min_pixels", "max_pixels")
+    names = ("dtype", "attention", "static_decoding", "min_pixels", "max_pixels")
     names += ("lora_rank", "train_vision", "gradient_checkpointing")
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     try:

@@ -116,17 +116,17 @@ class TokenSampler(LogitsProcessor):
         self.draws = None if draws is None else iter(draws.split(1, 1))
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        scores += self.bias
-        for warper in self.warpers:
-            scores = warper(input_ids, scores)
-        token = (
-            scores.argmax(-1, keepdim=True)
-            if self.draws is None
-            else inverse_cdf(scores, next(self.draws))
-        )
+        token = self.choose(scores, None if self.draws is None else next(self.draws))
         # in bytes, because `generate` looks for the largest
         choice = torch.zeros_like(scores, dtype=torch.uint8)
         return choice.scatter_(-1, token.masked_fill(self.ended, self.end), 1)
+
+    def choose(self, scores: Tensor, u: Tensor | None) -> Tensor:
+        """[N, V], which it may change, and uniform numbers [N, 1] -> tokens [N, 1]"""
+        scores += self.bias
+        for warper in self.warpers:
+            scores = warper(None, scores)
+        return scores.argmax(-1, keepdim=True) if u is None else inverse_cdf(scores, u)
 
 
 def inverse_cdf(scores: Tensor, u: Tensor, block: int = 128) -> Tensor:
@@ -251,20 +251,22 @@ def branch_attention(
 class BranchCache(DynamicLayer):
     """The cache of one layer: the prompts' keys and values once, and room for those of n
     completions of each, which are written in place where the plain layer copies all there is at
-    every token."""
+    every token. at [1]: the place of the next token, where every step has one shape."""
 
     is_croppable = False
 
-    def __init__(self, prompt: DynamicLayer, valid: Tensor, n: int, room: int):
+    def __init__(
+        self, prompt: DynamicLayer, valid: Tensor, n: int, room: int, at: Tensor | None = None
+    ):
         super().__init__()
         # wide: scores in half precision would be off by percents, and the distribution sampled not
         # the one scored
         self.prompt = (at_least_float32(prompt.keys), at_least_float32(prompt.values))
-        self.filled = 0
+        self.filled, self.at = 0, at
         self.is_initialized = True
         b, heads, self.before, d = prompt.keys.shape
         self.keys, self.values = (
-            x.new_empty(b * n, heads, room, d) for x in (prompt.keys, prompt.values)
+            x.new_zeros(b * n, heads, room, d) for x in (prompt.keys, prompt.values)
         )
         hidden = valid[:, None, None] == 0
         self.hidden = hidden if hidden.any() else None  # the padding [B, 1, 1, P]
@@ -272,10 +274,15 @@ class BranchCache(DynamicLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args, **kwargs
     ) -> tuple[Tensor, Tensor]:
-        end = self.filled + key_states.shape[-2]
-        self.keys[..., self.filled : end, :] = key_states
-        self.values[..., self.filled : end, :] = value_states
-        self.filled = end
+        if self.at is None:
+            end = self.filled + key_states.shape[-2]
+            self.keys[..., self.filled : end, :] = key_states
+            self.values[..., self.filled : end, :] = value_states
+            self.filled = end
+        else:
+            end = None
+            self.keys.index_copy_(2, self.at, key_states)
+            self.values.index_copy_(2, self.at, value_states)
         keys = self.keys[..., :end, :]
         keys.branches = self  # what `branch_attention` needs beside them
         return keys, self.values[..., :end, :]
@@ -308,7 +315,11 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     shared = by_prompt(query) @ k.mT
     if hidden is not None:
         shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
-    weights = torch.cat([shared, by_prompt(query @ at_least_float32(key).mT)], -1).softmax(-1)
+    own = query @ at_least_float32(key).mT
+    if (at := key.branches.at) is not None:
+        to_come = torch.arange(own.shape[-1], device=own.device) > at
+        own = own.masked_fill(to_come, torch.finfo(own.dtype).min)
+    weights = torch.cat([shared, by_prompt(own)], -1).softmax(-1)
     own = by_completion(weights[..., p:]) @ at_least_float32(value)
     out = by_completion(weights[..., :p] @ v) + own
     return out.reshape(rows, heads, d).to(value.dtype)

@@ -40,6 +40,7 @@ from engine.shared_prefix import (
     branch_mask,
     log_prob,
 )
+from engine.static_decode import StaticSteps
 
 SEGMENT = 16  # tokens between two looks at which completions have ended
 # transformers renames this argument; the old name warns
@@ -97,6 +98,7 @@ class VLM(nn.Module):
         super().__init__()
         self.model, self.processor = model, processor
         self.min_pixels, self.max_pixels = min_pixels, max_pixels
+        self.static_decoding = False
         self.end_ids = end_token_ids(self.core, processor.tokenizer)
         self.banned_ids = banned_token_ids(self.core, processor.tokenizer, self.end_ids)
         # no buffer, which DDP would send around; finite, because 0 times it is asked for
@@ -234,6 +236,7 @@ class VLM(nn.Module):
         ends = torch.tensor(self.end_ids, device=device)
         if sample and draws is None:
             draws = torch.rand(b, n, max_new_tokens, dtype=torch.float64, device=device)
+        draws = draws.to(device) if sample else None
         position = _positions(core.model, inputs)
         # the positions that scoring uses; transformers' own deltas count from the largest, a long
         # clip's time
@@ -258,61 +261,78 @@ class VLM(nn.Module):
         )
         prefill.crop(-1)  # `generate` feeds the last prompt token again and so gets its logits
         branches = DynamicCache()
+        at = torch.zeros(1, dtype=torch.long, device=device) if self.static_decoding else None
         branches.layers = [
-            BranchCache(layer, valid[:, :-1], n, max_new_tokens) for layer in prefill.layers
+            BranchCache(layer, valid[:, :-1], n, max_new_tokens, at) for layer in prefill.layers
         ]
 
         ids = torch.full(
             (b, n, max_new_tokens), self.processor.tokenizer.pad_token_id, device=device
         )
         # the completions still in the batch, as many of each prompt
-        kept = torch.arange(n, device=device).expand(b, n)
+        kept, steps = torch.arange(n, device=device).expand(b, n), None
         for start in range(0, max_new_tokens, SEGMENT):
             stop = min(start + SEGMENT, max_new_tokens)
             ended = torch.isin(ids[..., :start], ends).any(-1).gather(1, kept)  # [B, m]
             left = int((~ended).sum(1).max())
             if not left:
                 break
-            if left < kept.shape[1]:  # where a prompt has fewer left, ended ones fill up
+            # a step that has been recorded is not given up for a few rows
+            if left < kept.shape[1] * (0.75 if self.static_decoding else 1):
+                # where a prompt has fewer left, ended ones fill up
                 order = ended.int().argsort(dim=1, stable=True)[:, :left]
                 rows = order + torch.arange(b, device=device)[:, None] * kept.shape[1]
                 kept, ended = kept.gather(1, order), ended.gather(1, order)
                 for layer in branches.layers:
                     layer.keep(rows.flatten())
-            index = kept[..., None].expand(-1, -1, stop - start)
-            so_far = (
-                ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start)).flatten(0, 1)
-            )
+                steps = None
+            left = kept.shape[1]
+            so_far = ids[:, :, :start].gather(1, kept[..., None].expand(-1, -1, start))
+            fed = torch.cat([prompts.repeat_interleave(left, 0), so_far.flatten(0, 1)], 1)
             numbers = (
-                draws[..., start:stop].to(device).gather(1, index).flatten(0, 1) if sample else None
+                draws.gather(1, kept[..., None].expand_as(draws[:, :left])).flatten(0, 1)
+                if sample
+                else None
             )
+            later = None if numbers is None else numbers[:, start:]
+            sampler = TokenSampler(self.bias, self.end_ids[0], ended.flatten(), later, warpers)
             core.model.rope_deltas = delta.repeat_interleave(left)[:, None]
             with attention_function(core, "shared_prefix"), plain_generation(core):
-                sequences = core.generate(
-                    input_ids=torch.cat([prompts.repeat_interleave(left, 0), so_far], 1),
-                    attention_mask=torch.cat(
-                        [valid.repeat_interleave(left, 0), torch.ones_like(so_far)], 1
-                    ),
-                    logits_processor=[
-                        TokenSampler(self.bias, self.end_ids[0], ended.flatten(), numbers, warpers)
-                    ],
-                    # by itself it would keep step with other processes wherever FSDP is in use
-                    synced_gpus=False,
-                    generation_config=GenerationConfig(
-                        # TokenSampler has chosen, at T = 1, from the whole distribution
-                        do_sample=False,
-                        use_cache=True,
-                        max_new_tokens=stop - start,
-                        eos_token_id=self.end_ids,
-                        pad_token_id=self.processor.tokenizer.pad_token_id,
-                    ),
-                    **{CACHE: branches},
-                )
-            new = sequences[:, p + start :].unflatten(0, kept.shape)
-            ids[:, :, start:stop].scatter_(1, index[..., : new.shape[2]], new)
+                if self.static_decoding:
+                    where = (position[0, :, -1:] + start).repeat_interleave(left, 0)
+                    steps = steps or StaticSteps(
+                        core, {CACHE: branches}, sampler, fed[:, -1:], where, at, numbers
+                    )
+                    new = steps.run(start, stop)
+                else:
+                    new = core.generate(
+                        input_ids=fed,
+                        attention_mask=torch.cat(
+                            [
+                                valid.repeat_interleave(left, 0),
+                                valid.new_ones(b * left, start),
+                            ],
+                            1,
+                        ),
+                        logits_processor=[sampler],
+                        # by itself it would keep step with other processes wherever FSDP is in use
+                        synced_gpus=False,
+                        generation_config=GenerationConfig(
+                            # TokenSampler has chosen, at T = 1, from the whole distribution
+                            do_sample=False,
+                            use_cache=True,
+                            max_new_tokens=stop - start,
+                            eos_token_id=self.end_ids,
+                            pad_token_id=self.processor.tokenizer.pad_token_id,
+                        ),
+                        **{CACHE: branches},
+                    )[:, p + start :]
+            index = kept[..., None].expand(-1, -1, new.shape[1])
+            ids[:, :, start:stop].scatter_(1, index, new.unflatten(0, kept.shape))
         is_end = torch.isin(ids, ends)
         # first end token kept, whatever follows it dropped
         mask = (is_end.cumsum(2) - is_end.int()) == 0
+        ids = ids.masked_fill(~mask, self.processor.tokenizer.pad_token_id)
         # decoded whole, special tokens too: stage tags may be among a checkpoint's
         text_mask = mask & ~is_end
         text = [

@@ -95,6 +95,8 @@ FAULTS = [
     Fault("padding of a group is seen", "engine/shared_prefix", "padding_value=length,", "padding_value=p,", "groups", "vlm"),
     Fault("groups lose the padded prompt's mask", "engine/shared_prefix", "at[:, :p].expand(len(place), -1)", "at[:, p - 1 : p].expand(len(place), p)", "groups", "vlm"),
     Fault("groups of another prompt", "engine/shared_prefix", "own.unflatten(0, (-1, n)).flatten(1, 2)", "own.unflatten(0, (n, -1)).transpose(0, 1).flatten(1, 2)", "groups", "vlm"),
+    Fault("static room is seen before it is filled", "engine/shared_prefix", "device=own.device) > at", "device=own.device) > at + 1", "same_numbers", "vlm"),
+    Fault("static steps stay in their place", "engine/static_decode", "        self.position += 1\n", "", "same_numbers", "vlm"),
     Fault("cache rows overwritten", "engine/shared_prefix", "self.keys[..., self.filled : end, :] = key_states", "self.keys[..., :1, :] = key_states", "greedy", "vlm"),
     Fault("completions attend to the prompt's padding", "engine/shared_prefix", "shared.masked_fill(hidden, torch.finfo(shared.dtype).min)", "shared", "greedy or same_numbers", "vlm"),
     Fault("the wrong cache rows leave", "engine/vlm", "layer.keep(rows.flatten())", "layer.keep(rows.flatten().flip(0))", "same_numbers"),

@@ -8,6 +8,7 @@ import random
 import re
 import shutil
 import warnings
+from itertools import accumulate
 
 import numpy as np
 import pytest
@@ -670,10 +671,12 @@ def plain_sample(policy, inputs, draws, ends) -> list[int]:
     return ids
 
 
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("segment", [1, 3, 32])
-def test_the_same_numbers_give_the_tokens_of_plain_rows(exact, segment, monkeypatch):
+def test_the_same_numbers_give_the_tokens_of_plain_rows(exact, segment, static, monkeypatch):
     """The same numbers give plain rows' tokens in any batch while ended completions leave."""
     monkeypatch.setattr(vlm, "SEGMENT", segment)
+    monkeypatch.setattr(exact, "static_decoding", static)
     policy, n, length = exact.eval(), 3, 8
     end_often(policy)
     rows = [prompts()[kind] for kind in ("a picture", "a clip", "several pictures")]
@@ -699,9 +702,15 @@ def test_the_same_numbers_give_the_tokens_of_plain_rows(exact, segment, monkeypa
         and bool(together.ended.any())
         and together.ids.shape[-1] == lengths.max()
     )
+    assert (together.ids[~together.mask] == policy.processor.tokenizer.pad_token_id).all()
     if segment == 1:  # every ended completion has left, but for those that fill up
         left = [int((lengths > t).sum(1).max()) * len(rows) for t in range(int(lengths.max()))]
-        assert widths[1:] == left and left[-1] < left[0]
+        assert left[-1] < left[0]
+        if static:  # or stays until more than a quarter leaves
+            left = list(
+                accumulate(left, lambda before, now: now if now < 0.75 * before else before)
+            )
+        assert widths[1:] == left
 
 
 @pytest.mark.parametrize("kind", ["a picture", "a clip", "a sparse clip"])

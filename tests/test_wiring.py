@@ -29,6 +29,7 @@ RUNS = {
         "max_prompt_tokens": 400,
         "dtype": "float64",
         "attention": "eager",
+        "static_decoding": True,
         "lora_rank": 2,
         "merge": True,
         "gradient_checkpointing": True,
@@ -221,7 +222,8 @@ def test_every_option_is_tried_here():
 
 def test_models_are_loaded_as_asked(ran):
     for seen in ran.values():
-        for name in ("dtype", "attention", "lora_rank", "train_vision", "gradient_checkpointing"):
+        names = ("dtype", "attention", "static_decoding", "lora_rank", "train_vision")
+        for name in (*names, "gradient_checkpointing"):
             assert seen.one("load", name) == getattr(seen.cfg, name)
         assert (seen.one("load", "min_pixels"), seen.one("load", "max_pixels")) == (
             seen.cfg.min_pixels,
