@@ -100,7 +100,7 @@ FAULTS = [
     Fault("cache rows overwritten", "engine/shared_prefix", "self.keys[..., self.filled : end, :] = key_states", "self.keys[..., :1, :] = key_states", "greedy", "vlm"),
     Fault("completions attend to the prompt's padding", "engine/shared_prefix", "shared.masked_fill(hidden, torch.finfo(shared.dtype).min)", "shared", "greedy or same_numbers", "vlm"),
     Fault("the wrong cache rows leave", "engine/vlm", "layer.keep(rows.flatten())", "layer.keep(rows.flatten().flip(0))", "same_numbers"),
-    Fault("numbers stay when completions leave", "engine/vlm", "draws[..., start:stop].to(device).gather(1, index)", "draws[:, : index.shape[1], start:stop].to(device)", "same_numbers"),
+    Fault("numbers stay when completions leave", "engine/vlm", "draws.gather(1, kept[..., None].expand_as(draws[:, :left]))", "draws[:, :left]", "same_numbers"),
     Fault("positions of the leaving", "engine/vlm", "delta.repeat_interleave(left)", "delta.repeat(left)", "same_numbers"),
     Fault("weights of the prompt for own tokens", "engine/shared_prefix", "by_completion(weights[..., p:]) @ at_least_float32(value)", "by_completion(weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ at_least_float32(value)", "greedy", "vlm"),
     Fault("plain rows start one early", "engine/vlm", "hidden[:, p - 1 : -1].unflatten", "hidden[:, p - 2 : -2].unflatten", "4_d"),
