@@ -102,7 +102,6 @@ class Config:
     output_dir: str = option("", resumable=True, help=
         "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
     seed: int = option(0, help="seed of data order, sampling and LoRA [choice]")
-
     share: str = option("", help=
         "run folder whose cold start, its evaluation and scored responses are taken over [choice]")
 
@@ -113,6 +112,8 @@ class Config:
     max_frames: int = option(16, low=1, help="most frames taken from a clip [Video-R1]")
     max_prompt_tokens: int = option(0, low=0, help=
         "longer prompts are bad rows; 0: the model's own limit [choice]")
+    media_workers: int = option(0, low=0, resumable=True, help=
+        "processes on each rank that read the next update's media; 0: none, see speed.md [choice]")
 
     dtype: str = option("float32", choices=("float32", "bfloat16", "float64"), help=
         "float32, bfloat16 or float64 [official code: bfloat16]")
@@ -269,9 +270,7 @@ class Config:
                 "select_class: with --reward it is unknown what is easy; leave one of the two out"
             )
         if self.lora_rank and self.train_vision:
-            raise ConfigError(
-                "train_vision: LoRA covers the language model only; set --lora_rank 0"
-            )
+            raise ConfigError("train_vision: LoRA leaves it frozen; set --lora_rank 0")
         if self.attention == "flex_attention" and not torch.cuda.is_available():
             raise ConfigError("attention: flex_attention has no backward pass on a CPU; give sdpa")
         has_flash = self.dtype == "bfloat16" and is_flash_attn_2_available()

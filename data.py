@@ -48,15 +48,15 @@ from typing import Any
 
 from qwen_vl_utils.vision_process import smart_resize
 
-import corruption
 import reasoning
 from engine import ConfigError, DataError, reason
 from engine.files import read_rows, undecoded
-from engine.media import read_image, trace
+from engine.loader import media_parts
+from engine.media import trace
 from engine.media_check import Checked
 from engine.media_check import check_media as _check_media  # noqa: F401, to check one file
 from engine.rows import FIELDS, MARK, Sample, columns_of, read_row
-from engine.video import frames_taken, read_video
+from engine.video import frames_taken
 
 LIMITS = SimpleNamespace(  # of `check`; the defaults of config.Config
     four_stage=True,
@@ -251,7 +251,7 @@ def fingerprint(sets: dict[str, list[Sample]]) -> str:
     It is equal if all rows, fields and media are equal and in the same order. A file counts by
     path, size and modification time, other media by content.
     """
-    lines, not_data = [], ("media", "sizes", "corruption", "hint", "others")
+    lines, not_data = [], ("media", "sizes", "corruption", "hint", "others", "decoded")
     for name, rows in sorted(sets.items()):
         digest = hashlib.sha256()
         for s in rows:
@@ -278,17 +278,9 @@ def _placed(media: list[dict], text: str) -> list[dict]:
 def messages(sample: Sample, text: str, fps: float = 2.0, max_frames: int = 16) -> list[dict]:
     """The user turn: the pictures or the clip at their marks in `text`, or before it, as chat
     content that `vlm.VLM.encode` takes."""
-
-    def seen(media: corruption.Media) -> corruption.Media:
-        return (
-            corruption.change(media, *sample.corruption, sample.id) if sample.corruption else media
-        )
-
-    if sample.data_type == "video" and sample.media:
-        frames, true_fps = read_video(sample.media[0], fps, max_frames)
-        media = [{"type": "video", "video": seen(frames), "fps": true_fps}]
-    else:
-        media = [{"type": "image", "image": seen(read_image(path))} for path in sample.media]
+    media = sample.decoded
+    if media is None:
+        media = media_parts(sample, fps, max_frames)
     return [{"role": "user", "content": _placed(media, text)}]
 
 

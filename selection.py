@@ -8,7 +8,7 @@ import json
 import math
 import shutil
 from collections import Counter
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +23,7 @@ from caption_reward import CaptionReward
 from config import SHARED, Config
 from engine import ConfigError, DataError
 from engine.files import read_jsonl, rewrite, to_jsonl
+from engine.loader import read_ahead
 from engine.pretrained import open_policy
 from engine.run import Run
 from rewards import reward, reward_judge, rewards_as_json, total
@@ -56,7 +57,9 @@ def select_prompts(
 
         for _ in range(2):
             run.keep_lines(file, lambda line: line["known"] == cfg.responses)
-            scores = run.resumable_map(file, samples, cfg.select_batch, score, "select")
+            scores = run.resumable_map(
+                file, samples, cfg.select_batch, score, "select", partial(read_ahead, cfg=cfg)
+            )
         run.write(chosen, _selected(samples, scores, judge, cfg, run))
     found = run.from_main(lambda: json.loads(chosen.read_text()))
     kept = set(found["kept"])

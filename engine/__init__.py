@@ -9,6 +9,7 @@ shared_prefix   the prompt once for all its responses, exactly
 judges          a text-only LLM: local, or behind a URL
 media, video    pictures and clips, read as they are seen
 media_check     every file opened once, before any model is loaded
+loader          the media of rows, read ahead by worker processes
 rows            one row of a dataset, checked
 files           tables, JSON lines, atomic writes
 """

@@ -19,6 +19,7 @@ from transformers import BatchFeature
 
 from engine import ConfigError, DataError, checkpoint
 from engine.files import read_jsonl
+from engine.loader import read_ahead
 from engine.pretrained import open_policy
 from engine.run import Run, finite
 from engine.vlm import VLM
@@ -128,14 +129,15 @@ class Learner:
         self.size = size
         self.bar = run.progress_bar(self.steps, self.stage, "step", self.step)
         rows = islice(self._rows(len(samples), size), self.step * size, None)
-        while self.step < self.steps:
+        left = [[samples[i] for i in islice(rows, size)] for _ in range(self.step, self.steps)]
+        shards = read_ahead([run.shard(batch) for batch in left], self.cfg)
+        for batch, shard in zip(left, shards):
             self.step += 1
             self.skipped, self.left_out = self.skipped + 1 if self.left_out else 0, 0
-            batch = [samples[i] for i in islice(rows, size)]
             self.ids = [sample.id for sample in batch]
             self.gradient_norm = self.rate = math.nan  # until an update
             run.reseed(self.stage, self.step)
-            yield self.step, run.shard(batch)
+            yield self.step, shard
             self.bar.update()
             if (
                 self.step % self.cfg.save_every == 0

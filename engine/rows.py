@@ -10,8 +10,9 @@ import math
 import re
 import string
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import answers
 import reasoning
@@ -62,7 +63,8 @@ class Sample:
     """One checked row. Media stay on disk until `messages` is asked for them. `answer` is an
     `answers.Answers` where several are accepted. `corruption`: a kind of corruption.py, and its
     seed. `hint` stands behind the problem, and no judge reads it. `others`: (question, answer,
-    problem type) of other rows about the same picture."""
+    problem type) of other rows about the same picture. `decoded`: its media, if they have been
+    read ahead (engine/loader.py)."""
 
     id: str
     data_type: str
@@ -80,6 +82,7 @@ class Sample:
     corruption: tuple[str, int] | None = None
     hint: str = ""
     others: tuple[tuple[str, str, str], ...] = ()
+    decoded: list[dict[str, Any]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def length(self) -> tuple[int, int]:

@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -273,13 +273,19 @@ class Run:
         return self.local_micro_batches(batch, 0, work, *args)
 
     def resumable_map(
-        self, file: Path, items: list, size: int, work: Callable[[list], list[dict]], name: str
+        self,
+        file: Path,
+        items: list,
+        size: int,
+        work: Callable[[list], list[dict]],
+        name: str,
+        read: Callable[[list[list]], Iterable[list]] = iter,
     ) -> list[dict]:
         """One line of `file` for every item, by its `id`: work(items) makes theirs, `size` items at
         a time on each rank.
 
         Lines are appended as they come, so an interrupted map is resumed where it stopped, on any
-        number of processes.
+        number of processes. read: gives this rank's items to `work`, chunk by chunk.
         """
         lines = read_jsonl(file, repair=self.is_main)
         done = {line["id"] for line in lines}
@@ -287,11 +293,11 @@ class Run:
         # rows of a length together need little padding
         by_length, size = sorted(items, key=lambda item: item.length), size * self.processes
         bar = self.progress_bar(len(items), name, "row", len(lines))
-        for chunk in (by_length[i : i + size] for i in range(0, len(items), size)):
-            if done.issuperset(item.id for item in chunk):
-                continue
-            # a whole chunk again: its padding is then the same
-            found = self.gather_object(work(self.shard(chunk)))
+        chunks = [by_length[i : i + size] for i in range(0, len(items), size)]
+        # a whole chunk again: its padding is then the same
+        chunks = [c for c in chunks if not done.issuperset(item.id for item in c)]
+        for chunk, shard in zip(chunks, read([self.shard(chunk) for chunk in chunks])):
+            found = self.gather_object(work(shard))
             place = {item.id: i for i, item in enumerate(chunk)}
             new = sorted(
                 (line for line in found if line["id"] not in done),

@@ -6,6 +6,7 @@ torchcodec reader needs a system FFmpeg.
 """
 
 import errno
+import os
 from bisect import bisect_left
 from collections import defaultdict, deque
 from collections.abc import Sequence
@@ -370,7 +371,7 @@ class _Converters(local):
     """The converters of a thread, one for each pixel format. `to_image` alone makes a new one for
     each frame, which takes ten times as long as a small frame itself. One for all formats gives
     wrong colours under FFmpeg 7: after a frame of full range (yuvj420p) it takes the next for
-    one."""
+    one. And one for each process: in a forked one it would wait for threads of its parent's."""
 
     def __init__(self) -> None:
         self.of = defaultdict(VideoReformatter)
@@ -383,7 +384,7 @@ def _picture(frame: av.VideoFrame) -> Image.Image:
     if frame.format.has_palette or any(part.is_alpha for part in frame.format.components):
         image = on_white(Image.fromarray(frame.to_ndarray(format="rgba")))
     else:
-        converter = CONVERTERS.of[frame.format.name]
+        converter = CONVERTERS.of[os.getpid(), frame.format.name]
         image = converter.reformat(frame, format="rgb24").to_image()
     turn = UPRIGHT.get(_orientation(frame))
     return image if turn is None else image.transpose(turn)

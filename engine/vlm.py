@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
-from qwen_vl_utils.vision_process import fetch_image
 from torch import Tensor, nn
 from transformers import (
     BatchFeature,
@@ -33,6 +32,7 @@ from transformers import (
 )
 
 import reasoning
+from engine.loader import resized
 from engine.shared_prefix import (
     BranchCache,
     TokenSampler,
@@ -143,14 +143,13 @@ class VLM(nn.Module):
         """
         if not conversations:
             raise ValueError("there is no conversation to encode")
-        limits = {"min_pixels": self.min_pixels, "max_pixels": self.max_pixels}
         images, videos, metadata = [], [], []
         for part in (part for turns in conversations for turn in turns for part in turn["content"]):
+            part = resized(part, self.min_pixels, self.max_pixels)
             if part["type"] == "image":
-                images.append(fetch_image({"image": part["image"], **limits}))
-            # frame by frame: qwen-vl-utils' own list reader rounds to 56, not 28 pixels
+                images.append(part["image"])
             elif part["type"] == "video":
-                frames = [fetch_image({"image": frame, **limits}) for frame in part["video"]]
+                frames = part["video"]
                 videos.append(frames)
                 metadata.append(
                     {

@@ -23,7 +23,8 @@ import answers
 import data
 import reasoning
 from engine import pretrained
-from engine.media import Embedded
+from engine.media import Embedded, read_image
+from engine.video import read_video
 
 torch.set_num_threads(1)
 PHOTOS = ("astronaut", "coffee", "chelsea")
@@ -556,7 +557,7 @@ def test_a_real_clip_is_read_evenly_with_its_true_rate(
 ):
     """A real clip is read evenly from its first to its last frame, with its true rate."""
     write_clip(tmp_path / "clip.mp4", count, rate)
-    frames, true_fps = data.read_video(tmp_path / "clip.mp4", fps, max_frames)
+    frames, true_fps = read_video(tmp_path / "clip.mp4", fps, max_frames)
     assert len(frames) == expected and frames[0].size == (96, 64)
     between = (count - 1) / rate / max(expected - 1, 1)  # seconds from one to the next
     assert true_fps == pytest.approx(1 / between if expected > 1 else rate)
@@ -605,7 +606,7 @@ def test_frames_of_a_panned_photo_are_those_written(tmp_path):
         for frame in written:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    frames, fps = data.read_video(tmp_path / "pan.mp4", fps=4.0)
+    frames, fps = read_video(tmp_path / "pan.mp4", fps=4.0)
     assert len(frames) == 8 and fps == 4.0
     for frame, want in zip(frames, written):
         errors = [np.abs(np.asarray(frame, float) - other).mean() for other in written]
@@ -655,7 +656,7 @@ def test_cmyk_is_read_as_colours(media, tmp_path):
     [sample] = data.load(
         write(tmp_path / "train.json", [choice(media, path=str(media / "ink.jpg"))])
     )["train"]
-    image = data.read_image(sample.media[0])
+    image = read_image(sample.media[0])
     assert image.mode == "RGB"
     assert np.abs(np.asarray(image, dtype=float) - skimage.data.chelsea()).mean() < 12
 

@@ -419,7 +419,7 @@ def test_a_picture_that_cannot_be_read_is_named(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
     for path in (tmp_path / "a.png", tmp_path / "gone.png"):
         with pytest.raises(data.DataError, match=f"path: cannot read .*{path.name} as image"):
-            data.read_image(path)
+            media.read_image(path)
 
 
 def test_a_name_with_a_colon_is_a_file_and_no_protocol(clip, tmp_path, monkeypatch):

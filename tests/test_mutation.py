@@ -199,7 +199,7 @@ FAULTS = [
     Fault("one chance for all steps", "engine/run", 'random.Random(f"{self.cfg.seed}/{where}")', 'random.Random(f"{self.cfg.seed}")'),
     Fault("orders without the seed", "engine/run", 'random.Random(f"{self.cfg.seed}/{key}")', 'random.Random(f"{key}")'),
     Fault("lines twice", "engine/run", 'for line in found if line["id"] not in done)', "for line in found)"),
-    Fault("what is done is done again", "engine/run", "if done.issuperset(item.id for item in chunk):", "if False:"),
+    Fault("what is done is done again", "engine/run", " if not done.issuperset(item.id for item in c)]", "]"),
     Fault("a cut line stays", "engine/files", "if rest and repair:", "if False:", "", "run"),
     Fault("lines that are not wanted stay", "engine/run", "if wanted(line)]", "]"),
     Fault("sums for means", "engine/run", "value / (count or 1)", "value"),
@@ -210,6 +210,9 @@ FAULTS = [
     Fault("DeepSpeed is taken", "engine/run", 'if env.get(f"ACCELERATE_USE_{name}") == "true":', "if False:"),
     Fault("batches that do not split", "engine/run", "if getattr(cfg, name, 0) % self.processes:", "if False:"),
     Fault("other rows go on", "engine/run", "        if then != rows:\n", "        if False:\n", "rows_or_pictures", "train"),
+    Fault("media that were read ahead are read again", "data", "    if media is None:\n", "    if True:\n", "read_once", "loader"),
+    Fault("what is resized is resized again", "engine/loader", ' or "resized" in part', "", "", "loader"),
+    Fault("an error comes with its worker's traceback", "engine/loader", "        return error\n", "        raise\n", "breaks", "loader"),
     Fault("long prompts beside short ones", "engine/run", "by_length = sorted(batch, key=lambda row: row.length)", "by_length = batch", "prompts_of_a_length", "train"),
     Fault("another judge's replies", "engine/judges", ' if x["judge"] == judge', "", "journal", "train"),
     # the judge

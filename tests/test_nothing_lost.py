@@ -141,15 +141,16 @@ def kill_in_every_stage(fork, options, folder, chance):
 
 def test_a_run_that_is_killed_in_every_stage_ends_the_same(fork, able, undisturbed, tmp_path):
     """It kills itself at a moment of each stage, so that no moment is missed on a slow or fast
-    machine."""
+    machine. Its media are read ahead at times, those of the undisturbed run never."""
     left = {
         "sft-5": "sft/checkpoint-4",
         "scoring-2": "select/scores.jsonl",
         "selection": "select/scores.jsonl",
     }
     left |= {"checkpoint-4": "rl/.checkpoint-4.unfinished", "rl-7": "rl/checkpoint-6"}
-    for moment, name in left.items():
-        process = fork("--output_dir", tmp_path / "run", *able, moment=moment)
+    for i, (moment, name) in enumerate(left.items()):
+        workers = "--media_workers", i % 3
+        process = fork("--output_dir", tmp_path / "run", *able, *workers, moment=moment)
         process.join()
         assert process.exitcode == -9 and (tmp_path / "run" / name).exists(), moment
     assert not (tmp_path / "run/rl/policy").exists()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.utils.data import DataLoader
 
 import config
 import data
@@ -27,6 +28,7 @@ RUNS = {
         "min_pixels": 3920,
         "max_pixels": 50_176,
         "max_prompt_tokens": 400,
+        "media_workers": 1,
         "dtype": "float64",
         "attention": "eager",
         "static_decoding": True,
@@ -119,6 +121,7 @@ PLACES = {  # where values act: calls that are watched
     "rows": (data, "load"),
     "fitting": (data, "fitting"),
     "prompts": (data, "prompts"),
+    "loader": (DataLoader, "__init__"),
     "generate": (vlm.VLM, "generate"),
     "LocalJudge": (judges, "LocalJudge"),
     "total_reward": (grpo, "total_reward"),
@@ -248,6 +251,7 @@ def test_rows_and_prompts_are_as_asked(ran):
         assert all(
             args[1:] == (True, seen.cfg.fps, seen.cfg.max_frames) for args, _ in seen["prompts"]
         )
+    assert ran["ours"].one("loader", "num_workers") == 1 and not ran["grpo"]["loader"]
     assert [args[:2] for args, _ in ran["grpo"]["rows"]] == [(ran["grpo"].cfg.data, "skip")]
 
 
