@@ -263,33 +263,39 @@ def learn(
     add(numbers, "lost", len(live) - sum(live), len(live))
     if not total:
         return False
+    before = dict(numbers)
+
+    def gradient(parts: list[list[tuple]]) -> None:
+        numbers.update(before)  # an earlier attempt has added to them
+        for part in parts:
+            some, turns, others = map(list, zip(*part))
+            weight = torch.tensor([m is not None for m in others], device=run.device).float()
+            ids, mask = encode_pairs(policy, some)
+            inputs = policy.encode(turns)
+            h, ref = log_ratios(learner, reference, inputs, ids, mask)
+            loss = ovip.text_loss(h[:, 0], ref[:, 0], h[:, 1], ref[:, 1], cfg.dpo_beta)
+            if images:
+                bare = policy.encode([without_media(turn) for turn in turns])
+                other = policy.encode([with_media(turn, m) for turn, m in zip(turns, others)])
+                first = ids[:, :1], mask[:, :1]  # apart: one prompt is long and one is short
+                none, ref_none = (x[:, 0] for x in log_ratios(learner, reference, bare, *first))
+                negative, ref_negative = (
+                    x[:, 0] for x in log_ratios(learner, reference, other, *first)
+                )
+                image = ovip.image_loss(
+                    h[:, 0], ref[:, 0], none, ref_none, negative, ref_negative,
+                    cfg.dpo_beta, cfg.dpo_beta, cfg.image_loss,
+                )  # fmt: skip
+                loss = loss + cfg.image_weight * image
+                record(numbers, "image", (h[:, 0] - ref[:, 0]) - (negative - ref_negative), weight)
+            record(numbers, "text", (h[:, 0] - ref[:, 0]) - (h[:, 1] - ref[:, 1]), weight)
+            loss = torch.where(weight > 0, loss, 0.0).sum() / total
+            add(numbers, "loss", loss.item(), 0)
+            learner.backward(loss)
+
     size = min(cfg.prompts_per_pass or len(pairs), run.micro_batch_limit)
-    parts = [slice(i, i + size) for i in range(0, len(pairs), size)]
-    for _, part in learner.accumulate(parts):
-        some, turns = pairs[part], chats[part]
-        weight = torch.tensor(live[part], device=run.device).float()
-        ids, mask = encode_pairs(policy, some)
-        inputs = policy.encode(turns)
-        h, ref = log_ratios(learner, reference, inputs, ids, mask)
-        loss = ovip.text_loss(h[:, 0], ref[:, 0], h[:, 1], ref[:, 1], cfg.dpo_beta)
-        if images:
-            bare = policy.encode([without_media(turn) for turn in turns])
-            other = policy.encode([with_media(turn, m) for turn, m in zip(turns, shown[part])])
-            first = ids[:, :1], mask[:, :1]  # apart, because one prompt is long and one is short
-            none, ref_none = (x[:, 0] for x in log_ratios(learner, reference, bare, *first))
-            negative, ref_negative = (
-                x[:, 0] for x in log_ratios(learner, reference, other, *first)
-            )
-            image = ovip.image_loss(
-                h[:, 0], ref[:, 0], none, ref_none, negative, ref_negative,
-                cfg.dpo_beta, cfg.dpo_beta, cfg.image_loss,
-            )  # fmt: skip
-            loss = loss + cfg.image_weight * image
-            record(numbers, "image", (h[:, 0] - ref[:, 0]) - (negative - ref_negative), weight)
-        record(numbers, "text", (h[:, 0] - ref[:, 0]) - (h[:, 1] - ref[:, 1]), weight)
-        loss = torch.where(weight > 0, loss, 0.0).sum() / total
-        add(numbers, "loss", loss.item(), 0)
-        learner.backward(loss)
+    rows = list(zip(pairs, chats, shown, strict=True))
+    learner.accumulate([rows[i : i + size] for i in range(0, len(rows), size)], gradient)
     learner.update(scheduled=False)
     return True
 

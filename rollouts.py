@@ -6,7 +6,8 @@ Shapes: B prompts of a micro-batch, G responses each, T response tokens. NaN rew
 """
 
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -30,8 +31,10 @@ class Rollouts:
     branches [B, G + 1, T]: the ids of the responses and, last, of the reference branch of Eq. 4 (no
     such branch where f_i needs none), right-padded. mask [B * G, T] and reference_mask [B, T]: the
     tokens that count. old_logp, ref_logp [B * G, T]. numbers: (sum, count) of each metric, by name.
+    encode: samples -> inputs. `rollouts[rows]`: those of some of its prompts.
     """
 
+    encode: Callable[[list[data.Sample]], BatchFeature]
     samples: list[data.Sample]
     inputs: BatchFeature
     text: list[list[str]]
@@ -47,6 +50,19 @@ class Rollouts:
     stats: dict[str, Tensor] = field(default_factory=dict)
     nce_stats: dict[str, Tensor] = field(default_factory=dict)
     numbers: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, rows: slice) -> "Rollouts":
+        def some(x):  # [B, ...] or [B * G, ...]
+            if isinstance(x, Tensor):
+                return x.unflatten(0, (len(self), -1))[rows].flatten(0, 1)
+            return x[rows] if isinstance(x, list) else x
+
+        parts = {f.name: some(getattr(self, f.name)) for f in fields(self)}
+        parts["rewards"] = {name: some(table) for name, table in self.rewards.items()}
+        return Rollouts(**parts | {"inputs": self.encode(parts["samples"])})
 
     @property
     def scored_mask(self) -> Tensor:
@@ -101,7 +117,11 @@ def roll_out(
     reference log-probs nor the reference branch of Eq. 4.
     """
     n, length = n or cfg.group_size, cfg.max_new_tokens
-    inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
+
+    def encode(samples: list[data.Sample]) -> BatchFeature:
+        return policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
+
+    inputs = encode(samples)
     draws = uniform_numbers([s.id for s in samples], n, length, f"{cfg.seed}/{step}")
     rolls = policy.generate(
         inputs, n, length, draws=draws, temperature=cfg.temperature, top_p=cfg.top_p
@@ -113,6 +133,7 @@ def roll_out(
         pad(x, (0, longest - x.shape[-1])) for x in (rolls.ids, rolls.mask, *branch)
     )
     return Rollouts(
+        encode=encode,
         samples=samples,
         inputs=inputs,
         text=rolls.text,

@@ -27,6 +27,7 @@ from types import SimpleNamespace
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
+from torch import Tensor
 
 import corruption
 import data
@@ -56,7 +57,7 @@ from rewards import (
     weights_of,
     with_other_questions,
 )
-from rollouts import global_counts, log_rollouts, reference_response, roll_out
+from rollouts import Rollouts, global_counts, log_rollouts, reference_response, roll_out
 from selection import select_prompts, share
 
 JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is trained
@@ -102,15 +103,25 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> str
         reference_response(sample, cfg.four_stage)  # a bad one is found before the model is loaded
     steps = updates(cfg.sft_steps, cfg.sft_epochs, len(rows), cfg.sft_batch, run.processes)
     learner = Learner("sft", cfg.start, steps, cfg.sft_lr, cfg, run)
+
+    def encoded(some: list[data.Sample]) -> tuple[Tensor, Tensor]:
+        texts = [reference_response(s, cfg.four_stage) for s in some]
+        return learner.policy.encode_responses(texts)
+
+    def imitate(micro_batches: list[list[data.Sample]], tokens: Tensor) -> None:
+        for some in micro_batches:
+            chats = data.prompts(some, cfg.four_stage, cfg.fps, cfg.max_frames)
+            logp = learner.model(learner.policy.encode(chats), *encoded(some)).logp
+            learner.backward(-logp.sum() / tokens)
+
     for step, batch in learner.batches(rows, cfg.sft_batch):
-        chats = data.prompts(batch, cfg.four_stage, cfg.fps, cfg.max_frames)
-        inputs = learner.policy.encode(chats)
-        responses = [reference_response(s, cfg.four_stage) for s in batch]
-        ids, mask = learner.policy.encode_responses(responses)
-        loss = -learner.model(inputs, ids, mask).logp.sum() / run.all_reduce(mask.sum())
-        learner.backward(loss)
+        tokens = run.all_reduce(encoded(batch)[1].sum())
+        size = min(len(batch), run.micro_batch_limit)
+        micro_batches = [batch[i : i + size] for i in range(0, len(batch), size)]
+        learner.accumulate(micro_batches, imitate, tokens)
+        loss = sum(learner.losses).item()
         learner.update()
-        learner.log({"loss": (loss.item(), 0)}, show=step % 10 == 0)
+        learner.log({"loss": (loss, 0)}, show=step % 10 == 0)
     return learner.finish()
 
 
@@ -147,29 +158,35 @@ def reinforce(
         options = cfg.grpo_options | global_counts(micro_batches, run)
 
         for _ in range(cfg.iterations):
-            conflict = Conflict(micro_batches, learner.policy, cfg, run, step)
-            for i, m in learner.accumulate(micro_batches):
-                scores = learner.model(m.inputs, m.branches, m.scored_mask)  # G responses and y_i
-                logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
-                m.old_logp = logp.detach() if m.old_logp is None else m.old_logp
-                loss, m.stats = grpo.grpo_loss(  # Eq. 1
-                    logp, m.old_logp, m.adv.flatten(), m.mask, m.ref_logp, **options
-                )
-                nce = loss.new_zeros(())
-                if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head
-                    cosine = conflict.cosine(i, scores)  # among all prompts of the global batch
-                    tau = cfg.tau
-                    if cfg.tau_quantile:
-                        tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile)
-                    nce, m.nce_stats = ntk_infonce.info_nce(
-                        cosine, tau, cfg.nce_temperature, conflict.order(len(cosine))
-                    )
-                learner.backward(loss + cfg.nce_weight * nce)
-                m.record(scores, loss, nce)
+            micro_batches = learner.accumulate(micro_batches, policy_gradient, learner, options)
             learner.update()
         log_rollouts(learner, micro_batches)
     del reference  # its memory is free before another model is loaded
     return learner.finish()
+
+
+def policy_gradient(micro_batches: list[Rollouts], learner: Learner, options: dict) -> None:
+    """The gradient of Eq. 1 and Eq. 4, summed over this rank's micro-batches."""
+    cfg = learner.cfg
+    conflict = Conflict(micro_batches, learner.policy, cfg, learner.run, learner.step)
+    for i, m in enumerate(micro_batches):
+        scores = learner.model(m.inputs, m.branches, m.scored_mask)  # G responses and y_i
+        logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
+        m.old_logp = logp.detach() if m.old_logp is None else m.old_logp
+        loss, m.stats = grpo.grpo_loss(  # Eq. 1
+            logp, m.old_logp, m.adv.flatten(), m.mask, m.ref_logp, **options
+        )
+        nce = loss.new_zeros(())
+        if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head
+            cosine = conflict.cosine(i, scores)  # among all prompts of the global batch
+            tau = cfg.tau
+            if cfg.tau_quantile:
+                tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile)
+            nce, m.nce_stats = ntk_infonce.info_nce(
+                cosine, tau, cfg.nce_temperature, conflict.order(len(cosine))
+            )
+        learner.backward(loss + cfg.nce_weight * nce)
+        m.record(scores, loss, nce)
 
 
 def prefer(

@@ -6,6 +6,7 @@ import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from copy import copy as shallow_copy
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -159,9 +160,29 @@ class Learner:
             order = [*head, *(i for i in order if i not in taken)]
             yield from order
 
-    def accumulate(self, micro_batches: list) -> Iterator[tuple[int, Any]]:
-        """The micro-batches of an update with their indices."""
-        return self.run.accumulate(self.model, micro_batches)
+    def accumulate(self, micro_batches: list, work: Callable, *args) -> list:
+        """The gradient of an update: work(micro_batches, *args) goes through them all and calls
+        `backward`. Returns the micro-batches that it was done in.
+
+        If memory runs out on any rank, all begin again with micro-batches of half as many prompts.
+        The gradient is the same up to rounding. Each attempt has copies of the micro-batches, which
+        are anything that can be sliced, and leaves nothing behind.
+        """
+        run = self.run
+        while why := run.attempt(work, tried := list(map(shallow_copy, micro_batches)), *args):
+            self.optimizer.zero_grad()
+            self.losses = []
+            most = max(map(len, micro_batches))
+            if most == 1:
+                raise RuntimeError(why)
+            n = run.micro_batch_limit = (most + 1) // 2  # from now on
+            run.say(
+                f"{self.stage} {self.step}: out of memory in the update with {most} prompts at a "
+                f"time ({why}); trying {n}"
+            )
+            micro_batches = [m[i : i + n] for m in micro_batches for i in range(0, len(m), n)]
+        run.average_gradients(self._slots())
+        return tried
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients. `loss` is this rank's part of the loss of the global batch;
@@ -174,7 +195,9 @@ class Learner:
         batch is lost, and not the weights. Raises Diverged after `max_skipped` skipped updates in a
         row. scheduled: take the schedule's step with it."""
         run, cfg = self.run, self.cfg
-        self.gradient_norm = run.clip_grad_norm(self.model, cfg.max_grad_norm)
+        slots = dict(zip(self.names, self._slots(), strict=True))
+        in_order = [slots[name] for name, _ in self.policy.named_parameters() if name in slots]
+        self.gradient_norm = run.clip_grad_norm(in_order, cfg.max_grad_norm)
         self.rate = self.schedule.get_last_lr()[0]
         bad = not (math.isfinite(self.gradient_norm) and torch.stack(self.losses).isfinite().all())
         file = self.folder / "skipped.jsonl"
@@ -344,8 +367,8 @@ def rate(update: int, warmup: int, total: int) -> float:
 
 class AdamW(torch.optim.AdamW):
     """AdamW on float32 copies of half-precision weights: a step of 1e-6 is far below what bfloat16
-    resolves at 0.02, and would be lost. Checkpoints hold the copies. Gradients of micro-batches are
-    summed in half precision."""
+    resolves at 0.02, and would be lost. Checkpoints hold the copies. Gradients go to the copies as
+    soon as backward has them, so micro-batches and ranks are summed in float32."""
 
     def __init__(self, groups: list[dict], **options):
         half, self.pairs, copies = (torch.bfloat16, torch.float16), [], []
@@ -356,11 +379,11 @@ class AdamW(torch.optim.AdamW):
             ]
             self.pairs += [(p, slot) for p, slot in zip(group["params"], slots) if p is not slot]
             copies.append(group | {"params": slots})
+        for p, copy in self.pairs:
+            p.register_post_accumulate_grad_hook(partial(move_gradient, copy))
         super().__init__(copies, **options)
 
     def step(self, closure=None) -> None:
-        for p, copy in self.pairs:
-            copy.grad, p.grad = None if p.grad is None else p.grad.float(), None
         super().step(closure)
         for p, copy in self.pairs:
             if copy.grad is not None:
@@ -371,6 +394,12 @@ class AdamW(torch.optim.AdamW):
         super().zero_grad(set_to_none)
         for p, _ in self.pairs:
             p.grad = None
+
+
+def move_gradient(slot: Tensor, p: Tensor) -> None:
+    """Add the gradient of p to that of its float32 copy."""
+    slot.grad = p.grad.float() if slot.grad is None else slot.grad.add_(p.grad)
+    p.grad = None
 
 
 class Reference:

@@ -3,8 +3,9 @@
 `accelerate launch` (configs/accelerate/) decides how the processes share the work. A step is the
 same code everywhere:
 
-    one process, DDP   each rank holds the policy; gradients are averaged in an update's last
-                       micro-batch
+    one process, DDP   each rank holds the policy; gradients are averaged once all have theirs
+                       (`Run.average_gradients`; torch's wrapper would average in backward, where a
+                       rank that runs out of memory leaves the others waiting)
     FSDP2              each rank holds 1/P of the policy, its gradient and its optimiser; weights
                        are gathered layer by layer for the update, and all at once while responses
                        are sampled (`Run.unsharded`)
@@ -13,7 +14,7 @@ Batch sizes and loss denominators are global, so 1, 2 or 4 processes make the sa
 a sum over a rank's rows, divided by a count of the global batch, times P, because gradients are
 averaged. Every rank takes part in the same collectives in the same order, whatever its rows are.
 What may differ between ranks (response lengths, clips or pictures, an out-of-memory error) happens
-where nothing is communicated, or is agreed on first (`Run.micro_batches`).
+where nothing is communicated, or is agreed on (`Run.micro_batches`, `Run.attempt`).
 """
 
 import json
@@ -26,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,12 +48,16 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from engine import ConfigError
+from engine import ConfigError, reason
 from engine.files import read_jsonl, rewrite, to_jsonl
 from engine.judges import is_url
 
 # at least twice the judge's deadline, for which other ranks wait
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
+
+
+class OutOfMemoryElsewhere(RuntimeError):
+    """Another process has run out of memory."""
 
 
 class Run:
@@ -188,20 +193,18 @@ class Run:
             p.data = p.data.to(torch.promote_types(p.dtype, torch.float32))
 
     def prepare(self, policy: nn.Module, *others) -> tuple:
-        """The policy as this launch wraps it, its optimiser and its schedule."""
-        if self.sharded:
-            self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(
-                policy._no_split_modules
-            )
+        """The policy as this launch shards it, its optimiser and its schedule."""
+        if not self.sharded:
+            return policy, *self.accelerator.prepare(*others)
+        self.accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = list(
+            policy._no_split_modules
+        )
         prepared = self.accelerator.prepare(policy, *others)
-        if self.sharded:
-            # the model never changes these views in place
-            warnings.filterwarnings(
-                "ignore", message="FSDP2-wrapped module .* returned a view tensor"
-            )
-            # these use weights of the outermost unit, as `forward` does
-            for name in ("encode", "generate"):
-                register_fsdp_forward_method(policy, name)
+        # the model never changes these views in place
+        warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+        # these use weights of the outermost unit, as `forward` does
+        for name in ("encode", "generate"):
+            register_fsdp_forward_method(policy, name)
         return prepared
 
     @contextmanager
@@ -223,18 +226,47 @@ class Run:
                 unit.reshard()
                 unit.set_reshard_after_forward(unit is not policy, recurse=False)
 
-    def accumulate(self, model: nn.Module, micro_batches: list) -> Iterator[tuple[int, Any]]:
-        """The micro-batches of an update with their indices. Ranks average gradients in the last
-        one only; sharded gradients are reduced in every one, or each rank would hold all of them.
-        The context spans forward and backward, because DDP looks at it in forward."""
-        for i, micro_batch in enumerate(micro_batches):
-            sync = self.sharded or i == len(micro_batches) - 1
-            with nullcontext() if sync else self.accelerator.no_sync(model):
-                yield i, micro_batch
+    def attempt(self, work: Callable, *args) -> str:
+        """Call work(*args), part of an update, on every rank. Returns why it is to be done again:
+        the first line of an out-of-memory error, on all ranks if one of them met it, else "".
 
-    def clip_grad_norm(self, model: nn.Module, max_norm: float) -> float:
+        The others are told in their next `exchange`: one in `work` (`all_gather`), or the last.
+        """
+        try:
+            work(*args)
+            self.exchange(0)
+            return ""
+        except OutOfMemoryElsewhere as error:
+            return str(error)
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            why = reason(error)
+        if self.sharded:
+            raise RuntimeError(
+                f"{why} Under FSDP2 every pass gathers weights, so one process cannot try again "
+                "with less"
+            )
+        # not inside `except`: the error holds on to what the failed attempt allocated
+        clear_device_cache(garbage_collection=True)
+        with suppress(OutOfMemoryElsewhere):
+            self.exchange(-1)
+        return why
+
+    def average_gradients(self, parameters: list[Tensor]) -> None:
+        """Average gradients over ranks, each with all of its own. FSDP2 has done so in backward."""
+        if self.sharded or self.processes == 1:
+            return
+        has = torch.tensor([p.grad is not None for p in parameters], device=self.device)
+        for p, ranks in zip(parameters, self.all_reduce(has).tolist(), strict=True):
+            if ranks:  # a part of the model may have no gradient on this rank
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                torch.distributed.all_reduce(p.grad)
+                p.grad /= self.processes
+
+    def clip_grad_norm(self, parameters: list[Tensor], max_norm: float) -> float:
         """Clip the gradients in place. Returns their norm before."""
-        norm = self.accelerator.clip_grad_norm_(model.parameters(), max_norm)
+        norm = self.accelerator.clip_grad_norm_(parameters, max_norm)
         return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     def micro_batches(self, batch: list, size: int, work: Callable, *args) -> list:
@@ -351,6 +383,13 @@ class Run:
             if first:
                 self.accelerator.wait_for_everyone()
 
+    def exchange(self, n: int) -> list[int]:
+        """n of every rank. Raises OutOfMemoryElsewhere if one is below 0 (`attempt`)."""
+        counts = self.accelerator.gather(torch.tensor([n], device=self.device)).tolist()
+        if min(counts) < 0:
+            raise OutOfMemoryElsewhere("another process ran out of memory.")
+        return counts
+
     def all_reduce(self, value: Tensor) -> Tensor:
         """The sum over ranks, in double precision."""
         return self.accelerator.reduce(value.double(), "sum")
@@ -361,10 +400,12 @@ class Run:
         rows = rows.detach()
         if self.processes == 1:
             return [rows]
-        counts = self.accelerator.gather(torch.tensor([len(rows)], device=rows.device)).tolist()
-        longest = max(1, *counts)
-        table = self.accelerator.gather(nn.functional.pad(rows, (0, 0, 0, longest - len(rows))))
-        return [some[:n] for some, n in zip(table.split(longest), counts, strict=True)]
+        counts = self.exchange(len(rows))
+        rows = nn.functional.pad(rows, (0, 0, 0, max(1, *counts) - len(rows)))
+        rows.new_empty(self.processes, *rows.shape)  # memory ends here, while no rank waits for it
+        self.exchange(0)
+        table = self.accelerator.gather(rows)
+        return [some[:n] for some, n in zip(table.split(len(rows)), counts, strict=True)]
 
     def average(self, numbers: dict[str, tuple[float, float]]) -> dict[str, float]:
         """(sum, count) by name -> sum / count over all ranks. What nothing was counted for is left

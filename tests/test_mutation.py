@@ -128,7 +128,7 @@ FAULTS = [
     Fault("what is half written looks whole", "engine/run", 'temporary = folder.with_name(f".{folder.name}.unfinished")', "temporary = folder", "a_checkpoint_that_fails", "nothing_lost"),
     Fault("a checkpoint of another model is taken", "engine/checkpoint", "if there != set(like):", "if False:", "of_another_model", "nothing_lost"),
     # options that must arrive, and what went wrong without a word
-    Fault("clipped at 1e9", "engine/run", "clip_grad_norm_(model.parameters(), max_norm)", "clip_grad_norm_(model.parameters(), 1e9)", "clipped", "wiring"),
+    Fault("clipped at 1e9", "engine/run", "clip_grad_norm_(parameters, max_norm)", "clip_grad_norm_(parameters, 1e9)", "clipped", "wiring"),
     Fault("eps_high not passed on", "config", '"beta", "eps_low", "eps_high", "kl_kind", "loss_norm"', '"beta", "eps_low", "kl_kind", "loss_norm"', "loss_is", "wiring"),
     Fault("kl_kind not passed on", "config", '"beta", "eps_low", "eps_high", "kl_kind", "loss_norm"', '"beta", "eps_low", "eps_high", "loss_norm"', "loss_is", "wiring"),
     Fault("loss_norm not passed on", "config", '"beta", "eps_low", "eps_high", "kl_kind", "loss_norm"', '"beta", "eps_low", "eps_high", "kl_kind"', "loss_is", "wiring"),

@@ -104,7 +104,7 @@ def test_the_step_is_that_of_plain_rows(world, samples, form, size):
         run=SimpleNamespace(all_reduce=lambda x: x, device="cpu", micro_batch_limit=9),
         policy=policy,
         model=policy,
-        accumulate=enumerate,
+        accumulate=lambda parts, work: work(parts),
         backward=lambda loss: (seen.append(loss.detach()), loss.backward()),
         update=lambda scheduled: seen.append(scheduled),
     )

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import random
 import re
 import shutil
 import signal
@@ -423,6 +424,112 @@ def test_where_memory_is_short_the_responses_are_the_same(world, tmp_path):
         run.micro_batches(rows, 0, lambda _: (_ for _ in ()).throw(RuntimeError("another error")))
 
 
+OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
+
+
+@pytest.mark.parametrize(
+    ("options", "at", "passes"),
+    [("--iterations 2 --beta 0.2", (1, 5), [2, 4]), ("--lora_rank 2 --beta 0", (1, 3), [4])],
+)
+def test_an_update_in_less_memory_has_the_same_gradient(
+    world, tmp_path, monkeypatch, options, at, passes
+):
+    """Memory runs out in these calls of `backward`. What fits is kept to, nothing counts twice."""
+    calls, sizes, gradients = 0, [], []
+    backward, update = train.Learner.backward, train.Learner.update
+
+    def short(learner, loss):
+        nonlocal calls
+        calls += 1
+        if calls in fails:
+            raise RuntimeError(OUT_OF_MEMORY)
+        backward(learner, loss)
+
+    def watched(learner):
+        gradients.append([slot.grad.clone() for slot in learner._slots()])
+        sizes.append(len(learner.losses))
+        update(learner)
+
+    def rewarded(parts, judge, cfg):
+        values = [
+            torch.tensor(
+                [[random.Random(f"{s.id}/{g}").random() for g in range(3)] for s in p.samples]
+            )
+            for p in parts
+        ]
+        return [({"accuracy": x}, [[None] * 3] * len(x)) for x in values]
+
+    monkeypatch.setattr(train.Learner, "backward", short)
+    monkeypatch.setattr(train.Learner, "update", watched)
+    monkeypatch.setattr(train, "reward", rewarded)
+    seen = []
+    for fails in ((), at):
+        calls, sizes, gradients = 0, [], []
+        folder = tmp_path / str(len(fails))
+        cfg = train.parse_config(
+            "--dtype float64 --rl_steps 1 --prompts_per_step 4 --group_size 3 --max_new_tokens 6 "
+            "--nce_weight 2 --tau_quantile 0.5 "
+            f"--warmup 0 --held_out_rows 0 --quiet true --world {world} --output_dir {folder} "
+            f"{options}".split()
+        )
+        run, sets = train.Run(cfg), data.load(world / "data")
+        train.reinforce(cfg.start, sets["train"], sets, None, cfg, run)
+        lines = (folder / "rl/rollouts.jsonl").read_text()
+        seen.append((gradients, json.loads(metrics_of(folder)), lines))
+        assert sizes == (passes if fails else [1] * len(passes))
+    assert run.micro_batch_limit == 1
+    (wanted, metrics, lines), (found, again, others) = seen
+    assert lines == others and again == pytest.approx(metrics, abs=1e-6) and metrics["nce"] > 0
+    for k, (a, b) in enumerate(zip(wanted, found, strict=True)):
+        assert max(x.abs().max() for x in a) > 1e-3
+        for x, y in zip(a, b, strict=True):  # norms round to float32, also of weights 1e-12 apart
+            torch.testing.assert_close(y, x, atol=1e-6 if k else 1e-9, rtol=0)
+
+
+def test_one_prompt_that_does_not_fit_ends_the_run_with_advice(tmp_path, monkeypatch):
+    """So does any lack of memory under FSDP2, whose passes cannot be repeated by one process."""
+    run = train.Run(train.Config(output_dir=str(tmp_path / "run"), quiet=True))
+    learner = SimpleNamespace(
+        run=run, stage="rl", step=1, optimizer=SimpleNamespace(zero_grad=lambda: None), losses=[]
+    )
+
+    def fail(parts):
+        tried.append([len(part) for part in parts])
+        raise RuntimeError(OUT_OF_MEMORY)
+
+    tried = []
+    with pytest.raises(RuntimeError, match="^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
+        train.Learner.accumulate(learner, [[1, 2, 3], [4]], fail)
+    assert tried == [[3, 1], [2, 1, 1], [1, 1, 1, 1]]
+    run.sharded = True
+    with pytest.raises(RuntimeError, match="out of memory.*Under FSDP2") as caught:
+        train.Learner.accumulate(learner, [[1, 2]], fail)
+    monkeypatch.setattr(train, "main", lambda cfg: (_ for _ in ()).throw(caught.value))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: out of memory .*FSDP2.*--prompts_per_pass"):
+        train.cli()
+    with pytest.raises(ZeroDivisionError):
+        run.attempt(lambda: 1 / 0)
+
+
+def test_gradients_of_half_precision_weights_add_up_in_float32():
+    """64 micro-batches: their bfloat16 gradients as a float32 sum, and torch's own is far off."""
+    torch.manual_seed(0)
+    weight = torch.randn(64).bfloat16().requires_grad_()
+    parts = [(1 + torch.rand(64)).bfloat16() for _ in range(64)]
+    want = sum(part.float() for part in parts)
+
+    def total(of):
+        for part in parts:
+            (weight * part).sum().backward()
+        return (of.grad.float() - want).abs().max() / want.abs().max()
+
+    assert total(weight) > 1e-3
+    weight.grad = None
+    [(_, slot)] = learner.AdamW([{"params": [weight]}], lr=1.0).pairs
+    assert total(slot) < 1e-6 and weight.grad is None
+
+
 def test_prompts_of_a_length_are_worked_on_together(world, tmp_path):
     run = train.Run(train.Config(output_dir=str(tmp_path / "run"), quiet=True))
     rows = data.load(world / "data")["train"][:9]
@@ -661,8 +768,8 @@ def test_weight_decay_acts_where_transformers_trainer_lets_it(world, tmp_path, d
         world, tmp_path / "run", "--weight_decay", "0.5", "--rl_lr", "0.1", "--dtype", dtype
     )
     before = {name: p.detach().clone() for name, p in learner.policy.named_parameters()}
-    for p in learner.policy.parameters():
-        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    for slot in learner._slots():
+        slot.grad = torch.zeros_like(slot)
     learner.optimizer.step()
     theirs = set(Trainer.get_decay_parameter_names(None, learner.policy))
     trained = {name for name, p in learner.policy.named_parameters() if p.requires_grad}

@@ -10,6 +10,7 @@ weights of every update go to OUT.json.NAME.safetensors.
 import json
 import random
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -20,11 +21,14 @@ import negatives
 import preference
 import train
 from engine import judges, media_check
+from engine.vlm import VLM
 
 torch.set_num_threads(1)
 REWARDS = ("accuracy", "format", "caption")
 ORIGINAL = {
     "update": train.Learner.update,
+    "forward": VLM.forward,
+    "backward": train.Learner.backward,
     "roll_out": train.roll_out,
     "reward": train.reward,
     "order": train.Run.permutation,
@@ -40,10 +44,12 @@ class Variant:
         self.faults = dict(word.split("=") for word in options if word[0].isupper())
         self.cfg = train.parse_config([word for word in options if not word[0].isupper()])
         self.updates, self.tensors, self.run, self.opened = [], {}, None, 0
-        self.start = collectives()
+        self.start, self.calls = collectives(), Counter()
 
     def play(self) -> dict:
         train.Learner.update = lambda learner, **how: self.update(learner, **how)
+        train.Learner.backward = lambda learner, loss: self.backward(learner, loss)
+        VLM.forward = lambda policy, *args: self.forward(policy, *args)
         train.reward = self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
         train.roll_out = preference.roll_out = self.roll_out
         train.Run.permutation = lambda run, *where: self.order(run, *where)
@@ -69,7 +75,7 @@ class Variant:
 
     def update(self, learner, **how) -> None:
         """Keep what the optimiser is given and what it makes of it."""
-        self.run, k = learner.run, len(self.updates)
+        self.run, k, passes = learner.run, len(self.updates), len(learner.losses)
         tensors = [*learner.policy.parameters(), *learner._slots()]
         tensors += [p.grad for p in tensors if p.grad is not None] + [
             x for pair in optimizer_of(learner).pairs for x in pair
@@ -79,12 +85,29 @@ class Variant:
             for x in tensors
             if x.numel() > 99
         )
-        for name, p in learner._weights().items():
-            self.tensors[f"gradient/{k}/{name}"] = full(p.grad)
+        for name, slot in zip(learner.names, learner._slots(), strict=True):
+            self.tensors[f"gradient/{k}/{name}"] = full(slot.grad)
         ORIGINAL["update"](learner, **how)
-        self.updates.append({"stage": learner.stage, "norm": learner.gradient_norm, "share": share})
+        norm = learner.gradient_norm
+        self.updates.append(
+            {"stage": learner.stage, "norm": norm, "share": share, "passes": passes}
+        )
         for name, p in learner._weights().items():
             self.tensors[f"weight/{k}/{name}"] = full(p)
+
+    def forward(self, policy, *args):
+        self.short("FORWARD", torch.is_grad_enabled())
+        return ORIGINAL["forward"](policy, *args)
+
+    def backward(self, learner, loss) -> None:
+        self.short("BACKWARD")
+        ORIGINAL["backward"](learner, loss)
+
+    def short(self, fault: str, here: bool = True) -> None:
+        """In one process, memory runs out in these calls."""
+        self.calls[fault] += here
+        if here and rank() == 1 and str(self.calls[fault]) in self.faults.get(fault, "").split(","):
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 
     def reward(self, parts, judge, cfg):
         """Three rewards that follow from prompt and response number; some are unknown, some groups
