@@ -226,7 +226,10 @@ def provenance(job: Job, threads: int) -> dict:
     if there["seed"] != job.seed:
         raise ConfigError(f"world: {job.world} is the world of seed {there['seed']}")
     before = json.loads((job.folder / "eval" / "before.json").read_text())
-    said = [row["text"] for rows in before.values() for row in rows["rows"]]
+    # an arm may be tested on corrupted sets too, after the same cold start
+    corrupted = tuple(f"_{kind}" for kind in ARMS[job.arm].decisive()["corrupt_eval"].split())
+    intact = [rows for name, rows in before.items() if not name.endswith(corrupted)]
+    said = [row["text"] for rows in intact for row in rows["rows"]]
     weights = hashlib.sha256()
     for part in ("policy", "judge"):
         weights.update((job.world / part / "model.safetensors").read_bytes())

@@ -454,3 +454,21 @@ def test_a_finished_run_is_kept_in_one_file(world, tmp_path, monkeypatch):
     (tmp_path / "results/cold-seed0.json").write_text(json.dumps(cold | {"start": "other"}))
     with pytest.raises(ConfigError, match="cold-seed0.json: it began with another cold start"):
         collect.collect(Job("cold", 0), 7.0, 1, tmp_path / "results")
+
+
+def test_a_cold_start_is_the_same_one_beside_corrupted_tests(tmp_path, monkeypatch):
+    """Arms of the grid have more test sets than the cold start that they share."""
+    monkeypatch.setattr(arms, "RUNS", tmp_path)
+    found = []
+    for arm, names in (("cold2", SETS), ("cue-blank", (*SETS, "test_blank", "test_pairs_blank"))):
+        job = Job(arm, 0)
+        (job.folder / "eval").mkdir(parents=True)
+        said = {name: {"rows": [{"text": name}]} for name in names}
+        (job.folder / "eval" / "before.json").write_text(json.dumps(said))
+        for part in ("policy", "judge"):
+            (job.world / part).mkdir(parents=True, exist_ok=True)
+            (job.world / part / "model.safetensors").touch()
+        (job.world / "world.json").write_text('{"version": 4, "seed": 0}')
+        found.append(collect.provenance(job, 1))
+    assert found[0]["start"] == found[1]["start"]
+    page.by_arm([result("cold2", 0, {}) | found[0], result("cue-blank", 0, {}) | found[1]])
