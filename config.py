@@ -104,8 +104,7 @@ class Config:
         "Qwen2.5-VL, folder or hub id; empty: the embedded world's tiny policy [choice]")
     data: str = option("", help=
         "dataset folder or file (see data.py); empty: the embedded world's [choice]")
-    train_set: str = option("train", help=
-        "the set of the data whose prompts RL learns from [choice]")
+    train_set: str = option("train", help="set of the data whose prompts RL learns from [choice]")
     on_bad_row: str = option("error", choices=("error", "skip"), help=
         "error: stop before any work; skip: leave bad rows out [choice]")
     judge: str = option("", help=
@@ -129,7 +128,6 @@ class Config:
     output_dir: str = option("", resumable=True, help=
         "run folder; empty: runs/METHOD-DATA-MODEL-seedSEED, those given [choice]")
     seed: int = option(0, help="seed of data order, sampling and LoRA [choice]")
-
     share: str = option("", help=
         "run folder whose cold start, its evaluation and scored responses are taken over [choice]")
 
@@ -152,6 +150,8 @@ class Config:
     train_vision: bool = option(False, help="train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(False, resumable=True, help=
         "recompute activations, saves memory [official code: true]")
+    reference: str = option("copy", choices=("copy", "cpu"), resumable=True, help=
+        "full fine-tuning's frozen model: on each device, or in host memory (cpu) [choice]")
 
     sft_steps: int = option(250, low=0, help=
         "cold-start updates; 0: none [choice; official code: 2 epochs]")
