@@ -77,8 +77,7 @@ class Config:
         "Qwen2.5-VL, folder or hub id; empty: the embedded world's tiny policy [choice]")
     data: str = option("", help=
         "dataset folder or file (see data.py); empty: the embedded world's [choice]")
-    train_set: str = option("train", help=
-        "the set of the data whose prompts RL learns from [choice]")
+    train_set: str = option("train", help="set of the data whose prompts RL learns from [choice]")
     on_bad_row: str = option("error", choices=("error", "skip"), help=
         "error: stop before any work; skip: leave bad rows out [choice]")
     judge: str = option("", help=
@@ -128,6 +127,8 @@ class Config:
     train_vision: bool = option(False, help="train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(False, resumable=True, help=
         "recompute activations, saves memory [official code: true]")
+    reference: str = option("copy", choices=("copy", "cpu"), resumable=True, help=
+        "full fine-tuning's frozen model: on each device, or in host memory (cpu) [choice]")
 
     sft_steps: int = option(250, low=0, help=
         "cold-start updates; 0: none [choice; official code: 2 epochs]")

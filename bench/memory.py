@@ -91,8 +91,10 @@ def needs(cfg, shards: int = 1) -> dict:
         training = {
             # moments, and a copy of half-precision weights
             "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,
-            "gradients in the update": trained * 4 / shards,
-            "reference": (trained + count["vision"]) * size,
+            "gradients": trained * 4 / shards,
+            # with --reference cpu, the head alone
+            "reference": (trained + count["vision"] if cfg.reference == "copy" else count["head"])
+            * size,
         }
         if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
             training["Eq. 4"] = 3 * count["head"] * size
@@ -119,13 +121,6 @@ def needs(cfg, shards: int = 1) -> dict:
     }  # sharded: two layers at a time
     parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
     parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
-    in_update = parts.get("gradients in the update", 0)
-    # the one or the other
-    in_backward = in_update * size / 4 + parts["activations"] + parts.get("Eq. 4", 0)
-    rest = sum(
-        v for k, v in parts.items() if k not in ("gradients in the update", "activations", "Eq. 4")
-    )
-    most = rest + max(in_update, in_backward)
     generation = whole + training.get("reference", 0) + parts["judge"] + max(cache.values())
     generation += training["AdamW"] if shards > 1 and not cfg.lora_rank else 0
     step = cfg.prompts_per_step / shards * (prompt + cfg.group_size * cfg.max_new_tokens)
@@ -138,7 +133,7 @@ def needs(cfg, shards: int = 1) -> dict:
     )
     return {
         "parts": parts,
-        "training": most,
+        "training": sum(parts.values()),
         "generation": generation,
         "flops": flops,
         "read": read,

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate import cpu_offload
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BatchFeature
@@ -404,14 +405,19 @@ def move_gradient(slot: Tensor, p: Tensor) -> None:
 
 class Reference:
     """pi_ref of the KL: the model after the cold start. With LoRA it is the policy without its
-    adapter, otherwise a frozen copy. It is not loaded with beta = 0, nor where the stage is
-    finished. always: a loss needs it whatever beta is."""
+    adapter, otherwise a frozen copy, whose layers `--reference cpu` keeps in host memory and moves
+    to the device one by one. It is not loaded with beta = 0, nor where the stage is finished.
+    always: a loss needs it whatever beta is."""
 
     def __init__(self, start: str, learner: Learner, cfg, always: bool = False):
         self.learner, self.frozen = learner, None
         self.needed = (always or cfg.beta > 0) and not learner.finished
         if self.needed and not cfg.lora_rank:
-            self.frozen = open_policy(start, cfg, learner.run.device)
+            device, offload = learner.run.device, cfg.reference == "cpu"
+            self.frozen = open_policy(start, cfg, "cpu" if offload else device)
+            if offload:  # the head stays on the device: it is used without being called
+                cpu_offload(self.frozen.core.model, device)
+                self.frozen.core.lm_head.to(device)
 
     @torch.no_grad()
     def logp(self, inputs: BatchFeature, ids: Tensor, mask: Tensor) -> Tensor | None:

@@ -89,8 +89,8 @@ def _in_evaluation_mode(method):
 
 
 class VLM(nn.Module):
-    """A Qwen2.5-VL and its processor. `forward` is scoring, so that DDP wraps the pass that has a
-    backward."""
+    """A Qwen2.5-VL and its processor. `forward` is scoring, so that FSDP2 wraps the pass that has
+    a backward."""
 
     _no_split_modules = ("Qwen2_5_VLDecoderLayer",)  # what FSDP2 makes shards of
 
@@ -101,7 +101,7 @@ class VLM(nn.Module):
         self.static_decoding = False
         self.end_ids = end_token_ids(self.core, processor.tokenizer)
         self.banned_ids = banned_token_ids(self.core, processor.tokenizer, self.end_ids)
-        # no buffer, which DDP would send around; finite, because 0 times it is asked for
+        # no buffer: it is not part of the weights; finite, because 0 times it is asked for
         lowest = torch.finfo(torch.float32).min / 2
         self._bias = torch.zeros(len(self.core.lm_head.weight))
         self._bias[self.banned_ids] = lowest

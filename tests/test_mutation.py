@@ -116,7 +116,12 @@ FAULTS = [
     Fault("old log-probs follow the policy", "train", "logp.detach() if m.old_logp is None else m.old_logp", "logp.detach()", "baselines_and_lora"),
     Fault("all prompts draw the same numbers", "engine/shared_prefix", 'f"{when}/{name}"', 'f"{when}"', "chance", "train"),
     Fault("half a batch is lost with memory", "engine/run", "return self.local_micro_batches(batch, 0, work, *args)", "return self.local_micro_batches(batch[: self.micro_batch_limit], 0, work, *args)", "where_memory", "train"),
+    Fault("half a gradient is added to the next attempt's", "engine/learner", "            self.optimizer.zero_grad()\n            self.losses = []\n            most", "            self.losses = []\n            most", "less_memory", "train"),
+    Fault("old log-probs of another response", "rollouts", "x.unflatten(0, (len(self), -1))[rows].flatten(0, 1)", "x[: len(x) // len(self) * len(range(len(self))[rows])]", "less_memory", "train"),
+    Fault("gradients are summed in half precision", "engine/learner", "slot.grad.add_(p.grad)", "(slot.grad + p.grad).to(p.dtype).float()", "add_up_in_float32", "train"),
+    Fault("a failed attempt's numbers stay", "preference", "numbers.update(before)", "pass", "plain_rows"),
     # many processes, and nothing lost
+    Fault("the gradients of one process", "engine/run", "torch.distributed.all_reduce(p.grad)", "pass", "two-plain", "processes"),
     Fault("the mean over processes for their sum", "engine/learner", "backward(loss * self.run.processes)", "backward(loss)", "two-plain", "processes"),
     Fault("head trained in every process", "conflict", "trained = (not self.run or self.run.is_main) and i ==", "trained = i ==", "two-plain", "processes"),
     Fault("denominators of one process", "rollouts", "total = run.all_reduce(torch.stack([sequences, tokens]))", "total = torch.stack([sequences, tokens])", "two-plain", "processes"),

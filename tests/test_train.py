@@ -424,6 +424,23 @@ def test_where_memory_is_short_the_responses_are_the_same(world, tmp_path):
         run.micro_batches(rows, 0, lambda _: (_ for _ in ()).throw(RuntimeError("another error")))
 
 
+@pytest.mark.parametrize("vision", ["false", "true"])
+def test_a_reference_in_host_memory_gives_the_same_numbers(world, tmp_path, vision):
+    """Its layers hold no weights between passes."""
+    rows, found = data.load(world / "data")["train"][:2], []
+    for where in ("copy", "cpu"):
+        options = ["--reference", where, "--train_vision", vision]
+        learner = learner_of(world, tmp_path / where, *options)
+        reference = train.Reference(f"{world}/policy", learner, learner.cfg)
+        inputs = learner.policy.encode(data.prompts(rows, True, 2.0, 4))
+        ids = torch.arange(300, 324).view(2, 3, 4)
+        found.append(reference.logp(inputs, ids, torch.ones_like(ids)))
+    assert torch.equal(*found) and found[0].shape == (6, 4)
+    away = [name for name, p in reference.frozen.named_parameters() if p.is_meta]
+    assert sum(p.is_meta for p in reference.frozen.core.model.parameters()) == len(away) > 20
+    assert "model.model.visual.patch_embed.proj.weight" in away
+
+
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"
 
 
