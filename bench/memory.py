@@ -15,6 +15,7 @@ times slower than that.
 
 import argparse
 import math
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,13 @@ TEXT = {  # the published config.json of each
         vocab_size=152_064,
     ),
 }
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
 JUDGE = {"Qwen/Qwen2.5-1.5B-Instruct": 1.54e9}  # parameters, from its model card
 CARDS = {
     "RTX 4090, 24 GB": (165e12, 1.01e12),
@@ -44,27 +52,34 @@ CARDS = {
 QUESTION = 100  # tokens of text beside the picture
 
 
+def config_of(name: str, text: dict | None = None, vision: dict | None = None):
+    """The published configuration; text, vision: what is another number in it."""
+    from transformers import Qwen2_5_VLConfig
+
+    shape = TEXT[name] | (text or {})
+    half = shape["hidden_size"] // shape["num_attention_heads"] // 2
+    sections = [half // 4, 3 * half // 8, 3 * half // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    layers = shape["num_hidden_layers"]
+    return Qwen2_5_VLConfig(
+        text_config=shape | {"rope_parameters": rope, "max_window_layers": layers},
+        vision_config=VISION | (vision or {}) | {"out_hidden_size": shape["hidden_size"]},
+        tie_word_embeddings=name.endswith("3B-Instruct"),
+    )
+
+
+@cache
 def parameters(name: str) -> dict[str, float]:
     import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
-    shape = TEXT[name]
-    vision = dict(
-        depth=32,
-        hidden_size=1280,
-        intermediate_size=3420,
-        num_heads=16,
-        out_hidden_size=shape["hidden_size"],
-    )
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = shape | {"rope_parameters": rope, "max_window_layers": shape["num_hidden_layers"]}
-    tied = name.endswith("3B-Instruct")
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
+    shape, config = TEXT[name], config_of(name)
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     head = shape["vocab_size"] * shape["hidden_size"]
     linears = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    whole = linears + model.model.language_model.norm.weight.numel() + head * (1 if tied else 2)
+    heads = 1 if config.tie_word_embeddings else 2
+    whole = linears + model.model.language_model.norm.weight.numel() + head * heads
     return {
         "vision": sum(p.numel() for p in model.model.visual.parameters()),
         "layers": linears,

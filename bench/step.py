@@ -27,21 +27,20 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from contextlib import nullcontext
 from pathlib import Path
 
-PROMPTS, GROUP, LENGTH, BETA, RATE = 4, 8, 48, 0.04, 1e-5
-PIXELS = 28 * 28 * 4096  # above every picture here
+import torch
+
+from bench import one_step
+
+PROMPTS, GROUP, LENGTH = 4, 8, 48
 NEVER = 32767  # an end token that is never sampled
 ROOT = Path(__file__).parent.parent
-WORD = "find the red square and say where it is in the picture "
 
 
 def write_model(folder: Path) -> None:
     """The policy of the benchmark, random but for its shape, with the embedded world's tokenizer
     and template."""
-    import torch
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     from world import models
@@ -80,209 +79,87 @@ def write_model(folder: Path) -> None:
     processor.save_pretrained(folder)
 
 
-def prompts(visual: int, number: int = PROMPTS):
-    """(picture, question) with `visual` tokens of picture each."""
-    import torch
-    from PIL import Image
-
-    side = round(visual**0.5) * 28
-    torch.manual_seed(1)
-    pixels = torch.randint(256, (number, side, side, 3), dtype=torch.uint8).numpy()
-    return [(Image.fromarray(pixels[i]), WORD + f"number {i}") for i in range(number)]
-
-
 # --- the two sides --------------------------------------------------------------------------------
 
 
 def ours(folder: Path, steps: int, work: dict) -> dict:
     """`size` prompts per pass. Every second step has Eq. 4, so that what it adds is measured side
     by side."""
-    import torch
-    import torch.nn.functional as F
-
-    import grpo
-    import ntk_infonce
     from engine import pretrained
 
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    size = work["size"]
-    group = work["group"]
-    length = work["length"]
-    policy = pretrained.load(str(folder), max_pixels=PIXELS)
-    reference = pretrained.load(str(folder), max_pixels=PIXELS, trainable=False)
+    policy = pretrained.load(str(folder), max_pixels=one_step.PIXELS)
+    reference = pretrained.load(str(folder), max_pixels=one_step.PIXELS, trainable=False)
     policy.end_ids = [NEVER]
     model = policy
     if processes > 1:
         torch.distributed.init_process_group("gloo")
         model = torch.nn.parallel.DistributedDataParallel(policy, find_unused_parameters=False)
-    optimizer = torch.optim.AdamW(
-        [p for p in policy.parameters() if p.requires_grad], lr=RATE, fused=True
-    )
-    chat = [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "image", "image": image}, {"type": "text", "text": text}],
-            }
-        ]
-        for image, text in prompts(work["visual"], work["prompts"])
-    ][int(os.environ.get("RANK", 0)) :: processes]
-    parts = [chat[i : i + size] for i in range(0, len(chat), size)]
-    count = {"sequences": work["prompts"] * group, "tokens": work["prompts"] * group * length}
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=one_step.RATE, fused=True)
+    chats = one_step.chats(one_step.prompts(work["visual"], work["prompts"]))
+    chats = chats[int(os.environ.get("RANK", 0)) :: processes]
+    parts = [chats[i : i + work["size"]] for i in range(0, len(chats), work["size"])]
     loaded, out = peak(), {False: [], True: []}
     for step in range(2 * steps):
-        nce, clock = step % 2 == 1, [time.perf_counter()]
-        inputs = [policy.encode(part) for part in parts]
-        rolls = [policy.generate(x, group, length) for x in inputs]
-        clock.append(time.perf_counter())
-        with torch.no_grad():
-            ref_logp = [reference(x, r.ids).logp.flatten(0, 1) for x, r in zip(inputs, rolls)]
-        clock.append(time.perf_counter())
-        for i, (x, roll, ref) in enumerate(zip(inputs, rolls, ref_logp)):
-            n, last = len(parts[i]), i == len(parts) - 1
-            answer, answer_mask = policy.encode_responses(["<answer>A</answer>"] * n)
-            pad = (0, length - answer.shape[-1])
-            with model.no_sync() if processes > 1 and not last else nullcontext():
-                if nce:
-                    branches = torch.cat([roll.ids, F.pad(answer, pad)], 1)
-                    scores = model(x, branches, torch.cat([roll.mask, F.pad(answer_mask, pad)], 1))
-                else:
-                    scores = model(x, roll.ids, roll.mask)
-                logp, mask = scores.logp[:, :group].flatten(0, 1), roll.mask.flatten(0, 1)
-                adv = grpo.group_advantages(torch.rand(n, group)).flatten()
-                loss, _ = grpo.grpo_loss(logp, logp.detach(), adv, mask, ref, BETA, **count)
-                if nce:
-                    where = F.pad(answer_mask[:, 0], pad)
-                    segment = torch.arange(n)[:, None].expand_as(where)[where]
-                    hidden, (weight, bias) = scores.hidden[:, -1][where], policy.head()
-                    targets = F.pad(answer, pad)[:, 0][where]
-                    cosine = ntk_infonce.gradient_cosine(
-                        hidden, hidden @ weight.T + bias, targets, segment, n
-                    )
-                    loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
-                loss.backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        clock.append(time.perf_counter())
-        parts_of_step = zip(
-            ("generate", "reference", "update"), (b - a for a, b in zip(clock, clock[1:]))
-        )
-        out[nce].append(dict(parts_of_step) | {"step": clock[-1] - clock[0]})
+        nce = step % 2 == 1
+        seconds, rolls = one_step.ours(policy, reference, optimizer, parts, work, model, nce)
+        out[nce].append(seconds)
     # one token in 32,768 is the end
-    assert sum(r.mask.sum() for r in rolls) > 0.95 * len(chat) * group * length
+    most = len(chats) * work["group"] * work["length"]
+    assert sum(r.mask.sum() for r in rolls) > 0.95 * most
     return {
         "steps": out[False][1:],
         "with Eq. 4": out[True][1:],
         "peak": peak(),
         "loaded": loaded,
-        "floor": floor(policy, inputs[0]["input_ids"].shape[1]),
+        "floor": floor(policy, policy.encode(parts[0])["input_ids"].shape[1], work),
     }
 
 
-def floor(policy, prompt: int) -> dict:
+def floor(policy, prompt: int, work: dict) -> dict:
     """Seconds that arithmetic alone takes, by part, at the machine's measured rates."""
-    core, rates = policy.core, machine()
-    body = sum(p.numel() for p in core.model.language_model.layers.parameters())
-    head, completions = core.lm_head.weight.numel(), PROMPTS * GROUP * LENGTH
-    forward = 2 * (body * (PROMPTS * prompt + completions) + head * completions)
-    config = core.config.text_config
-    # bytes of keys and values a token
-    key = 2 * 4 * config.num_hidden_layers * config.num_key_value_heads * 64
-    # a prompt's, once for all its completions
-    cache = key * PROMPTS * (prompt + GROUP * LENGTH / 2)
+    least = one_step.least(policy, prompt, work)
+    rates = one_step.rates(torch.device("cpu"), 1024, torch.float32, 32 * 2**20)
     return {
-        "reference": forward / rates["flops"],
-        "update": 3 * forward / rates["flops"],
-        "decode, arithmetic": 2 * (body + head) * completions / rates["flops"],
-        "decode, bytes": LENGTH * (4 * (body + head) + cache) / rates["bytes"],
+        "reference": least["reference"] / rates["flops"],
+        "update": least["update"] / rates["flops"],
+        "decode, arithmetic": least["decode"] / rates["flops"],
+        "decode, bytes": least["bytes"] / rates["read"],
         "GFLOP/s": rates["flops"] / 1e9,
-        "GB/s": rates["bytes"] / 1e9,
+        "GB/s": rates["read"] / 1e9,
     }
 
 
 def trl(folder: Path, steps: int, work: dict) -> dict:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     model = AutoModelForImageTextToText.from_pretrained(folder)
     processor = AutoProcessor.from_pretrained(folder)
     model.model.visual.requires_grad_(False)
     model.generation_config.eos_token_id = NEVER
-    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": PIXELS}
-    rows = [
-        {"prompt": [{"role": "user", "content": text}], "image": image}
-        for image, text in prompts(work["visual"])
-    ]
-    out, clock = [], []
-
-    class Clock(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            clock[:] = [time.perf_counter()]
-
-        def on_step_end(self, *_, **__):
-            out.append({"step": time.perf_counter() - clock[0]})
-
-    def random_reward(completions, **_):
-        return torch.rand(len(completions)).tolist()
-
+    processor.image_processor.size = {"shortest_edge": 3136, "longest_edge": one_step.PIXELS}
+    pairs = one_step.prompts(work["visual"], work["prompts"])
     with tempfile.TemporaryDirectory() as scratch:
-        config = GRPOConfig(
+        trainer, seconds = one_step.trl(
+            model,
+            processor,
+            pairs,
+            work | {"micro": work["size"]},
+            steps,
             output_dir=scratch,
-            per_device_train_batch_size=work["size"],
-            gradient_accumulation_steps=PROMPTS * GROUP // work["size"],
-            num_generations=GROUP,
-            max_completion_length=LENGTH,
-            beta=BETA,
-            loss_type="grpo",
-            learning_rate=RATE,
-            max_steps=steps,
             use_cpu=True,
             bf16=False,
             gradient_checkpointing=False,
-            report_to=[],
-            save_strategy="no",
-            logging_strategy="no",
-            disable_tqdm=True,
-        )
-        trainer = GRPOTrainer(
-            model=model,
-            reward_funcs=random_reward,
-            args=config,
-            train_dataset=Dataset.from_list(rows * steps),
-            processing_class=processor,
-            callbacks=[Clock()],
         )
         loaded = peak()
         trainer.train()
-    return {"steps": out[1:], "peak": peak(), "loaded": loaded}
+    return {"steps": [{"step": s} for s in seconds[1:]], "peak": peak(), "loaded": loaded}
 
 
 def peak() -> float:
     """The highest resident set of this process so far, in MB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-
-
-def machine() -> dict:
-    """The best of several: fp32 multiplications and additions a second, and bytes read a second."""
-    import torch
-
-    def best(work, repeats=7):
-        times = []
-        for _ in range(repeats):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
-    big = torch.randn(32 * 2**20)
-    return {
-        "flops": 2 * 1024**3 / best(lambda: a @ b),
-        "bytes": big.nbytes / best(lambda: big.sum()),
-    }
 
 
 # --- the comparison -------------------------------------------------------------------------------

@@ -38,10 +38,37 @@ from engine.vlm import VLM
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 
 
-def load(
-    path: str,
+# of the language model, not of the tower
+OURS = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
+
+
+def load(path: str, *, dtype: str = "float32", attention: str = "sdpa", **options) -> VLM:
+    """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder), which is merged in
+    first. options: those of `as_policy`.
+
+    Raises ValueError or OSError for what `context` refuses, and where a weight has no place or a
+    place no weight.
+    """
+    base, adapter, _, processor = opened(path)
+    # what a new adapter will remember
+    base = str(Path(base).resolve()) if Path(base).exists() else base
+    model, loaded = AutoModelForImageTextToText.from_pretrained(
+        base,
+        dtype=getattr(torch, dtype),
+        attn_implementation="sdpa" if attention in OURS else attention,
+        ignore_mismatched_sizes=True,  # `refuse_part` does not, and names them
+        output_loading_info=True,
+    )
+    refuse_part(loaded)
+    if adapter:
+        model = with_adapter(model, adapter).merge_and_unload()
+    return as_policy(model, processor, attention=attention, **options)
+
+
+def as_policy(
+    model: nn.Module,
+    processor: ProcessorMixin,
     *,
-    dtype: str = "float32",
     attention: str = "sdpa",
     lora_rank: int = 0,
     train_vision: bool = False,
@@ -51,30 +78,12 @@ def load(
     static_decoding: bool = False,
     trainable: bool = True,
 ) -> VLM:
-    """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder), which is merged in
-    first.
+    """The policy that a model is.
 
     Full fine-tuning of the language model, or LoRA on its linears. The vision tower is frozen
-    unless `train_vision`. `trainable=False` freezes everything: reference, evaluation. Raises
-    ValueError or OSError for what `context` refuses, and where a weight has no place or a place no
-    weight.
+    unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
     """
-    # of the language model, not of the tower
-    ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
-    base, adapter, _, processor = opened(path)
-    # what a new adapter will remember
-    base = str(Path(base).resolve()) if Path(base).exists() else base
-    model, loaded = AutoModelForImageTextToText.from_pretrained(
-        base,
-        dtype=getattr(torch, dtype),
-        attn_implementation="sdpa" if attention in ours else attention,
-        ignore_mismatched_sizes=True,  # `refuse_part` does not, and names them
-        output_loading_info=True,
-    )
-    refuse_part(loaded)
-    model.config.text_config._attn_implementation = ours.get(attention, attention)
-    if adapter:
-        model = with_adapter(model, adapter).merge_and_unload()
+    model.config.text_config._attn_implementation = OURS.get(attention, attention)
     _without_dropout(model)
     model.requires_grad_(trainable)
     if not train_vision:

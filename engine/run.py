@@ -83,7 +83,7 @@ class Run:
             kwargs_handlers=[InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT)],
         )
         # accelerate shards on GPUs only; torch does here
-        if plugin and on_cpu and self.accelerator.num_processes > 1:
+        if plugin and on_cpu and torch.distributed.is_initialized():
             PartialState().distributed_type = self.accelerator.state.distributed_type = (
                 DistributedType.FSDP
             )
