@@ -196,10 +196,13 @@ def update(model: str, folder: str, dtype: str) -> tuple[Tensor, list[Tensor], l
     with run.unsharded(policy):
         roll = policy.generate(inputs, 4, 8, draws=draws)
     adv = torch.tensor([1.0, -1.0, 0.5, -0.5] * 2, device=run.device)
-    for _, _ in learner.accumulate([0]):
+
+    def work(_) -> None:
         logp = learner.model(inputs, roll.ids, roll.mask).logp.flatten(0, 1)
         learner.backward(grpo_loss(logp, logp.detach(), adv, roll.mask.flatten(0, 1))[0])
-    gradient = [whole(p.grad).clone() for p in learner._weights().values()]
+
+    learner.accumulate([[0]], work)
+    gradient = [whole(slot.grad).clone() for slot in learner._slots()]
     learner.update()
     return roll.ids, gradient, [whole(a) - b for a, b in zip(learner._slots(), before)]
 

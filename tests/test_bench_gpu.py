@@ -18,7 +18,7 @@ CARD = {"name": "a card", "memory": 80e9, "driver": "580", "flops": 8e14, "read"
 
 def test_every_part_runs_dry(tmp_path):
     """Each with its checks passed or its seconds; TRL's only where TRL is installed."""
-    command = [sys.executable, "-m", "bench.gpu", "--dry", "--out", tmp_path]
+    command = [sys.executable, "-m", "bench.gpu", "--dry", "--out", tmp_path, "--minutes", 30]
     done = subprocess.run(list(map(str, command)), cwd=ROOT, capture_output=True, text=True)
     results = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert done.returncode == 0, done.stdout + json.dumps(results, indent=1)
