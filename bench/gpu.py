@@ -210,9 +210,9 @@ def table(results: dict) -> str:
     if steps:
         lines += [
             "",
-            "| part | step, s | generate, s | tokens/s | of memory's rate | reference, s "
-            "| of bf16 rate | update, s | of bf16 rate | peak, GB | computed, GB |",
-            "|---" * 11 + "|",
+            "| part | step, s | generate, s | tokens/s | of memory's rate | --static_decoding, s "
+            "| reference, s | of bf16 rate | update, s | of bf16 rate | peak, GB | computed, GB |",
+            "|---" * 12 + "|",
             *(f"| {part} | {' | '.join(cells(found, card))} |" for part, found in steps.items()),
         ]
     told = {part: summary(found) for part, found in parts.items()}
@@ -239,6 +239,7 @@ def cells(found: dict, card: dict) -> list[str]:
         number(generate, ".2f"),
         number(found["tokens"] / generate if generate else None, ".0f"),
         share("generate", "bytes", "read"),
+        found.get("static failed") or number(found.get("static"), ".2f"),
         number(seconds.get("reference"), ".2f"),
         share("reference", "reference", "flops"),
         number(seconds.get("update"), ".2f"),

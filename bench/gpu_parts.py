@@ -84,15 +84,29 @@ def step(part: str, device: torch.device, work: dict) -> dict:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     seconds = [one_step.ours(policy, score, optimizer, [chats], work)[0] for _ in range(STEPS)]
-    prompt = policy.encode(chats)["input_ids"].shape[1]
+    inputs, highest = policy.encode(chats), peak(device)
+    prompt = inputs["input_ids"].shape[1]
     return {
         "seconds": one_step.medians(seconds[1:]),
         "least": one_step.least(policy, prompt, work),
         "tokens": work["prompts"] * work["group"] * work["length"],
         "prompt": prompt,
-        "peak": peak(device),
+        "peak": highest,
         "predicted": needed[part],
+        **static(policy, inputs, work),
     }
+
+
+def static(policy, inputs, work: dict) -> dict:
+    """Seconds of `generate` with --static_decoding, recording included; or why it failed."""
+    policy.static_decoding = True
+    try:
+        start = one_step.now(policy.device)
+        policy.generate(inputs, work["group"], work["length"])
+        return {"static": one_step.now(policy.device) - start}
+    except Exception as broken:
+        traceback.print_exc()
+        return {"static failed": f"{type(broken).__name__}: {reason(broken)}"}
 
 
 def trl(part: str, device: torch.device, work: dict) -> dict:

@@ -95,7 +95,9 @@ def ours(
                 )
                 loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
             loss.backward()
-    torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+    # the optimiser's, which may be float32 copies
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
     optimizer.step()
     optimizer.zero_grad()
     clock.append(now(device))
