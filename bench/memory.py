@@ -1,149 +1,24 @@
-"""What a preset of configs/ needs, computed from the model's shapes and not measured: memory by
-part, floors of time.
+"""What each preset of configs/ needs, as engine/memory.py computes it: memory by part, floors of
+time.
 
-    python -m bench.memory configs/*.yaml               # one process, or each of several under DDP
+    python -m bench.memory configs/*.yaml               # one process
     python -m bench.memory configs/*.yaml --shards 8    # each of eight under FSDP2
 
-Parameters are counted on transformers' own classes (on the meta device). Bytes: weights, gradients,
-AdamW's two moments (in float32, with a float32 copy of half-precision weights), the reference where
-full fine-tuning needs a copy, the activations of one pass (with checkpointing: every layer's input,
-and one layer in full), keys and values of generation (the prompt's in float32), the weights of a
-local judge. Seconds per update on one GPU of each kind, were it at 40 % of its bf16 rate in scoring
-and the update, and at the bandwidth of its memory in decoding; Hugging Face's `generate` is several
-times slower than that.
+Seconds per update on one GPU of each kind, were it at 40 % of its bf16 rate in scoring and the
+update, and at the bandwidth of its memory in decoding; Hugging Face's `generate` is several times
+slower than that.
 """
 
 import argparse
-import math
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-TEXT = {  # the published config.json of each
-    "Qwen2.5-VL-3B-Instruct": dict(
-        hidden_size=2048,
-        num_hidden_layers=36,
-        intermediate_size=11008,
-        num_attention_heads=16,
-        num_key_value_heads=2,
-        vocab_size=151_936,
-    ),
-    "Qwen2.5-VL-7B-Instruct": dict(
-        hidden_size=3584,
-        num_hidden_layers=28,
-        intermediate_size=18944,
-        num_attention_heads=28,
-        num_key_value_heads=4,
-        vocab_size=152_064,
-    ),
-}
-JUDGE = {"Qwen/Qwen2.5-1.5B-Instruct": 1.54e9}  # parameters, from its model card
+from config import parse_config
+from engine.memory import needs, published, shape_of
+
 CARDS = {
     "RTX 4090, 24 GB": (165e12, 1.01e12),
     "H100, 80 GB": (989e12, 3.35e12),
 }  # dense bf16 operations, bytes a second
-QUESTION = 100  # tokens of text beside the picture
-
-
-def parameters(name: str) -> dict[str, float]:
-    import torch
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    shape = TEXT[name]
-    vision = dict(
-        depth=32,
-        hidden_size=1280,
-        intermediate_size=3420,
-        num_heads=16,
-        out_hidden_size=shape["hidden_size"],
-    )
-    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    text = shape | {"rope_parameters": rope, "max_window_layers": shape["num_hidden_layers"]}
-    tied = name.endswith("3B-Instruct")
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=tied)
-    with torch.device("meta"):
-        model = Qwen2_5_VLForConditionalGeneration(config)
-    head = shape["vocab_size"] * shape["hidden_size"]
-    linears = sum(p.numel() for p in model.model.language_model.layers.parameters())
-    whole = linears + model.model.language_model.norm.weight.numel() + head * (1 if tied else 2)
-    return {
-        "vision": sum(p.numel() for p in model.model.visual.parameters()),
-        "layers": linears,
-        "head": head,
-        "text": whole,
-    }
-
-
-def needs(cfg, shards: int = 1) -> dict:
-    """GB by part, and the work of one update of one process."""
-    name = cfg.model.split("/")[-1]
-    shape, count = TEXT[name], parameters(name)
-    size = 2 if cfg.dtype == "bfloat16" else 4
-    d, layers, inner = shape["hidden_size"], shape["num_hidden_layers"], shape["intermediate_size"]
-    prompt = cfg.max_pixels // 784 + QUESTION
-    # of q, k, v, o together
-    width = 2 * d + 2 * shape["num_key_value_heads"] * (d // shape["num_attention_heads"])
-    if cfg.lora_rank:
-        # in + out of the seven linears, about
-        each = layers * cfg.lora_rank * (4 * d + width + 3 * (d + inner))
-        training = {"adapter and AdamW": each * 4 * 4}
-    else:
-        trained = count["text"]
-        training = {
-            # moments, and a copy of half-precision weights
-            "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,
-            "gradients in the update": trained * 4 / shards,
-            "reference": (trained + count["vision"]) * size,
-        }
-        if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
-            training["Eq. 4"] = 3 * count["head"] * size
-    tokens = (cfg.prompts_per_pass or cfg.prompts_per_step) * (
-        prompt + cfg.group_size * cfg.max_new_tokens
-    )
-    one_layer = tokens * (8 * d + width + 4 * inner) * size
-    kept = tokens * d * size * layers if cfg.gradient_checkpointing else one_layer * (layers - 1)
-    mask = (tokens - prompt) * tokens * size
-    key = 2 * layers * shape["num_key_value_heads"] * (d // shape["num_attention_heads"]) * size
-    groups = {"RL": (cfg.prompts_per_pass or cfg.prompts_per_step, cfg.group_size)}
-    if cfg.selection:
-        groups["selection"] = (cfg.select_batch, cfg.responses)
-    cache = {
-        k: key * b * (prompt * 4 // size + n * cfg.max_new_tokens) for k, (b, n) in groups.items()
-    }
-    whole = (count["text"] + count["vision"]) * size  # what sampling needs in any case
-    outermost = (
-        count["text"] - count["layers"] + count["vision"] + 2 * count["layers"] / layers
-    ) * size
-    parts = {
-        "weights": whole if shards == 1 else outermost,
-        **training,
-    }  # sharded: two layers at a time
-    parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
-    parts["judge"] = JUDGE.get(cfg.judge, 0) * 2
-    in_update = parts.get("gradients in the update", 0)
-    # the one or the other
-    in_backward = in_update * size / 4 + parts["activations"] + parts.get("Eq. 4", 0)
-    rest = sum(
-        v for k, v in parts.items() if k not in ("gradients in the update", "activations", "Eq. 4")
-    )
-    most = rest + max(in_update, in_backward)
-    generation = whole + training.get("reference", 0) + parts["judge"] + max(cache.values())
-    generation += training["AdamW"] if shards > 1 and not cfg.lora_rank else 0
-    step = cfg.prompts_per_step / shards * (prompt + cfg.group_size * cfg.max_new_tokens)
-    passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
-    passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
-    flops = 2 * step * passes * count["layers"] + 2 * step * (4 + 1) * count["head"]
-    rounds = math.ceil(cfg.prompts_per_step / shards / groups["RL"][0])
-    read = (
-        rounds * cfg.max_new_tokens * ((count["layers"] + count["head"]) * size + cache["RL"] / 2)
-    )
-    return {
-        "parts": parts,
-        "training": most,
-        "generation": generation,
-        "flops": flops,
-        "read": read,
-        "rounds": rounds,
-    }
 
 
 def main() -> None:
@@ -156,8 +31,6 @@ def main() -> None:
         help="processes that share the policy under FSDP2 [default 1]",
     )
     args = parser.parse_args()
-    from config import parse_config
-
     print(
         "Computed, not measured. "
         f"{'One process' if args.shards == 1 else f'Each of {args.shards} processes'}.\n"
@@ -167,7 +40,7 @@ def main() -> None:
     print("|---|---|---|---|" + "---|" * len(CARDS))
     for file in args.presets:
         cfg = parse_config(["--config", str(file)])
-        need = needs(cfg, args.shards)
+        need = needs(cfg, shape_of(published(cfg.model)), args.shards, args.shards > 1)
         parts = ", ".join(
             f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7
         )
