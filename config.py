@@ -262,6 +262,8 @@ class Config:
     tracker: str = option("", choices=("", "tensorboard", "wandb"), resumable=True, help=
         "also log to tensorboard or wandb, through accelerate [choice]")
     quiet: bool = option(False, resumable=True, help="print only the result [choice]")
+    dry_run: bool = option(False, resumable=True, help=
+        "say what will happen, try an update of one layer, write nothing [choice]")
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -396,11 +398,8 @@ def parse_config(argv: list[str]) -> Config:
     parser = _parser()
     names = {f.name for f in dataclasses.fields(Config)}
     several = [f.name for f in dataclasses.fields(Config) if f.metadata["several"]]
-    argv = [
-        part
-        for word in argv
-        for part in (word.split("=", 1) if word.startswith("--config=") else [word])
-    ]
+    split = [w.split("=", 1) if w.startswith("--config=") else [w] for w in argv]
+    argv = [part for parts in split for part in parts]
     if argv.count("--config") > 1:
         raise ConfigError("--config: give one file")
     if "--config" in argv:

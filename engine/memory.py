@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from engine.pretrained import opened
+
 TEXT = {  # the published config.json of each
     "Qwen2.5-VL-3B-Instruct": dict(
         hidden_size=2048,
@@ -116,12 +118,13 @@ def needs(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> dict:
             training["reference"] = whole
         if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
             training["Eq. 4"] = 3 * shape.head * size
-    at_once = cfg.prompts_per_pass or math.ceil(cfg.prompts_per_step / processes)
+    share, pairs = (math.ceil(n / processes) for n in (cfg.prompts_per_step, cfg.pairs))
+    at_once = min(cfg.prompts_per_pass or share, share)
     row = prompt + cfg.group_size * t
     tokens, mask = at_once * row, at_once * (row - prompt) * row * size
     if is_ovip:  # A+ and A- behind one prompt; A+ without an image, and with another
         pair = 2 * prompt + 4 * t if cfg.negatives else prompt + 2 * t
-        tokens, mask = (cfg.prompts_per_pass or math.ceil(cfg.pairs / processes)) * pair, 0
+        tokens, mask = min(cfg.prompts_per_pass or pairs, pairs) * pair, 0
     if cfg.sft_steps or cfg.sft_epochs:
         tokens = max(tokens, math.ceil(cfg.sft_batch / processes) * (prompt + t))
     one_layer = tokens * (8 * d + width + 4 * shape.inner) * size
@@ -149,7 +152,7 @@ def needs(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> dict:
     step = cfg.prompts_per_step / processes * row
     passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
     passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
-    rounds = math.ceil(cfg.prompts_per_step / processes / at_once)
+    rounds = math.ceil(share / at_once)
     return {
         "parts": parts,
         "training": rest + max(in_update, in_backward),
@@ -158,6 +161,15 @@ def needs(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> dict:
         "flops": 2 * step * passes * shape.linears + 2 * step * (4 + 1) * shape.head,
         "read": rounds * t * ((shape.linears + shape.head) * size + cache["RL"] / 2),
     }
+
+
+def check(cfg, run) -> None:
+    """Say, before anything is loaded, that this GPU is too small for the run."""
+    if run.device.type == "cuda":
+        card = torch.cuda.get_device_properties(run.device).total_memory
+        said = advice(cfg, shape_of(opened(cfg.start)[2]), card, run.processes, run.sharded)
+        if said != "fits":
+            run.say(f"warning: this GPU of {card / 1e9:.0f} GB is {said} (computed)")
 
 
 def advice(cfg, shape: Shape, card: float, processes: int = 1, sharded: bool = False) -> str:

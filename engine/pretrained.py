@@ -36,6 +36,8 @@ from engine.vlm import VLM
 
 # the language model's linears, never the vision's
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+# --attention of the language model, not of the tower
+OURS = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
 
 
 def load(
@@ -58,22 +60,37 @@ def load(
     ValueError or OSError for what `context` refuses, and where a weight has no place or a place no
     weight.
     """
-    # of the language model, not of the tower
-    ours = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
     base, adapter, _, processor = opened(path)
     # what a new adapter will remember
     base = str(Path(base).resolve()) if Path(base).exists() else base
     model, loaded = AutoModelForImageTextToText.from_pretrained(
         base,
         dtype=getattr(torch, dtype),
-        attn_implementation="sdpa" if attention in ours else attention,
+        attn_implementation="sdpa" if attention in OURS else attention,
         ignore_mismatched_sizes=True,  # `refuse_part` does not, and names them
         output_loading_info=True,
     )
     refuse_part(loaded)
-    model.config.text_config._attn_implementation = ours.get(attention, attention)
     if adapter:
         model = with_adapter(model, adapter).merge_and_unload()
+    return VLM(
+        made_ready(model, attention, lora_rank, train_vision, gradient_checkpointing, trainable),
+        processor,
+        min_pixels,
+        max_pixels,
+    ).train(trainable)
+
+
+def made_ready(
+    model: nn.Module,
+    attention: str,
+    lora_rank: int,
+    train_vision: bool,
+    gradient_checkpointing: bool,
+    trainable: bool = True,
+) -> nn.Module:
+    """The model with our attention, without dropout, and with its trained parts as `load` says."""
+    model.config.text_config._attn_implementation = OURS.get(attention, attention)
     _without_dropout(model)
     model.requires_grad_(trainable)
     if not train_vision:
@@ -87,12 +104,14 @@ def load(
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         with quiet_peft():
             model = get_peft_model(model, config)
-    return VLM(model, processor, min_pixels, max_pixels).train(trainable)
+    return model
 
 
-def open_policy(model: str, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
+def open_policy(model: str | VLM, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
     """`load` with the options of the same names in `cfg`, on `device`. Raises ConfigError where it
-    cannot be loaded."""
+    cannot be loaded. One that is open (a dry run's) is returned as it is."""
+    if isinstance(model, VLM):
+        return model
     names = ("dtype", "attention", "min_pixels", "max_pixels")
     names += ("lora_rank", "train_vision", "gradient_checkpointing")
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
@@ -126,14 +145,16 @@ def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
     return config.text_config.max_position_embeddings, processor.tokenizer
 
 
-def opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin]:
+def opened(
+    path: str, only_here: bool = False
+) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin]:
     """(model, adapter to put on it, the model's configuration, processor): what a folder or hub id
-    holds."""
+    holds. only_here: nothing is fetched, and the weights may be missing."""
     base, adapter = _base_of(path)
     it = f"its base {base}" if adapter else "it"
     if Path(base).is_dir() and not (Path(base) / "config.json").exists():
         raise ValueError(f"{it} holds no model (config.json)")
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, local_files_only=only_here)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(
             f"{it} is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported"
@@ -143,8 +164,9 @@ def opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin
             # whose older checkpoints do not say it
             method = how.get("quant_method", "bitsandbytes")
             raise ValueError(f"{it} is quantised ({method}); give the unquantised checkpoint")
-    _check_files(base, "model", "pytorch_model")
-    processor = _processor_of(path, base)
+    if not only_here:
+        _check_files(base, "model", "pytorch_model")
+    processor = _processor_of(path, base, only_here)
     tokenizer = processor.tokenizer
     for kind in ("image", "video"):
         token, number = getattr(processor, f"{kind}_token"), getattr(config, f"{kind}_token_id")
@@ -217,14 +239,14 @@ def _check_files(folder: str, name: str, older: str) -> None:
         raise ValueError(f"{file} is incomplete ({error}); copy or download it again") from error
 
 
-def _processor_of(path: str, base: str) -> ProcessorMixin:
+def _processor_of(path: str, base: str, only_here: bool) -> ProcessorMixin:
     """The checkpoint's own processor. An adapter saved without one gets its base's processor, with
     the adapter's own tokenizer if it has one."""
     if path == base or any(
         (Path(path) / f"{name}_config.json").exists() for name in ("processor", "preprocessor")
     ):
-        return AutoProcessor.from_pretrained(path)
-    processor = AutoProcessor.from_pretrained(base)
+        return AutoProcessor.from_pretrained(path, local_files_only=only_here)
+    processor = AutoProcessor.from_pretrained(base, local_files_only=only_here)
     if not (Path(path) / "tokenizer_config.json").exists():
         return processor
     tokenizer = AutoTokenizer.from_pretrained(path)
