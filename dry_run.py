@@ -10,6 +10,7 @@ widths and vocabulary that has one decoder layer, one vision block and random we
 
 import copy
 import importlib.util
+import math
 import os
 import tempfile
 import time
@@ -39,7 +40,7 @@ from rewards import custom_reward, try_custom
 from world import models, scenes
 
 CARDS = (24, 48, 80)  # GB, where no GPU is here
-ASSUMED = {"cold_start": 1000, "train": 1000}  # rows, where the data are not here
+ASSUMED = 1000  # rows, where the data are not here
 CUT = {  # in place of the real numbers
     "rl_steps": 1, "rl_epochs": 0.0, "sft_epochs": 0.0, "sft_batch": 1, "prompts_per_step": 3,
     "group_size": 2, "max_new_tokens": 3, "pairs": 1, "min_pixels": 3136, "max_pixels": 12_544,
@@ -104,16 +105,16 @@ def model_of(cfg: Config) -> tuple[PreTrainedConfig, ProcessorMixin | None, str]
     try:
         _, _, config, processor = opened(cfg.model, only_here=True)
         return config, processor, f"{cfg.model}: shapes and tokenizer as on this disk"
-    except ValueError as error:
-        raise ConfigError(f"model: cannot load {cfg.model}: {reason(error)}") from error
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or Path(cfg.model).exists():
+            raise ConfigError(f"model: cannot load {cfg.model}: {reason(error)}") from error
         try:
             said = f"{cfg.model} is not on this disk: shapes as published, the world's tokenizer"
             return memory.published(cfg.model), None, said
         except KeyError:
             raise ConfigError(
-                f"model: {cfg.model} is not on this disk ({reason(error)}), and its shapes are not "
-                f"known here. `hf download {cfg.model} --include '*.json'` is enough"
+                f"model: {cfg.model} is not on this disk, and its shapes are not known here. For a "
+                f"dry run `hf download {cfg.model} --include '*.json'` is enough"
             ) from error
 
 
@@ -123,58 +124,64 @@ def rows_of(
     """Rows by set, those of cold_start with a reference response, and what to say."""
     if cfg.reward:
         custom_reward(cfg.reward)
-    if not cfg.data:
-        return dict(scenes.SIZES), "none is given: the embedded world's"
-    if not Path(cfg.data).exists():
-        return ASSUMED, f"{cfg.data} is not on this disk: 1,000 rows are assumed below"
-    sets = data.load(cfg.data, cfg.on_bad_row)
-    if processor:
+    there = cfg.data and Path(cfg.data).exists()
+    if cfg.data and not there:
+        said = f"{cfg.data} is not on this disk: {ASSUMED:,} rows are assumed below"
+        return {"cold_start": ASSUMED, cfg.train_set: ASSUMED}, said
+    sets = data.load(cfg.data, cfg.on_bad_row) if there else {}
+    if there and processor:
         longest = config.text_config.max_position_embeddings
         sets, problems = data.fitting(sets, longest, processor.tokenizer, cfg)
         data.refuse(problems, cfg.on_bad_row if all(sets.values()) else "error", print)
-    if cfg.train_set not in sets:
-        raise DataError(f"data: {cfg.data} has no {cfg.train_set}.json to learn from")
-    if cfg.reward:
-        try_custom(sets[cfg.train_set][:2], cfg)
-    if cfg.method == "ovip":
-        preference.check(sets[cfg.train_set], cfg)
-    sizes = {name: len(rows) for name, rows in sets.items()}
-    taught = sum(bool(s.process) for s in sets.get("cold_start", sets.get("train", [])))
+    sizes = {name: len(rows) for name, rows in sets.items()} or dict(scenes.SIZES)
+    if cfg.train_set not in sizes:
+        where = cfg.data or cfg.world
+        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
     said = ", ".join(f"{n:,} {name}" for name, n in sizes.items())
-    return sizes | {"cold_start": taught}, f"{cfg.data}: {said}; each row and file is good"
+    if there:
+        if cfg.reward:
+            try_custom(sets[cfg.train_set][:2], cfg)
+        if cfg.method == "ovip":
+            preference.check(sets[cfg.train_set], cfg)
+        taught = sets.get("cold_start", sets.get("train", []))
+        sizes["cold_start"] = sum(bool(s.process) for s in taught)
+    return sizes, f"{cfg.data or 'the embedded world'}: {said}"
 
 
 def stages(cfg: Config, sizes: dict[str, int], processes: int = 1) -> dict[str, str]:
     """Updates, responses and judge calls, by stage. They are upper bounds: selection drops prompts
     whose responses all earn the same, and equal captions are judged once."""
-    taught, prompts, found = sizes.get("cold_start", 0), sizes[cfg.train_set], {}
+    taught, prompts = sizes.get("cold_start", 0), sizes[cfg.train_set]
     n = updates(cfg.sft_steps, cfg.sft_epochs, taught, cfg.sft_batch, processes) if taught else 0
-    found["cold start"] = f"{n:,} updates of {cfg.sft_batch} of {taught:,} rows"
-    scored = drawn = n = 0
+    found = {"cold start": f"{n:,} updates of {cfg.sft_batch} of {taught:,} rows"}
+    scored = steps = 0
     if cfg.selection:
         scored = prompts * cfg.responses
         each = f"{cfg.responses} to each of {prompts:,} prompts; the top {cfg.keep:.0%} stay"
         found["selection"] = f"{scored:,} responses: {each}"
-        prompts = -int(-prompts * cfg.keep // 1)
+        prompts = math.ceil(cfg.keep * prompts - 1e-9)
     if cfg.method != "sft":
-        n = updates(cfg.rl_steps, cfg.rl_epochs, prompts, cfg.prompts_per_step, processes)
-        drawn = n * cfg.prompts_per_step * cfg.group_size
-        each = f"{cfg.prompts_per_step} of {prompts:,} prompts with {cfg.group_size} responses each"
-        length = f"{drawn:,} responses of at most {cfg.max_new_tokens} tokens"
-        found["RL"] = f"{n:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {each}: {length}"
+        steps = updates(cfg.rl_steps, cfg.rl_epochs, prompts, cfg.prompts_per_step, processes)
+    drawn = steps * cfg.prompts_per_step * cfg.group_size
+    found["RL"] = (
+        f"{steps:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {cfg.prompts_per_step} of "
+        f"{prompts:,} prompts with {cfg.group_size} responses each: {drawn:,} responses of at most "
+        f"{cfg.max_new_tokens} tokens"
+    )
     tests = sum(rows for name, rows in sizes.items() if name.startswith("test"))
     tests *= 1 + len(cfg.corrupt_eval.split())
     found["evaluation"] = f"{tests:,} test rows, before and after RL"
     calls = 2 * tests * (1 + cfg.eval_responses) * cfg.four_stage
     if cfg.caption_reward not in ("", "self"):
         held_out = min(cfg.held_out_rows, sizes.get("validation", tests))
-        calls += scored + drawn + held_out * (n // cfg.save_every + 1)
-    if cfg.method == "ovip":  # scores, and descriptions of the pairs
-        calls += drawn + drawn // 2 * (cfg.negatives == "diffusion")
+        calls += scored + drawn + held_out * (steps // cfg.save_every + 1)
+    if cfg.method == "ovip" and cfg.judge:  # scores, and descriptions of the pairs
+        calls += 4 + drawn + drawn // 2 * (cfg.negatives == "diffusion")
     judge = cfg.judge or ("" if cfg.model else "the embedded world's")
     also = {"gain": " and question", "shared": " and question about its picture"}
     each = f"one for each different caption{also.get(cfg.caption_reward, '')}"
-    found["judge"] = f"{judge}: up to {calls:,} calls, {each}" if judge else "none"
+    some = f"{judge}: up to {calls + train.JUDGE_TRIAL:,} calls, {each}"
+    found["judge"] = some if judge and calls else "none"
     return found
 
 
@@ -210,13 +217,13 @@ def lacking(cfg: Config) -> list[str]:
         lines.append(f"a GPU that torch sees. torch {torch.__version__} is built for {built}")
     elif cfg.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         lines.append("a GPU with bfloat16: give --dtype float32")
-    try:
-        asked = map(Requirement, metadata.requires("ground-what-you-see") or [])
-    except metadata.PackageNotFoundError:
-        return [*lines, "the project's own installation (pip install -e .): versions are unchecked"]
-    for need in asked:
-        if need.marker is None and metadata.version(need.name) not in need.specifier:
-            lines.append(f"{need}; {metadata.version(need.name)} is installed: pip install -e .")
+    there = {d.name.lower(): d for d in metadata.distributions() if d.name}
+    own = there.get("ground-what-you-see")
+    for need in map(Requirement, own.requires or [] if own else []):
+        version = getattr(there.get(need.name), "version", "")
+        fits = version and need.specifier.contains(version, prereleases=True)
+        if need.marker is None and not fits:
+            lines.append(f"{need} ({version or 'nothing'} is installed): pip install -e .")
     return lines
 
 
@@ -249,7 +256,8 @@ def one_update(cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin)
         lines.append("in float32: this CPU is slow in bfloat16")
         cut |= {"dtype": "float32"}
     # with random weights all rewards would be equal, and the gradient 0
-    cut |= {"negatives": "crop"} if cfg.method == "ovip" else {"reward": f"{__file__}:made_up"}
+    made = {"reward": f"{__file__}:made_up"}
+    cut |= {"negatives": "crop", "group_size": 4} if cfg.method == "ovip" else made
     with tempfile.TemporaryDirectory() as folder:
         scenes.write_data(Path(folder, "data"), {"cold_start": 1, "train": 3})
         sets = data.load(Path(folder, "data"))
@@ -258,8 +266,9 @@ def one_update(cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin)
         policy = small.model = one_layer(config, processor, small).to(run.device)
         count = sum(p.numel() for p in policy.parameters()) / 1e6
         lines.append(
-            f"{count:,.0f} million random parameters on {run.device}; 3 small pictures or clips, 2 "
-            "responses of 3 tokens to each; embedding and head are one table, not trained"
+            f"{count:,.0f} million random parameters on {run.device}; 3 small pictures or clips, "
+            f"{small.group_size} responses of {small.max_new_tokens} tokens to each; embedding and "
+            "head are one table, not trained"
         )
         for stage in ("sft", "rl"):
             begun = time.time()
@@ -281,8 +290,8 @@ def made_up(samples: list, responses: list[list[str]], media: list) -> dict[str,
 
 
 def in_turn(prompts: list[str]) -> list[str]:
-    """OViP's judge: scores that make a pair."""
-    return [f"Score: {9 - 8 * (i % 2)}" for i in range(len(prompts))]
+    """OViP's judge: of four responses one is good, and one bad, enough for a pair."""
+    return [f"Score: {(9, 5, 5, 1)[i % 4]}" for i in range(len(prompts))]
 
 
 def bfloat16_is_fast() -> bool:

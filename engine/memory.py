@@ -163,6 +163,12 @@ def needs(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> dict:
     }
 
 
+def most(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> float:
+    """Bytes of the hungrier of training and generation."""
+    need = needs(cfg, shape, processes, sharded)
+    return max(need["training"], need["generation"])
+
+
 def check(cfg, run) -> None:
     """Say, before anything is loaded, that this GPU is too small for the run."""
     if run.device.type == "cuda":
@@ -178,8 +184,7 @@ def advice(cfg, shape: Shape, card: float, processes: int = 1, sharded: bool = F
     def need(changes: dict, shards: int) -> float:
         changed = SimpleNamespace(**vars(cfg) | changes)
         how = (shards, True) if shards > 1 else (processes, sharded)
-        found = needs(changed, shape, *how)
-        return max(found["training"], found["generation"])
+        return most(changed, shape, *how)
 
     def fitting(always: dict) -> str | None:
         for shards in (1, 2, 4, 8):
@@ -193,10 +198,10 @@ def advice(cfg, shape: Shape, card: float, processes: int = 1, sharded: bool = F
             return " ".join(flags + [f"FSDP2 on {shards} GPUs"] * (shards > 1))
         return None
 
-    most = need({}, 1)
-    if most <= USABLE * card:
+    now = need({}, 1)
+    if now <= USABLE * card:
         return "fits"
     found = [fitting({})]
     found += [] if cfg.lora_rank or cfg.train_vision else [fitting({"lora_rank": RANK})]
     ways = "; or ".join(dict.fromkeys(filter(None, found)))
-    return f"too small for {most / 1e9:.0f} GB. Would fit: {ways or 'nothing that is known here'}"
+    return f"too small for {now / 1e9:.0f} GB. Would fit: {ways or 'nothing that is known here'}"
