@@ -32,7 +32,7 @@ from config import Config
 from engine import ConfigError, DataError, memory, reason
 from engine.files import read_jsonl
 from engine.judges import is_url
-from engine.learner import readable, updates
+from engine.learner import batch_size, readable, updates
 from engine.pretrained import OURS, made_ready, opened
 from engine.run import Run, check_batches, check_launch
 from engine.vlm import VLM
@@ -153,7 +153,8 @@ def stages(cfg: Config, sizes: dict[str, int], processes: int = 1) -> dict[str, 
     whose responses all earn the same, and equal captions are judged once."""
     taught, prompts = sizes.get("cold_start", 0), sizes[cfg.train_set]
     n = updates(cfg.sft_steps, cfg.sft_epochs, taught, cfg.sft_batch, processes) if taught else 0
-    found = {"cold start": f"{n:,} updates of {cfg.sft_batch} of {taught:,} rows"}
+    size = batch_size(taught, cfg.sft_batch, processes)
+    found = {"cold start": f"{n:,} updates of {size} of {taught:,} rows"}
     scored = steps = 0
     if cfg.selection:
         scored = prompts * cfg.responses
@@ -162,18 +163,20 @@ def stages(cfg: Config, sizes: dict[str, int], processes: int = 1) -> dict[str, 
         prompts = math.ceil(cfg.keep * prompts - 1e-9)
     if cfg.method != "sft":
         steps = updates(cfg.rl_steps, cfg.rl_epochs, prompts, cfg.prompts_per_step, processes)
-    drawn = steps * cfg.prompts_per_step * cfg.group_size
+    size = batch_size(prompts, cfg.prompts_per_step, processes)
+    drawn = steps * size * cfg.group_size
     found["RL"] = (
-        f"{steps:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {cfg.prompts_per_step} of "
-        f"{prompts:,} prompts with {cfg.group_size} responses each: {drawn:,} responses of at most "
+        f"{steps:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {size} of {prompts:,} "
+        f"prompts with {cfg.group_size} responses each: {drawn:,} responses of at most "
         f"{cfg.max_new_tokens} tokens"
     )
-    tests = sum(rows for name, rows in sizes.items() if name.startswith("test"))
-    tests *= 1 + len(cfg.corrupt_eval.split())
+    each_test = [rows for name, rows in sizes.items() if name.startswith("test")]
+    tests = sum(each_test) * (1 + len(cfg.corrupt_eval.split()))
     found["evaluation"] = f"{tests:,} test rows, before and after RL"
     calls = 2 * tests * (1 + cfg.eval_responses) * cfg.four_stage
     if cfg.caption_reward not in ("", "self"):
-        held_out = min(cfg.held_out_rows, sizes.get("validation", tests))
+        scored_on = sizes.get("validation") or next(iter(each_test), 0)
+        held_out = min(cfg.held_out_rows, scored_on)
         calls += scored + drawn + held_out * (steps // cfg.save_every + 1)
     if cfg.method == "ovip" and cfg.judge:  # scores, and descriptions of the pairs
         calls += 4 + drawn + drawn // 2 * (cfg.negatives == "diffusion")
