@@ -43,7 +43,7 @@ CARDS = (24, 48, 80)  # GB, where no GPU is here
 ASSUMED = 1000  # rows, where the data are not here
 CUT = {  # in place of the real numbers
     "rl_steps": 1, "rl_epochs": 0.0, "sft_epochs": 0.0, "sft_batch": 1, "prompts_per_step": 3,
-    "group_size": 2, "max_new_tokens": 3, "pairs": 1, "min_pixels": 3136, "max_pixels": 12_544,
+    "group_size": 2, "max_new_tokens": 2, "pairs": 1, "min_pixels": 3136, "max_pixels": 12_544,
     "max_frames": 2, "held_out_rows": 0, "select_class": "", "tracker": "", "quiet": True,
 }  # fmt: skip
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
