@@ -239,6 +239,8 @@ class Config:
     tracker: str = option("", choices=("", "tensorboard", "wandb"), resumable=True, help=
         "also log to tensorboard or wandb, through accelerate [choice]")
     quiet: bool = option(False, resumable=True, help="print only the result [choice]")
+    dry_run: bool = option(False, resumable=True, help=
+        "say what will happen, try an update of one layer, write nothing [choice]")
     # fmt: on
 
     def __post_init__(self) -> None:

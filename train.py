@@ -41,7 +41,7 @@ import world
 from caption_reward import CaptionReward, Judge
 from config import Config, parse_config
 from conflict import Conflict
-from engine import ConfigError, DataError, judges
+from engine import ConfigError, DataError, judges, memory
 from engine.learner import Diverged, Learner, Reference, batch_size, updates
 from engine.pretrained import open_policy
 from engine.run import Run, stop
@@ -64,6 +64,10 @@ JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is tra
 
 
 def main(cfg: Config) -> None:
+    if cfg.dry_run:
+        from dry_run import dry_run  # which imports this file
+
+        return dry_run(cfg)
     run = Run(cfg)
     sets = open_data(cfg, run)
     share(cfg, run)
@@ -290,6 +294,7 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         with run.local_main_first():
             sets = data.load(Path(cfg.world) / "data")
     sets = data.fit_to_model(sets, cfg.start, cfg, cfg.on_bad_row, run.say)
+    memory.check(cfg, run)
     if cfg.train_set not in sets:
         where = cfg.data or cfg.world
         raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")

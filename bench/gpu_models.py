@@ -12,8 +12,8 @@ from transformers import (
     Qwen2VLVideoProcessor,
 )
 
-from bench import memory, one_step
-from engine import pretrained
+from bench import one_step
+from engine import memory, pretrained
 from engine.vlm import VLM
 from world import models
 
@@ -53,7 +53,7 @@ def processor(real: bool) -> Qwen2_5_VLProcessor:
 
 def make(size: str, device: torch.device, dtype: str, text=None, vision=None) -> tuple:
     """transformers' own model with its own random weights, always the same, and its processor."""
-    config = memory.config_of(NAMES[size], text, vision)
+    config = memory.published(NAMES[size], text, vision)
     its = processor(real=config.text_config.vocab_size >= REAL)
     ids = its.tokenizer.convert_tokens_to_ids
     for name, token in MARKS.items():

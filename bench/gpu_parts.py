@@ -10,10 +10,10 @@ import torch
 from peft import LoraConfig
 from transformers.utils import logging
 
-from bench import gpu_checks, memory, one_step
+from bench import gpu_checks, one_step
 from bench.gpu_models import NAMES, RANK, TINY_TEXT, TINY_VISION, NotRun, make, policy_of
 from config import Config
-from engine import pretrained, reason
+from engine import memory, pretrained, reason
 from engine.learner import AdamW
 
 STEPS, SPARE = 3, 2e9  # the first is warm-up; bytes that CUDA itself takes
@@ -42,9 +42,9 @@ def preset(part: str, work: dict) -> Config:
 
 
 def predicted(part: str, work: dict) -> float:
-    """Bytes, by bench/memory.py."""
-    need = memory.needs(preset(part, work))
-    return max(need["training"], need["generation"])
+    """Bytes, by engine/memory.py."""
+    cfg = preset(part, work)
+    return memory.most(cfg, memory.shape_of(memory.published(cfg.model)))
 
 
 def too_small(part: str, needed: dict[str, float], card: float) -> str:
@@ -53,7 +53,7 @@ def too_small(part: str, needed: dict[str, float], card: float) -> str:
         return ""
     fit = [f"{name} ({n / 1e9:.0f})" for name, n in needed.items() if n + SPARE <= card]
     return (
-        f"{part} needs {needed[part] / 1e9:.0f} GB (computed by bench/memory.py), the card has "
+        f"{part} needs {needed[part] / 1e9:.0f} GB (computed by engine/memory.py), the card has "
         f"{card / 1e9:.0f}. " + (f"What fits: {', '.join(fit)}" if fit else "No other part fits")
     )
 

@@ -36,9 +36,7 @@ from engine.vlm import VLM
 
 # the language model's linears, never the vision's
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
-
-
-# of the language model, not of the tower
+# --attention of the language model, not of the tower
 OURS = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
 
 
@@ -102,9 +100,11 @@ def as_policy(
     return policy.train(trainable)
 
 
-def open_policy(model: str, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
+def open_policy(model: str | VLM, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
     """`load` with the options of the same names in `cfg`, on `device`. Raises ConfigError where it
-    cannot be loaded."""
+    cannot be loaded. One that is open (a dry run's) is returned as it is."""
+    if isinstance(model, VLM):
+        return model
     names = ("dtype", "attention", "static_decoding", "min_pixels", "max_pixels")
     names += ("lora_rank", "train_vision", "gradient_checkpointing")
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
@@ -138,14 +138,16 @@ def context(path: str) -> tuple[int, PreTrainedTokenizerBase]:
     return config.text_config.max_position_embeddings, processor.tokenizer
 
 
-def opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin]:
+def opened(
+    path: str, only_here: bool = False
+) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin]:
     """(model, adapter to put on it, the model's configuration, processor): what a folder or hub id
-    holds."""
+    holds. only_here: nothing is fetched, and the weights may be missing."""
     base, adapter = _base_of(path)
     it = f"its base {base}" if adapter else "it"
     if Path(base).is_dir() and not (Path(base) / "config.json").exists():
         raise ValueError(f"{it} holds no model (config.json)")
-    config = AutoConfig.from_pretrained(base)
+    config = AutoConfig.from_pretrained(base, local_files_only=only_here)
     if config.model_type != "qwen2_5_vl":
         raise ValueError(
             f"{it} is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported"
@@ -155,8 +157,9 @@ def opened(path: str) -> tuple[str, str | None, PreTrainedConfig, ProcessorMixin
             # whose older checkpoints do not say it
             method = how.get("quant_method", "bitsandbytes")
             raise ValueError(f"{it} is quantised ({method}); give the unquantised checkpoint")
-    _check_files(base, "model", "pytorch_model")
-    processor = _processor_of(path, base)
+    if not only_here:
+        _check_files(base, "model", "pytorch_model")
+    processor = _processor_of(path, base, only_here)
     tokenizer = processor.tokenizer
     for kind in ("image", "video"):
         token, number = getattr(processor, f"{kind}_token"), getattr(config, f"{kind}_token_id")
@@ -229,14 +232,14 @@ def _check_files(folder: str, name: str, older: str) -> None:
         raise ValueError(f"{file} is incomplete ({error}); copy or download it again") from error
 
 
-def _processor_of(path: str, base: str) -> ProcessorMixin:
+def _processor_of(path: str, base: str, only_here: bool) -> ProcessorMixin:
     """The checkpoint's own processor. An adapter saved without one gets its base's processor, with
     the adapter's own tokenizer if it has one."""
     if path == base or any(
         (Path(path) / f"{name}_config.json").exists() for name in ("processor", "preprocessor")
     ):
-        return AutoProcessor.from_pretrained(path)
-    processor = AutoProcessor.from_pretrained(base)
+        return AutoProcessor.from_pretrained(path, local_files_only=only_here)
+    processor = AutoProcessor.from_pretrained(base, local_files_only=only_here)
     if not (Path(path) / "tokenizer_config.json").exists():
         return processor
     tokenizer = AutoTokenizer.from_pretrained(path)

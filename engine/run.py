@@ -97,13 +97,7 @@ class Run:
         self.is_main, self.folder = self.accelerator.is_main_process, Path(cfg.output_dir)
         self.device = self.accelerator.device
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        of_ovip = ("pairs",) if getattr(cfg, "method", "") == "ovip" else ()
-        for name in ("prompts_per_step", "sft_batch", *of_ovip):
-            if getattr(cfg, name, 0) % self.processes:
-                raise ConfigError(
-                    f"{name}: {getattr(cfg, name)} is not a multiple of the {self.processes} "
-                    "processes. Give a multiple, or another number of processes"
-                )
+        check_batches(cfg, self.processes)
         self._claim_folder()
         if cfg.tracker:
             self.accelerator.init_trackers("ground-what-you-see", config=dict(vars(cfg)))
@@ -525,6 +519,17 @@ def check_launch(env: dict[str, str], gpus: int, cores: int) -> None:
             raise ConfigError(
                 f"launch file: {name} is not supported. Shard with FSDP2: "
                 "configs/accelerate/fsdp2.yaml"
+            )
+
+
+def check_batches(cfg, processes: int) -> None:
+    """Raises ConfigError for a global batch that the processes cannot share evenly."""
+    of_ovip = ("pairs",) if getattr(cfg, "method", "") == "ovip" else ()
+    for name in ("prompts_per_step", "sft_batch", *of_ovip):
+        if getattr(cfg, name, 0) % processes:
+            raise ConfigError(
+                f"{name}: {getattr(cfg, name)} is not a multiple of the {processes} "
+                "processes. Give a multiple, or another number of processes"
             )
 
 

@@ -129,7 +129,7 @@ def test_a_card_too_small_is_refused_with_what_fits():
     needed = {"3b-lora": 11e9, "7b-lora": 21e9, "7b-full": 155e9}
     assert gpu_parts.too_small("7b-lora", needed, 80e9) == ""
     assert gpu_parts.too_small("7b-full", needed, 24e9) == (
-        "7b-full needs 155 GB (computed by bench/memory.py), the card has 24. "
+        "7b-full needs 155 GB (computed by engine/memory.py), the card has 24. "
         "What fits: 3b-lora (11), 7b-lora (21)"
     )
     assert gpu_parts.too_small("3b-lora", needed, 8e9).endswith("No other part fits")

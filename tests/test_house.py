@@ -15,7 +15,7 @@ FILES = {
 }
 CONCEPTS = "reasoning answers caption_reward variance_select grpo ntk_infonce".split()
 CONCEPTS += ["corruption", "ovip"]
-STAGES = "train rollouts conflict config data eval measures report".split()
+STAGES = "train rollouts conflict config data eval measures report dry_run".split()
 
 
 def imports(module: str, everywhere: bool = True) -> set[str]:

@@ -103,9 +103,10 @@ RUNS = {
 }
 # given to every run here; with tests of their own below; and in test_train.py,
 # "the_lenient_rule_is_an_option", "a_run_takes_over_the_cold_start" and "in_host_memory";
-# test_rewards.py; and
+# test_rewards.py; test_dry_run.py; and
 # test_preference.py, "every_option_acts" and "a_diffusion_model_paints"
 ELSEWHERE = {"world", "output_dir", "quiet", "tracker", "lenient", "share", "reward", "reference"}
+ELSEWHERE |= {"dry_run"}
 ELSEWHERE |= {"negatives", "pairs", "pair_rule", "buffer", "dpo_beta", "image_loss", "image_weight"}
 ELSEWHERE |= {"temperature", "top_p"}
 ELSEWHERE |= {f"diffusion{name}" for name in ("", "_size", "_steps", "_guidance")}

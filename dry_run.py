@@ -1,0 +1,330 @@
+"""A dry run: what a configuration will do, said and tried before a GPU is rented.
+
+    python train.py --config configs/qwen2.5-vl-7b.yaml --data DIR --dry_run true
+
+It needs no weights, calls no judge and leaves nothing behind. Options, rows and launch file are
+checked as at a real start, stages are counted, and memory is computed (engine/memory.py). The
+stages of train.py make an update each, on rows of the embedded world, with a model of the real
+widths and vocabulary that has one decoder layer, one vision block and random weights.
+"""
+
+import copy
+import importlib.util
+import math
+import os
+import tempfile
+import time
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from textwrap import fill
+
+import torch
+from packaging.requirements import Requirement
+from torch import nn
+from transformers import AutoModelForImageTextToText, PreTrainedConfig, ProcessorMixin
+
+import data
+import preference
+import train
+from caption_reward import CaptionReward
+from config import Config
+from engine import ConfigError, DataError, memory, reason
+from engine.files import read_jsonl
+from engine.judges import is_url
+from engine.learner import batch_size, readable, updates
+from engine.pretrained import OURS, as_policy, opened
+from engine.run import Run, check_batches, check_launch
+from engine.vlm import VLM
+from rewards import custom_reward, try_custom
+from world import models, scenes
+
+CARDS = (24, 48, 80)  # GB, where no GPU is here
+ASSUMED = 1000  # rows, where the data are not here
+CUT = {  # in place of the real numbers
+    "rl_steps": 1, "rl_epochs": 0.0, "sft_epochs": 0.0, "sft_batch": 1, "prompts_per_step": 3,
+    "group_size": 2, "max_new_tokens": 2, "pairs": 1, "min_pixels": 3136, "max_pixels": 12_544,
+    "max_frames": 2, "media_workers": 0, "held_out_rows": 0, "select_class": "", "tracker": "",
+    "quiet": True,
+}  # fmt: skip
+LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
+
+
+def dry_run(cfg: Config) -> None:
+    """Print all of it. What a real start refuses before it loads a model is refused here too."""
+    if int(os.environ.get("RANK", 0)):
+        return  # the first process speaks for all
+    begun = time.time()
+    processes, sharded, of_launch = launch_of(cfg)
+    config, processor, of_model = model_of(cfg)
+    sizes, of_data = rows_of(cfg, config, processor)
+    tell("dry run", f"method {cfg.method}, in {cfg.output_dir}. Every option is valid")
+    tell("launch", *of_launch)
+    tell("model", of_model)
+    tell("data", of_data)
+    for name, line in stages(cfg, sizes, processes).items():
+        tell(name, line)
+    tell("memory", *memory_lines(cfg, memory.shape_of(config), processes, sharded))
+    tell("missing here", *(lacking(cfg) or ["nothing"]))
+    processor = processor or models.make_policy(models.make_tokenizer())[1]
+    tell("one layer", *one_update(cfg, config, processor))
+    tell("not known", *unknown(cfg))
+    print(f"{time.time() - begun:.0f} s. Nothing was written.")
+
+
+def tell(name: str, *lines: str) -> None:
+    """Lines beside a name in the margin."""
+    for line in lines:
+        print(fill(line, 100, initial_indent=f"{name:<13}", subsequent_indent=" " * 15), flush=True)
+        name = ""
+
+
+# --- before a model is loaded ---------------------------------------------------------------------
+
+
+def launch_of(cfg: Config) -> tuple[int, bool, list[str]]:
+    """Processes, whether they share the policy (FSDP2), and what to say. Checked as on a machine
+    with a GPU for each process; that this machine is another one is only said."""
+    env, gpus, cores = dict(os.environ), torch.cuda.device_count(), os.cpu_count() or 1
+    processes, here = (int(env.get(name, 1)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    check_launch(env, here, cores)
+    check_batches(cfg, processes)
+    sharded = env.get("ACCELERATE_USE_FSDP") == "true"
+    lines = [f"{processes} process(es){' that share the policy (FSDP2)' if sharded else ''}"]
+    try:
+        check_launch(env, gpus, cores)
+    except ConfigError as error:
+        lines.append(f"but not on this machine: {error}")
+    return processes, sharded, lines
+
+
+def model_of(cfg: Config) -> tuple[PreTrainedConfig, ProcessorMixin | None, str]:
+    """Configuration and processor of what is on this disk, or the published shapes alone."""
+    if not cfg.model:
+        policy, processor = models.make_policy(models.make_tokenizer())
+        return policy.config, processor, "the embedded world's tiny policy"
+    try:
+        _, _, config, processor = opened(cfg.model, only_here=True)
+        return config, processor, f"{cfg.model}: shapes and tokenizer as on this disk"
+    except (OSError, ValueError) as error:
+        if isinstance(error, ValueError) or Path(cfg.model).exists():
+            raise ConfigError(f"model: cannot load {cfg.model}: {reason(error)}") from error
+        try:
+            said = f"{cfg.model} is not on this disk: shapes as published, the world's tokenizer"
+            return memory.published(cfg.model), None, said
+        except KeyError:
+            raise ConfigError(
+                f"model: {cfg.model} is not on this disk, and its shapes are not known here. For a "
+                f"dry run `hf download {cfg.model} --include '*.json'` is enough"
+            ) from error
+
+
+def rows_of(
+    cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin | None
+) -> tuple[dict[str, int], str]:
+    """Rows by set, those of cold_start with a reference response, and what to say."""
+    if cfg.reward:
+        custom_reward(cfg.reward)
+    there = cfg.data and Path(cfg.data).exists()
+    if cfg.data and not there:
+        said = f"{cfg.data} is not on this disk: {ASSUMED:,} rows are assumed below"
+        return {"cold_start": ASSUMED, cfg.train_set: ASSUMED}, said
+    sets = data.load(cfg.data, cfg.on_bad_row) if there else {}
+    if there and processor:
+        longest = config.text_config.max_position_embeddings
+        sets, problems = data.fitting(sets, longest, processor.tokenizer, cfg)
+        data.refuse(problems, cfg.on_bad_row if all(sets.values()) else "error", print)
+    sizes = {name: len(rows) for name, rows in sets.items()} or dict(scenes.SIZES)
+    if cfg.train_set not in sizes:
+        where = cfg.data or cfg.world
+        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
+    said = ", ".join(f"{n:,} {name}" for name, n in sizes.items())
+    if there:
+        if cfg.reward:
+            try_custom(sets[cfg.train_set][:2], cfg)
+        if cfg.method == "ovip":
+            preference.check(sets[cfg.train_set], cfg)
+        taught = sets.get("cold_start", sets.get("train", []))
+        sizes["cold_start"] = sum(bool(s.process) for s in taught)
+    return sizes, f"{cfg.data or 'the embedded world'}: {said}"
+
+
+def stages(cfg: Config, sizes: dict[str, int], processes: int = 1) -> dict[str, str]:
+    """Updates, responses and judge calls, by stage. They are upper bounds: selection drops prompts
+    whose responses all earn the same, and equal captions are judged once."""
+    taught, prompts = sizes.get("cold_start", 0), sizes[cfg.train_set]
+    n = updates(cfg.sft_steps, cfg.sft_epochs, taught, cfg.sft_batch, processes) if taught else 0
+    size = batch_size(taught, cfg.sft_batch, processes)
+    found = {"cold start": f"{n:,} updates of {size} of {taught:,} rows"}
+    scored = steps = 0
+    if cfg.selection:
+        scored = prompts * cfg.responses
+        each = f"{cfg.responses} to each of {prompts:,} prompts; the top {cfg.keep:.0%} stay"
+        found["selection"] = f"{scored:,} responses: {each}"
+        prompts = math.ceil(cfg.keep * prompts - 1e-9)
+    if cfg.method != "sft":
+        steps = updates(cfg.rl_steps, cfg.rl_epochs, prompts, cfg.prompts_per_step, processes)
+    size = batch_size(prompts, cfg.prompts_per_step, processes)
+    drawn = steps * size * cfg.group_size
+    found["RL"] = (
+        f"{steps:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {size} of {prompts:,} "
+        f"prompts with {cfg.group_size} responses each: {drawn:,} responses of at most "
+        f"{cfg.max_new_tokens} tokens"
+    )
+    each_test = [rows for name, rows in sizes.items() if name.startswith("test")]
+    tests = sum(each_test) * (1 + len(cfg.corrupt_eval.split()))
+    found["evaluation"] = f"{tests:,} test rows, before and after RL"
+    calls = 2 * tests * (1 + cfg.eval_responses) * cfg.four_stage
+    if cfg.caption_reward not in ("", "self"):
+        scored_on = sizes.get("validation") or next(iter(each_test), 0)
+        held_out = min(cfg.held_out_rows, scored_on)
+        calls += scored + drawn + held_out * (steps // cfg.save_every + 1)
+    if cfg.method == "ovip" and cfg.judge:  # scores, and descriptions of the pairs
+        calls += 4 + drawn + drawn // 2 * (cfg.negatives == "diffusion")
+    judge = cfg.judge or ("" if cfg.model else "the embedded world's")
+    also = {"gain": " and question", "shared": " and question about its picture"}
+    each = f"one for each different caption{also.get(cfg.caption_reward, '')}"
+    some = f"{judge}: up to {calls + train.JUDGE_TRIAL:,} calls, {each}"
+    found["judge"] = some if judge and calls else "none"
+    return found
+
+
+def memory_lines(cfg: Config, shape: memory.Shape, processes: int, sharded: bool) -> list[str]:
+    """Memory by part, the cards that are large enough, and the disk that checkpoints take."""
+    need = memory.needs(cfg, shape, processes, sharded)
+    parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need["parts"].items() if v > 5e7)
+    cards = {f"{n} GB": n * 1e9 for n in CARDS}
+    if torch.cuda.is_available():
+        here = torch.cuda.get_device_properties(0)
+        cards = {f"{here.name}, {here.total_memory / 1e9:.0f} GB": here.total_memory}
+    fit = (f"{k}: {memory.advice(cfg, shape, v, processes, sharded)}" for k, v in cards.items())
+    saved = need["trained"] * 12 / 1e9  # float32 weights and two moments
+    return [
+        f"of each GPU, computed and not measured: {need['training'] / 1e9:.1f} GB in training "
+        f"({parts}), {need['generation'] / 1e9:.1f} GB while sampling",
+        *fit,
+        f"on disk: {cfg.keep_last + 1} checkpoints of {saved:.1f} GB, and the policies",
+    ]
+
+
+def lacking(cfg: Config) -> list[str]:
+    """A line for each thing that the options ask for and this machine does not have."""
+    lines = []
+    if is_url(cfg.judge) and importlib.util.find_spec("openai") is None:
+        lines.append("openai: pip install 'ground-what-you-see[judge]'")
+    if is_url(cfg.judge) and not os.environ.get("OPENAI_API_KEY"):
+        lines.append("OPENAI_API_KEY, which the judge's server may ask for")
+    if cfg.negatives == "diffusion" and importlib.util.find_spec("diffusers") is None:
+        lines.append("diffusers: pip install 'ground-what-you-see[ovip]'")
+    if not torch.cuda.is_available():
+        built = f"CUDA {torch.version.cuda}: see nvidia-smi" if torch.version.cuda else "CPUs"
+        lines.append(f"a GPU that torch sees. torch {torch.__version__} is built for {built}")
+    elif cfg.dtype == "bfloat16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        lines.append("a GPU with bfloat16: give --dtype float32")
+    there = {d.name.lower(): d for d in metadata.distributions() if d.name}
+    own = there.get("ground-what-you-see")
+    for need in map(Requirement, own.requires or [] if own else []):
+        version = getattr(there.get(need.name), "version", "")
+        fits = version and need.specifier.contains(version, prereleases=True)
+        if need.marker is None and not fits:
+            lines.append(f"{need} ({version or 'nothing'} is installed): pip install -e .")
+    return lines
+
+
+def unknown(cfg: Config) -> list[str]:
+    """What only a real start tells."""
+    return [
+        "whether the weights are there and whole; a real start looks before it loads them",
+        "what the allocator takes on top, or a judge whose size is not known here",
+        "how long responses are, and how fast: the numbers above are upper bounds",
+        "whether this configuration learns: the weights of the update are random",
+    ] + [f"whether {cfg.judge} answers: it was not asked"] * bool(cfg.judge)
+
+
+# --- one update of each stage ---------------------------------------------------------------------
+
+
+class DryRun(Run):
+    """A run of one process in a folder that goes. No policy is written."""
+
+    def write_folder(self, folder: Path, save) -> None:
+        pass
+
+
+def one_update(cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin) -> list[str]:
+    """What an update of the cold start and one of RL did."""
+    for name in LAUNCHED:
+        os.environ.pop(name, None)
+    lines, cut = [], CUT | {"sft_steps": int(bool(cfg.sft_steps or cfg.sft_epochs))}
+    if not (torch.cuda.is_available() or bfloat16_is_fast()) and cfg.dtype == "bfloat16":
+        lines.append("in float32: this CPU is slow in bfloat16")
+        cut |= {"dtype": "float32"}
+    # with random weights all rewards would be equal, and the gradient 0
+    made = {"reward": f"{__file__}:made_up"}
+    cut |= {"negatives": "crop", "group_size": 4} if cfg.method == "ovip" else made
+    with tempfile.TemporaryDirectory() as folder:
+        scenes.write_data(Path(folder, "data"), {"cold_start": 1, "train": 3})
+        sets = data.load(Path(folder, "data"))
+        small = replace(cfg, **cut, output_dir=f"{folder}/run")
+        run = DryRun(small)
+        for stage in ("sft", "rl"):
+            begun = time.time()
+            policy = small.model = one_layer(config, processor, small).to(run.device)
+            if stage == "sft":
+                count = sum(p.numel() for p in policy.parameters()) / 1e6
+                lines.append(
+                    f"{count:,.0f} million random parameters on {run.device}; 3 small pictures or "
+                    f"clips, {small.group_size} responses of {small.max_new_tokens} tokens to "
+                    "each; embedding and head are one table, not trained"
+                )
+                train.cold_start(sets, small, run)
+            elif cfg.method == "ovip":
+                preference.prefer(policy, sets["train"], in_turn, small, run)
+            elif cfg.method != "sft":
+                silent = CaptionReward(lambda prompts: [None] * len(prompts))
+                train.reinforce(policy, sets["train"], {}, silent, small, run)
+            for line in read_jsonl(run.folder / stage / "metrics.jsonl"):
+                lines.append(f"{stage}: {readable(line)}  {time.time() - begun:.0f} s")
+            policy = small.model = None  # before the next is made
+    return lines
+
+
+def made_up(samples: list, responses: list[list[str]], media: list) -> dict[str, list]:
+    """A reward that tells responses apart."""
+    return {"made_up": [[float(i % 2) for i in range(len(texts))] for texts in responses]}
+
+
+def in_turn(prompts: list[str]) -> list[str]:
+    """OViP's judge: of four responses one is good, and one bad, enough for a pair."""
+    return [f"Score: {(9, 5, 5, 1)[i % 4]}" for i in range(len(prompts))]
+
+
+def bfloat16_is_fast() -> bool:
+    """Does this CPU multiply in bfloat16? Without, it takes six times as long as float32."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def one_layer(config: PreTrainedConfig, processor: ProcessorMixin, cfg: Config) -> VLM:
+    """A policy of these widths with one decoder layer, one vision block and random weights."""
+    config, number = copy.deepcopy(config), processor.tokenizer.convert_tokens_to_ids
+    text, vision = config.text_config, config.vision_config
+    text.num_hidden_layers, text.layer_types = 1, text.layer_types[:1]
+    vision.depth, vision.fullatt_block_indexes = 1, [0]
+    config.image_token_id, config.video_token_id = number(["<|image_pad|>", "<|video_pad|>"])
+    ends = number(["<|vision_start|>", "<|vision_end|>"])
+    config.vision_start_token_id, config.vision_end_token_id = ends
+    # the vocabulary comes after: to draw so many numbers takes longer than an update
+    rows, text.vocab_size, text.pad_token_id = text.vocab_size, 8, None
+    dtype = getattr(torch, cfg.dtype)
+    attention = "sdpa" if cfg.attention in OURS else cfg.attention
+    model = AutoModelForImageTextToText.from_config(
+        config, dtype=dtype, attn_implementation=attention
+    )
+    some = 0.02 * torch.randn(1000, text.hidden_size, dtype=dtype)
+    table = nn.Parameter(some.repeat(-(-rows // 1000), 1)[:rows])
+    model.get_input_embeddings().weight = model.lm_head.weight = table
+    names = ("attention", "lora_rank", "train_vision", "gradient_checkpointing", "static_decoding")
+    names += ("min_pixels", "max_pixels")
+    policy = as_policy(model, processor, **{name: getattr(cfg, name) for name in names})
+    table.requires_grad_(False)  # its optimiser would not fit on a laptop
+    return policy

@@ -1,0 +1,219 @@
+"""What a run needs of each GPU, computed from the model's shapes and not measured.
+
+Bytes: weights, gradients, AdamW's two moments (in float32, with a float32 copy of half-precision
+weights), the reference where full fine-tuning needs a copy (with --reference cpu its head alone),
+the activations of one pass (with checkpointing: every layer's input, and one layer in full), keys
+and values of generation (the prompt's in float32), the weights of a local judge and of OViP's
+diffusion model. A reference response of the cold start is taken to be as long as --max_new_tokens.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import torch
+from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from engine.pretrained import opened
+from engine.shared_prefix import GROUP
+
+TEXT = {  # the published config.json of each
+    "Qwen2.5-VL-3B-Instruct": dict(
+        hidden_size=2048,
+        num_hidden_layers=36,
+        intermediate_size=11008,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        vocab_size=151_936,
+    ),
+    "Qwen2.5-VL-7B-Instruct": dict(
+        hidden_size=3584,
+        num_hidden_layers=28,
+        intermediate_size=18944,
+        num_attention_heads=28,
+        num_key_value_heads=4,
+        vocab_size=152_064,
+    ),
+}
+VISION = dict(
+    depth=32,
+    hidden_size=1280,
+    intermediate_size=3420,
+    num_heads=16,
+    fullatt_block_indexes=[7, 15, 23, 31],
+)
+BESIDE = {  # parameters of models beside the policy, from their model cards
+    "Qwen/Qwen2.5-1.5B-Instruct": 1.54e9,
+    "Qwen/Qwen2.5-7B-Instruct": 7.61e9,
+    "black-forest-labs/FLUX.1-dev": 16.9e9,  # 12 and, of its text encoder, 4.8
+}
+QUESTION = 100  # tokens of text beside the picture
+USABLE = 0.9  # share of a card; the rest is the driver's and the allocator's [choice]
+# what changes memory and not the update
+EXACT = {
+    "reference": "cpu",
+    "prompts_per_pass": 1,
+    "gradient_checkpointing": True,
+    "select_batch": 1,
+}
+RANK = 16  # of the LoRA that is proposed
+
+
+class Shape(NamedTuple):
+    """Sizes of a model, and its parameters: kv: of a token's keys; head: of one; text: all but the
+    vision tower's."""
+
+    hidden: int
+    layers: int
+    inner: int
+    kv: int
+    vision: int
+    linears: int
+    head: int
+    text: int
+
+
+def published(model: str, text: dict | None = None, vision: dict | None = None) -> Qwen2_5_VLConfig:
+    """The configuration of a released checkpoint. Raises KeyError for one that is not in TEXT.
+    text, vision: what is another number in it."""
+    text = TEXT[name := model.split("/")[-1]] | (text or {})
+    half = text["hidden_size"] // text["num_attention_heads"] // 2
+    sections = [half // 4, 3 * half // 8, 3 * half // 8]
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections}
+    text |= {"rope_parameters": rope, "max_window_layers": text["num_hidden_layers"]}
+    text |= {"max_position_embeddings": 128_000}
+    return Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=VISION | (vision or {}) | {"out_hidden_size": text["hidden_size"]},
+        tie_word_embeddings=name.endswith("3B-Instruct"),
+    )
+
+
+def shape_of(config: PreTrainedConfig) -> Shape:
+    """Counted on transformers' own classes, on the meta device."""
+    with torch.device("meta"):
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    text, count = config.text_config, lambda module: sum(p.numel() for p in module.parameters())
+    body = model.model.language_model
+    return Shape(
+        text.hidden_size,
+        text.num_hidden_layers,
+        text.intermediate_size,
+        text.num_key_value_heads * (text.hidden_size // text.num_attention_heads),
+        count(model.model.visual),
+        count(body.layers),
+        model.lm_head.weight.numel(),
+        count(model) - count(model.model.visual),
+    )
+
+
+def needs(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> dict:
+    """Bytes by part on each GPU, the most of training and of generation, the parameters that are
+    trained, and the work of one update of one process."""
+    size = 2 if cfg.dtype == "bfloat16" else 4 if cfg.dtype == "float32" else 8
+    d, layers, t = shape.hidden, shape.layers, cfg.max_new_tokens
+    shards, is_ovip = processes if sharded else 1, cfg.method == "ovip"
+    prompt = cfg.max_pixels // 784 + QUESTION
+    width = 2 * d + 2 * shape.kv  # of q, k, v, o together
+    trained = shape.text + cfg.train_vision * shape.vision
+    whole = (shape.text + shape.vision) * size  # what sampling needs in any case
+    if cfg.lora_rank:
+        # in + out of the seven linears, about
+        trained = layers * cfg.lora_rank * (4 * d + width + 3 * (d + shape.inner))
+        training = {"adapter and AdamW": trained * 4 * 4 / shards}
+    else:
+        training = {
+            # moments, and a copy of half-precision weights
+            "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,
+            "gradients": trained * 4 / shards,
+        }
+        if cfg.beta or is_ovip:
+            training["reference"] = whole if cfg.reference == "copy" else shape.head * size
+        if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
+            training["Eq. 4"] = 3 * shape.head * size
+    share, pairs = (math.ceil(n / processes) for n in (cfg.prompts_per_step, cfg.pairs))
+    at_once = min(cfg.prompts_per_pass or share, share)
+    row = prompt + cfg.group_size * t
+    own = cfg.group_size * t
+    together = min(own, max(t, GROUP * prompt))  # tokens of branches in a group
+    tokens = at_once * row
+    mask = at_once * math.ceil(own / together) * together * (prompt + together) * size
+    if is_ovip:  # A+ and A- behind one prompt; A+ without an image, and with another
+        pair = 2 * prompt + 4 * t if cfg.negatives else prompt + 2 * t
+        tokens, mask = min(cfg.prompts_per_pass or pairs, pairs) * pair, 0
+    if cfg.sft_steps or cfg.sft_epochs:
+        tokens = max(tokens, math.ceil(cfg.sft_batch / processes) * (prompt + t))
+    one_layer = tokens * (8 * d + width + 4 * shape.inner) * size
+    kept = tokens * d * size * layers if cfg.gradient_checkpointing else one_layer * (layers - 1)
+    groups = {"RL": (at_once, cfg.group_size)}
+    if cfg.selection:
+        groups["selection"] = (cfg.select_batch, cfg.responses)
+    key = 2 * layers * shape.kv * size
+    cache = {k: key * b * (prompt * 4 // size + n * t) for k, (b, n) in groups.items()}
+    # sharded: what is outside the layers, and two layers at a time
+    outermost = (shape.text - shape.linears + shape.vision + 2 * shape.linears / layers) * size
+    frozen = whole / shards if cfg.lora_rank else 0  # beside these, a shard of all
+    parts = {"weights": outermost + frozen if sharded else whole, **training}
+    parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
+    parts["judge"] = BESIDE.get(cfg.judge, 0) * 2
+    parts["diffusion"] = BESIDE.get(cfg.diffusion, 0) * 2 if cfg.negatives == "diffusion" else 0
+    generation = whole + sum(parts.get(k, 0) for k in ("reference", "judge", "diffusion"))
+    generation += max(cache.values()) + (parts.get("AdamW", 0) + frozen) * sharded
+    step = cfg.prompts_per_step / processes * row
+    passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
+    passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
+    rounds = math.ceil(share / at_once)
+    return {
+        "parts": parts,
+        "training": sum(parts.values()),
+        "generation": generation,
+        "trained": trained,
+        "flops": 2 * step * passes * shape.linears + 2 * step * (4 + 1) * shape.head,
+        "read": rounds * t * ((shape.linears + shape.head) * size + cache["RL"] / 2),
+    }
+
+
+def most(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> float:
+    """Bytes of the hungrier of training and generation."""
+    need = needs(cfg, shape, processes, sharded)
+    return max(need["training"], need["generation"])
+
+
+def check(cfg, run) -> None:
+    """Say, before anything is loaded, that this GPU is too small for the run."""
+    if run.device.type == "cuda":
+        card = torch.cuda.get_device_properties(run.device).total_memory
+        said = advice(cfg, shape_of(opened(cfg.start)[2]), card, run.processes, run.sharded)
+        if said != "fits":
+            run.say(f"warning: this GPU of {card / 1e9:.0f} GB is {said} (computed)")
+
+
+def advice(cfg, shape: Shape, card: float, processes: int = 1, sharded: bool = False) -> str:
+    """Does the run fit on cards of so many bytes? If not: how much it needs, and what would fit."""
+
+    def need(changes: dict, shards: int) -> float:
+        changed = SimpleNamespace(**vars(cfg) | changes)
+        how = (shards, True) if shards > 1 else (processes, sharded)
+        return most(changed, shape, *how)
+
+    def fitting(always: dict) -> str | None:
+        for shards in (1, 2, 4, 8):
+            changes = always | {k: v for k, v in EXACT.items() if getattr(cfg, k) != v}
+            if need(changes, shards) > USABLE * card:
+                continue
+            for name in [*changes]:  # those that are not needed go
+                fewer = {k: v for k, v in changes.items() if k != name}
+                changes = fewer if need(fewer, shards) <= USABLE * card else changes
+            flags = [f"--{name} {str(value).lower()}" for name, value in changes.items()]
+            return ", ".join(
+                [" ".join(flags)] * bool(flags) + [f"FSDP2 on {shards} GPUs"] * (shards > 1)
+            )
+        return None
+
+    now = need({}, 1)
+    if now <= USABLE * card:
+        return "fits"
+    found = [fitting({})]
+    found += [] if cfg.lora_rank or cfg.train_vision else [fitting({"lora_rank": RANK})]
+    ways = "; or ".join(dict.fromkeys(filter(None, found)))
+    return f"too small for {now / 1e9:.0f} GB. Would fit: {ways or 'nothing that is known here'}"
