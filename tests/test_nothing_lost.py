@@ -28,7 +28,7 @@ SMALL = (
     "--sft_steps 12 --sft_batch 4 --sft_lr 3e-3 --responses 4 --select_batch 2 --rl_steps 12 "
     "--prompts_per_step 4 "
     "--group_size 4 --save_every 2 --keep_last 2 --max_new_tokens 24 --rl_lr 1e-3 --held_out_rows "
-    "4 --quiet true"
+    "4 --eval_responses 0 --quiet true"
 ).split()
 
 

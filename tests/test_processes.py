@@ -26,7 +26,7 @@ LAUNCH = ROOT / "configs" / "accelerate"
 TINY = (
     "--dtype float64 --selection false --sft_steps 0 --sft_batch 8 --rl_steps 3 --prompts_per_step "
     "8 --group_size 4 "
-    "--max_new_tokens 16 --rl_lr 1e-2 --warmup 0 --held_out_rows 6 --nce_weight 2 --tau_quantile "
+    "--max_new_tokens 8 --rl_lr 1e-2 --warmup 0 --held_out_rows 6 --nce_weight 2 --tau_quantile "
     "0.5 --beta 0.2 "
     "--quiet true"
 ).split()
@@ -291,5 +291,5 @@ def test_what_is_refused_is_said_once_and_ends_every_process(world, tmp_path, op
     begun = time.time()
     options = ["--world", world, "--output_dir", tmp_path / "run", *options]
     done = accelerate("cpu2", 2, ROOT / "train.py", *options)
-    assert done.returncode != 0 and done.stderr.count(says) == 1 and time.time() - begun < 60
+    assert done.returncode != 0 and done.stderr.count(says) == 1 and time.time() - begun < 120
     assert f"error: {says}" in done.stderr or "error: data" in done.stderr
