@@ -6,6 +6,8 @@ explained in DEPARTURES.md.
 
 import dataclasses
 import importlib.util
+import multiprocessing
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -156,7 +158,7 @@ class Config:
     prompts_per_step: int = option(24, low=1, help=
         "prompts per update, over all ranks [choice; official code: 8]")
     prompts_per_pass: int = option(0, low=0, resumable=True, help=
-        "prompts per micro-batch on each rank, to save memory; 0: all [choice]")
+        "rows per micro-batch of an update, on each rank, to save memory; 0: all [choice]")
     group_size: int = option(8, low=2, help=
         "G, responses per prompt; one has no advantage [official code; paper silent]")
     max_new_tokens: int = option(40, low=1, help="longest response [choice; official code: 768]")
@@ -281,6 +283,9 @@ class Config:
             raise ConfigError(
                 "attention: flash_attention_2 needs a GPU, flash-attn and --dtype bfloat16"
             )
+        forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+        if self.media_workers and not forks:
+            raise ConfigError("media_workers: they are forked, which is safe on Linux only; give 0")
         if self.tracker and importlib.util.find_spec(self.tracker) is None:
             raise ConfigError(
                 f"tracker: {self.tracker} is not installed; pip install {self.tracker}"

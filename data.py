@@ -90,6 +90,10 @@ def visual_tokens(sample: Sample, limits) -> int:
     return total
 
 
+def most_visual_tokens(sets: dict[str, list[Sample]], limits) -> int:
+    return max(visual_tokens(s, limits) for rows in sets.values() for s in rows)
+
+
 def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, list[Sample]]:
     """All splits of a dataset folder or hub id, or {"train": rows} of one file.
 

@@ -10,10 +10,10 @@ widths and vocabulary that has one decoder layer, one vision block and random we
 
 import copy
 import importlib.util
-import math
 import os
 import tempfile
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -33,10 +33,13 @@ from engine import ConfigError, DataError, memory, reason
 from engine.files import read_jsonl
 from engine.judges import is_url
 from engine.learner import batch_size, readable, updates
+from engine.media_check import Checked
 from engine.pretrained import OURS, as_policy, opened
-from engine.run import Run, check_batches, check_launch
+from engine.run import Run, check_batches, check_launch, has_begun
 from engine.vlm import VLM
-from rewards import custom_reward, try_custom
+from rewards import custom_reward
+from selection import shared_options
+from variance_select import share_of
 from world import models, scenes
 
 CARDS = (24, 48, 80)  # GB, where no GPU is here
@@ -44,8 +47,8 @@ ASSUMED = 1000  # rows, where the data are not here
 CUT = {  # in place of the real numbers
     "rl_steps": 1, "rl_epochs": 0.0, "sft_epochs": 0.0, "sft_batch": 1, "prompts_per_step": 3,
     "group_size": 2, "max_new_tokens": 2, "pairs": 1, "min_pixels": 3136, "max_pixels": 12_544,
-    "max_frames": 2, "media_workers": 0, "held_out_rows": 0, "select_class": "", "tracker": "",
-    "quiet": True,
+    "max_frames": 2, "media_workers": 0, "reference": "copy", "held_out_rows": 0,
+    "select_class": "", "tracker": "", "quiet": True,
 }  # fmt: skip
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "ACCELERATE_USE_FSDP")
 
@@ -56,23 +59,29 @@ def dry_run(cfg: Config) -> None:
         return  # the first process speaks for all
     begun = time.time()
     processes, sharded, of_launch = launch_of(cfg)
+    resumes = has_begun(Path(cfg.output_dir), cfg)
+    if cfg.share:
+        shared_options(cfg)
     config, processor, of_model = model_of(cfg)
-    sizes, of_data = rows_of(cfg, config, processor)
-    tell("dry run", f"method {cfg.method}, in {cfg.output_dir}. Every option is valid")
-    tell("launch", *of_launch)
-    tell("model", of_model)
-    tell("data", of_data)
+    sizes, prompt, of_data = rows_of(cfg, config, processor, processes)
+    how = ", which it resumes" if resumes else ""
+    tell("dry run", [f"method {cfg.method}, in {cfg.output_dir}{how}. Every option is valid"])
+    tell("launch", of_launch)
+    tell("model", [of_model])
+    tell("data", [of_data])
     for name, line in stages(cfg, sizes, processes).items():
-        tell(name, line)
-    tell("memory", *memory_lines(cfg, memory.shape_of(config), processes, sharded))
-    tell("missing here", *(lacking(cfg) or ["nothing"]))
+        tell(name, [line])
+    tell("memory", memory_lines(cfg, memory.shape_of(config), prompt, processes, sharded))
+    tell("missing here", lacking(cfg) or ["nothing"])
+    tell("not known", unknown(cfg, processor))
     processor = processor or models.make_policy(models.make_tokenizer())[1]
-    tell("one layer", *one_update(cfg, config, processor))
-    tell("not known", *unknown(cfg))
-    print(f"{time.time() - begun:.0f} s. Nothing was written.")
+    tell("one layer", one_update(cfg, config, processor))
+    kept = cfg.data and Path(cfg.data).exists()
+    kept = "but Hugging Face's cache, which holds that the media of --data are good" if kept else ""
+    print(f"{time.time() - begun:.0f} s. Nothing was written{', ' * bool(kept)}{kept}.")
 
 
-def tell(name: str, *lines: str) -> None:
+def tell(name: str, lines: Iterable[str]) -> None:
     """Lines beside a name in the margin."""
     for line in lines:
         print(fill(line, 100, initial_indent=f"{name:<13}", subsequent_indent=" " * 15), flush=True)
@@ -115,95 +124,118 @@ def model_of(cfg: Config) -> tuple[PreTrainedConfig, ProcessorMixin | None, str]
         except KeyError:
             raise ConfigError(
                 f"model: {cfg.model} is not on this disk, and its shapes are not known here. For a "
-                f"dry run `hf download {cfg.model} --include '*.json'` is enough"
+                "dry run the *.json files of its folder, or of its hub id (`hf download ID "
+                "--include '*.json'`), are enough"
             ) from error
 
 
 def rows_of(
-    cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin | None
-) -> tuple[dict[str, int], str]:
-    """Rows by set, those of cold_start with a reference response, and what to say."""
+    cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin | None, processes: int = 1
+) -> tuple[dict[str, int], int, str]:
+    """Rows by set, those that the cold start learns from as `taught`; tokens of the longest prompt;
+    and what to say."""
     if cfg.reward:
         custom_reward(cfg.reward)
+    longest = memory.prompt_tokens(cfg)
     there = cfg.data and Path(cfg.data).exists()
-    if cfg.data and not there:
+    if not there:
+        sizes = {"cold_start": ASSUMED, cfg.train_set: ASSUMED} if cfg.data else dict(scenes.SIZES)
+        if cfg.train_set not in sizes:
+            raise DataError(f"data: the embedded world has no {cfg.train_set}.json to learn from")
+        built = Path(cfg.world).exists()
         said = f"{cfg.data} is not on this disk: {ASSUMED:,} rows are assumed below"
-        return {"cold_start": ASSUMED, cfg.train_set: ASSUMED}, said
-    sets = data.load(cfg.data, cfg.on_bad_row) if there else {}
-    if there and processor:
-        longest = config.text_config.max_position_embeddings
-        sets, problems = data.fitting(sets, longest, processor.tokenizer, cfg)
+        if not cfg.data:
+            said = f"the embedded world{'' if built else ', which is built first, in minutes'}: "
+            said += listed(sizes)
+        taught = sizes.get("cold_start", 0) * bool(cfg.sft_steps or cfg.sft_epochs)
+        return sizes | {"taught": taught}, longest, said
+    sets = data.load(cfg.data, cfg.on_bad_row)
+    if processor:
+        most = config.text_config.max_position_embeddings
+        sets, problems = data.fitting(sets, most, processor.tokenizer, cfg)
         data.refuse(problems, cfg.on_bad_row if all(sets.values()) else "error", print)
-    sizes = {name: len(rows) for name, rows in sets.items()} or dict(scenes.SIZES)
-    if cfg.train_set not in sizes:
-        where = cfg.data or cfg.world
-        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
-    said = ", ".join(f"{n:,} {name}" for name, n in sizes.items())
-    if there:
-        if cfg.reward:
-            try_custom(sets[cfg.train_set][:2], cfg)
-        if cfg.method == "ovip":
-            preference.check(sets[cfg.train_set], cfg)
-        taught = sets.get("cold_start", sets.get("train", []))
-        sizes["cold_start"] = sum(bool(s.process) for s in taught)
-    return sizes, f"{cfg.data or 'the embedded world'}: {said}"
+    sizes = {name: len(rows) for name, rows in sets.items()}
+    taught = len(train.taught(train.learnable(sets, cfg, processes), cfg))
+    longest = data.most_visual_tokens(sets, cfg) + memory.QUESTION
+    return sizes | {"taught": taught}, longest, f"{cfg.data}: {listed(sizes)}"
+
+
+def listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{n:,} {name}" for name, n in sizes.items())
 
 
 def stages(cfg: Config, sizes: dict[str, int], processes: int = 1) -> dict[str, str]:
     """Updates, responses and judge calls, by stage. They are upper bounds: selection drops prompts
     whose responses all earn the same, and equal captions are judged once."""
-    taught, prompts = sizes.get("cold_start", 0), sizes[cfg.train_set]
-    n = updates(cfg.sft_steps, cfg.sft_epochs, taught, cfg.sft_batch, processes) if taught else 0
+    taught, prompts, found = sizes["taught"], sizes[cfg.train_set], {}
+    n = updates(cfg.sft_steps, cfg.sft_epochs, taught, cfg.sft_batch, processes)
     size = batch_size(taught, cfg.sft_batch, processes)
-    found = {"cold start": f"{n:,} updates of {size} of {taught:,} rows"}
-    scored = steps = 0
+    why = "no row has a reference response in `process`"
+    why = why if cfg.sft_steps or cfg.sft_epochs else "--sft_steps 0"
+    found["cold start"] = (
+        f"{n:,} updates of {size} of {taught:,} rows" if taught else f"none: {why}"
+    )
+    scored = drawn = steps = 0
     if cfg.selection:
         scored = prompts * cfg.responses
         each = f"{cfg.responses} to each of {prompts:,} prompts; the top {cfg.keep:.0%} stay"
         found["selection"] = f"{scored:,} responses: {each}"
-        prompts = math.ceil(cfg.keep * prompts - 1e-9)
+        prompts = share_of(prompts, cfg.keep)
     if cfg.method != "sft":
         steps = updates(cfg.rl_steps, cfg.rl_epochs, prompts, cfg.prompts_per_step, processes)
-    size = batch_size(prompts, cfg.prompts_per_step, processes)
-    drawn = steps * size * cfg.group_size
-    found["RL"] = (
-        f"{steps:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {size} of {prompts:,} "
-        f"prompts with {cfg.group_size} responses each: {drawn:,} responses of at most "
-        f"{cfg.max_new_tokens} tokens"
-    )
+        size = batch_size(prompts, cfg.prompts_per_step, processes)
+        drawn = steps * size * cfg.group_size
+        found["RL"] = (
+            f"{steps:,} {'rounds' if cfg.method == 'ovip' else 'updates'} of {size} of {prompts:,} "
+            f"prompts with {cfg.group_size} responses each: {drawn:,} responses of at most "
+            f"{cfg.max_new_tokens} tokens"
+        )
     each_test = [rows for name, rows in sizes.items() if name.startswith("test")]
     tests = sum(each_test) * (1 + len(cfg.corrupt_eval.split()))
-    found["evaluation"] = f"{tests:,} test rows, before and after RL"
-    calls = 2 * tests * (1 + cfg.eval_responses) * cfg.four_stage
+    times = 1 if cfg.method == "sft" else 2
+    when = "after the cold start" if cfg.method == "sft" else "before and after RL"
+    found["evaluation"] = f"{tests:,} test rows, {when}" if tests else "none: no test*.json"
+    calls = times * tests * (1 + cfg.eval_responses) * cfg.four_stage
     if cfg.caption_reward not in ("", "self"):
         scored_on = sizes.get("validation") or next(iter(each_test), 0)
         held_out = min(cfg.held_out_rows, scored_on)
         calls += scored + drawn + held_out * (steps // cfg.save_every + 1)
+        calls += sizes[cfg.train_set] * (cfg.caption_reward == "gain")
     if cfg.method == "ovip" and cfg.judge:  # scores, and descriptions of the pairs
         calls += 4 + drawn + drawn // 2 * (cfg.negatives == "diffusion")
     judge = cfg.judge or ("" if cfg.model else "the embedded world's")
-    also = {"gain": " and question", "shared": " and question about its picture"}
+    also = {"gain": ", and for each question", "shared": ", and as many for each other question"}
     each = f"one for each different caption{also.get(cfg.caption_reward, '')}"
     some = f"{judge}: up to {calls + train.JUDGE_TRIAL:,} calls, {each}"
     found["judge"] = some if judge and calls else "none"
     return found
 
 
-def memory_lines(cfg: Config, shape: memory.Shape, processes: int, sharded: bool) -> list[str]:
-    """Memory by part, the cards that are large enough, and the disk that checkpoints take."""
-    need = memory.needs(cfg, shape, processes, sharded)
+def memory_lines(
+    cfg: Config, shape: memory.Shape, prompt: int, processes: int, sharded: bool
+) -> list[str]:
+    """Memory by part, the cards that are large enough, and what machine and disk hold."""
+    need = memory.needs(cfg, shape, prompt, processes, sharded)
     parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need["parts"].items() if v > 5e7)
     cards = {f"{n} GB": n * 1e9 for n in CARDS}
     if torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0)
         cards = {f"{here.name}, {here.total_memory / 1e9:.0f} GB": here.total_memory}
-    fit = (f"{k}: {memory.advice(cfg, shape, v, processes, sharded)}" for k, v in cards.items())
-    saved = need["trained"] * 12 / 1e9  # float32 weights and two moments
+    whole = (shape.text + shape.vision) * getattr(torch, cfg.dtype).itemsize / 1e9
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (1 + (cfg.reference == "cpu"))
+    left_out = [name for name in (cfg.judge, cfg.diffusion) if memory.beside(name) is None]
     return [
-        f"of each GPU, computed and not measured: {need['training'] / 1e9:.1f} GB in training "
-        f"({parts}), {need['generation'] / 1e9:.1f} GB while sampling",
-        *fit,
-        f"on disk: {cfg.keep_last + 1} checkpoints of {saved:.1f} GB, and the policies",
+        f"of each GPU, computed and not measured, for prompts of up to {prompt:,} tokens: "
+        f"{need['training'] / 1e9:.1f} GB in training ({parts}), {need['generation'] / 1e9:.1f} GB "
+        "while sampling",
+        *(f"{name} is not counted: its size is not known here" for name in left_out),
+        *(
+            f"{name}: {memory.advice(cfg, shape, prompt, size, processes, sharded)}"
+            for name, size in cards.items()
+        ),
+        f"of the machine: {local * whole:.1f} GB, through which weights are loaded",
+        f"on disk: {cfg.keep_last + 1} checkpoints of {need['trained'] * 12 / 1e9:.1f} GB, and "
+        f"policies of up to {whole:.1f} GB",
     ]
 
 
@@ -231,14 +263,22 @@ def lacking(cfg: Config) -> list[str]:
     return lines
 
 
-def unknown(cfg: Config) -> list[str]:
+def unknown(cfg: Config, processor: ProcessorMixin | None) -> list[str]:
     """What only a real start tells."""
-    return [
+    lines = [
         "whether the weights are there and whole; a real start looks before it loads them",
-        "what the allocator takes on top, or a judge whose size is not known here",
+        "how much memory the allocator takes on top",
         "how long responses are, and how fast: the numbers above are upper bounds",
-        "whether this configuration learns: the weights of the update are random",
-    ] + [f"whether {cfg.judge} answers: it was not asked"] * bool(cfg.judge)
+        "whether this configuration learns: the weights of the update below are random",
+    ]
+    if processor is None:
+        lines.append(
+            "whether the model takes every prompt: its tokenizer is not here (`hf download "
+            f"{cfg.model} --include '*.json'` brings it)"
+        )
+    if cfg.train_vision:
+        lines.append("the activations of the vision tower that is trained: memory is without them")
+    return lines + [f"whether {cfg.judge} answers: it was not asked"] * bool(cfg.judge)
 
 
 # --- one update of each stage ---------------------------------------------------------------------
@@ -251,32 +291,30 @@ class DryRun(Run):
         pass
 
 
-def one_update(cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin) -> list[str]:
-    """What an update of the cold start and one of RL did."""
+def one_update(cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin) -> Iterator[str]:
+    """What an update of the cold start and one of RL did, as they are done."""
     for name in LAUNCHED:
         os.environ.pop(name, None)
-    lines, cut = [], CUT | {"sft_steps": int(bool(cfg.sft_steps or cfg.sft_epochs))}
+    cut = CUT | {"sft_steps": int(bool(cfg.sft_steps or cfg.sft_epochs))}
     if not (torch.cuda.is_available() or bfloat16_is_fast()) and cfg.dtype == "bfloat16":
-        lines.append("in float32: this CPU is slow in bfloat16")
+        yield "in float32: this CPU is slow in bfloat16"
         cut |= {"dtype": "float32"}
     # with random weights all rewards would be equal, and the gradient 0
     made = {"reward": f"{__file__}:made_up"}
     cut |= {"negatives": "crop", "group_size": 4} if cfg.method == "ovip" else made
     with tempfile.TemporaryDirectory() as folder:
-        scenes.write_data(Path(folder, "data"), {"cold_start": 1, "train": 3})
-        sets = data.load(Path(folder, "data"))
+        rows = Path(folder, "data")
+        scenes.write_data(rows, {"cold_start": 1, "train": 3})
+        sets = data.load(rows)
+        if file := Checked(rows).file:  # what was good in a folder that goes
+            file.unlink(missing_ok=True)
         small = replace(cfg, **cut, output_dir=f"{folder}/run")
         run = DryRun(small)
         for stage in ("sft", "rl"):
             begun = time.time()
             policy = small.model = one_layer(config, processor, small).to(run.device)
             if stage == "sft":
-                count = sum(p.numel() for p in policy.parameters()) / 1e6
-                lines.append(
-                    f"{count:,.0f} million random parameters on {run.device}; 3 small pictures or "
-                    f"clips, {small.group_size} responses of {small.max_new_tokens} tokens to "
-                    "each; embedding and head are one table, not trained"
-                )
+                yield describe(policy, small)
                 train.cold_start(sets, small, run)
             elif cfg.method == "ovip":
                 preference.prefer(policy, sets["train"], in_turn, small, run)
@@ -284,9 +322,20 @@ def one_update(cfg: Config, config: PreTrainedConfig, processor: ProcessorMixin)
                 silent = CaptionReward(lambda prompts: [None] * len(prompts))
                 train.reinforce(policy, sets["train"], {}, silent, small, run)
             for line in read_jsonl(run.folder / stage / "metrics.jsonl"):
-                lines.append(f"{stage}: {readable(line)}  {time.time() - begun:.0f} s")
+                yield f"{stage}: {readable(line)}  {time.time() - begun:.0f} s"
             policy = small.model = None  # before the next is made
-    return lines
+
+
+def describe(policy: VLM, cfg: Config) -> str:
+    """What an update takes: weights, and where they are trained moments, gradient and copy."""
+    bytes_of = sum(p.numel() * (16 if p.requires_grad else 4) for p in policy.parameters())
+    count = sum(p.numel() for p in policy.parameters()) / 1e6
+    return (
+        f"{count:,.0f} million random parameters on {policy.device}, about "
+        f"{bytes_of / 1e9 + 1:.0f} GB and up to two minutes; 3 small pictures or clips, "
+        f"{cfg.group_size} responses of {cfg.max_new_tokens} tokens to each; embedding and head "
+        "are one table, not trained"
+    )
 
 
 def made_up(samples: list, responses: list[list[str]], media: list) -> dict[str, list]:

@@ -293,9 +293,8 @@ def learn(
             add(numbers, "loss", loss.item(), 0)
             learner.backward(loss)
 
-    size = min(cfg.prompts_per_pass or len(pairs), run.micro_batch_limit)
-    rows = list(zip(pairs, chats, shown, strict=True))
-    learner.accumulate([rows[i : i + size] for i in range(0, len(rows), size)], gradient)
+    n, rows = learner.rows_at_once(len(pairs)), list(zip(pairs, chats, shown, strict=True))
+    learner.accumulate([rows[i : i + n] for i in range(0, len(rows), n)], gradient)
     learner.update(scheduled=False)
     return True
 

@@ -31,12 +31,13 @@ class Rollouts:
     branches [B, G + 1, T]: the ids of the responses and, last, of the reference branch of Eq. 4 (no
     such branch where f_i needs none), right-padded. mask [B * G, T] and reference_mask [B, T]: the
     tokens that count. old_logp, ref_logp [B * G, T]. numbers: (sum, count) of each metric, by name.
-    encode: samples -> inputs. `rollouts[rows]`: those of some of its prompts.
+    encode: samples -> inputs. `rollouts[rows]`: those of some of its prompts, encoded when they are
+    used.
     """
 
     encode: Callable[[list[data.Sample]], BatchFeature]
     samples: list[data.Sample]
-    inputs: BatchFeature
+    encoded: BatchFeature | None
     text: list[list[str]]
     ended: Tensor
     branches: Tensor
@@ -62,7 +63,14 @@ class Rollouts:
 
         parts = {f.name: some(getattr(self, f.name)) for f in fields(self)}
         parts["rewards"] = {name: some(table) for name, table in self.rewards.items()}
-        return Rollouts(**parts | {"inputs": self.encode(parts["samples"])})
+        self.encoded = None  # memory is short where parts are taken
+        return Rollouts(**parts | {"encoded": None})
+
+    @property
+    def inputs(self) -> BatchFeature:
+        """The prompts [B, P] with their media."""
+        self.encoded = self.encoded or self.encode(self.samples)
+        return self.encoded
 
     @property
     def scored_mask(self) -> Tensor:
@@ -135,7 +143,7 @@ def roll_out(
     return Rollouts(
         encode=encode,
         samples=samples,
-        inputs=inputs,
+        encoded=inputs,
         text=rolls.text,
         ended=rolls.ended,
         branches=torch.cat([ids, branch_ids], 1),

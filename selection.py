@@ -137,14 +137,9 @@ def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Con
     ]
 
 
-def share(cfg: Config, run: Run) -> None:
-    """Take over what --share has finished before RL, so that runs differ in RL alone: the cold
-    start, its evaluation, the judge's replies, and the responses scored for selection, whose
-    variance is taken anew by this run's rewards."""
+def shared_options(cfg: Config) -> dict:
+    """The options of --share's run. Raises ConfigError where it has no cold start, or another."""
     source = Path(cfg.share)
-    # the cold start is taken over last
-    if not cfg.share or run.from_main((run.folder / "sft" / "policy").exists):
-        return
     file = source / "config.yaml"
     if not (file.is_file() and (source / "sft" / "policy").is_dir()):
         raise ConfigError(
@@ -152,11 +147,24 @@ def share(cfg: Config, run: Run) -> None:
         )
     there = Config.in_words(yaml.safe_load(file.read_text()))
     differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
-    rows = [folder / "data.json" for folder in (source, run.folder)]
-    if not differ and json.loads(rows[0].read_text()) != json.loads(rows[1].read_text()):
-        differ = ["its rows or their media are not those of now"]
     if differ:
         raise ConfigError(f"share: {source} has another cold start: {', '.join(differ)}")
+    return there
+
+
+def share(cfg: Config, run: Run) -> None:
+    """Take over what --share has finished before RL, so that runs differ in RL alone: the cold
+    start, its evaluation, the judge's replies, and the responses scored for selection, whose
+    variance is taken anew by this run's rewards."""
+    # the cold start is taken over last
+    if not cfg.share or run.from_main((run.folder / "sft" / "policy").exists):
+        return
+    source, there = Path(cfg.share), shared_options(cfg)
+    rows = [folder / "data.json" for folder in (source, run.folder)]
+    if json.loads(rows[0].read_text()) != json.loads(rows[1].read_text()):
+        raise ConfigError(
+            f"share: {source} has another cold start: its rows or their media are not those of now"
+        )
     if run.is_main:
         lines = read_jsonl(source / "select" / "scores.jsonl", repair=False)
         tables = {

@@ -26,7 +26,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 import corruption
@@ -41,8 +40,8 @@ import world
 from caption_reward import CaptionReward, Judge
 from config import Config, parse_config
 from conflict import Conflict
-from engine import ConfigError, DataError, judges, memory
-from engine.learner import Diverged, Learner, Reference, batch_size, updates
+from engine import ConfigError, DataError, is_out_of_memory, judges, memory, reason
+from engine.learner import Diverged, Learner, Reference, batch_size, rows_of_update, updates
 from engine.pretrained import open_policy
 from engine.run import Run, stop
 from engine.vlm import VLM
@@ -59,6 +58,7 @@ from rewards import (
 )
 from rollouts import Rollouts, global_counts, log_rollouts, reference_response, roll_out
 from selection import select_prompts, share
+from variance_select import share_of
 
 JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is trained
 
@@ -98,13 +98,11 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> str
     Returns the model's folder. Without rows that have a reference response (`process`), or with
     --sft_steps 0, RL starts from --model as it is.
     """
-    rows = [s for s in sets.get("cold_start", sets["train"]) if s.process]
-    if not rows or not (cfg.sft_steps or cfg.sft_epochs):
-        why = "" if rows else " (no row has a reference response in `process`)"
+    if not (rows := taught(sets, cfg)):
+        asked = cfg.sft_steps or cfg.sft_epochs
+        why = " (no row has a reference response in `process`)" if asked else ""
         run.say("cold start: skipped" + why)
         return cfg.start
-    for sample in rows:
-        reference_response(sample, cfg.four_stage)  # a bad one is found before the model is loaded
     steps = updates(cfg.sft_steps, cfg.sft_epochs, len(rows), cfg.sft_batch, run.processes)
     learner = Learner("sft", cfg.start, steps, cfg.sft_lr, cfg, run)
 
@@ -120,8 +118,8 @@ def cold_start(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> str
 
     for step, batch in learner.batches(rows, cfg.sft_batch):
         tokens = run.all_reduce(encoded(batch)[1].sum())
-        size = min(len(batch), run.micro_batch_limit)
-        micro_batches = [batch[i : i + size] for i in range(0, len(batch), size)]
+        n = learner.rows_at_once(len(batch))
+        micro_batches = [batch[i : i + n] for i in range(0, len(batch), n)]
         learner.accumulate(micro_batches, imitate, tokens)
         loss = sum(learner.losses).item()
         learner.update()
@@ -145,14 +143,15 @@ def reinforce(
     steps = updates(cfg.rl_steps, cfg.rl_epochs, len(prompts), cfg.prompts_per_step, run.processes)
     learner = Learner("rl", start, steps, cfg.rl_lr, cfg, run, held_out(sets, judge, cfg, run))
     reference = Reference(start, learner, cfg)  # the model after the cold start, frozen
-    least = 2 if cfg.nce_weight else 1  # Eq. 4 compares prompts
+    least = least_prompts(cfg)
     size = batch_size(len(prompts), cfg.prompts_per_step, run.processes)
     if size == least == 2 and not learner.finished:
         run.say("warning: Eq. 4 is 0 in updates of 2 prompts: it needs a positive and a negative")
     for step, batch in learner.batches(prompts, cfg.prompts_per_step, least):
         with run.unsharded(learner.policy):
+            n = learner.rows_at_once(len(batch))
             micro_batches = run.micro_batches(
-                batch, cfg.prompts_per_pass, roll_out, learner.policy, reference, cfg, step
+                batch, n, roll_out, learner.policy, reference, cfg, step
             )
             now = reward_judge(judge, learner.policy, cfg)
             found = reward(micro_batches, now, cfg)
@@ -294,13 +293,19 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         with run.local_main_first():
             sets = data.load(Path(cfg.world) / "data")
     sets = data.fit_to_model(sets, cfg.start, cfg, cfg.on_bad_row, run.say)
-    memory.check(cfg, run)
-    if cfg.train_set not in sets:
-        where = cfg.data or cfg.world
-        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
+    memory.check(cfg, run, data.most_visual_tokens(sets, cfg))
     file = f"; {reward_file(cfg.reward)}" if cfg.reward else ""
     run.claim_data(run.from_main(lambda: data.fingerprint(sets) + file))
     run.say("data: " + ", ".join(f"{len(rows)} {name}" for name, rows in sets.items()))
+    return with_corrupted(learnable(sets, cfg, run.processes), cfg, run)
+
+
+def learnable(sets: dict[str, list], cfg: Config, processes: int) -> dict[str, list[data.Sample]]:
+    """The sets, with --train_set as `train`. Raises DataError for rows that a stage cannot learn
+    from, and where they are too few."""
+    if cfg.train_set not in sets:
+        where = cfg.data or cfg.world
+        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
     if cfg.train_set != "train":
         sets = {"cold_start": sets.get("train", [])} | sets | {"train": sets[cfg.train_set]}
     if cfg.caption_reward == "shared":
@@ -309,7 +314,24 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
         try_custom(sets["train"][:2], cfg)
     if cfg.method == "ovip":
         preference.check(sets["train"], cfg)
-    return with_corrupted(sets, cfg, run)
+    if cfg.method != "sft":
+        keep = cfg.keep if cfg.selection and not cfg.select_within else 1.0
+        left = share_of(len(sets["train"]), keep)
+        rows_of_update("rl", left, cfg.prompts_per_step, processes, least_prompts(cfg))
+    for sample in taught(sets, cfg):
+        reference_response(sample, cfg.four_stage)
+    return sets
+
+
+def taught(sets: dict[str, list[data.Sample]], cfg: Config) -> list[data.Sample]:
+    """The rows of the cold start: those with a reference response."""
+    rows = sets.get("cold_start", sets["train"]) if cfg.sft_steps or cfg.sft_epochs else []
+    return [s for s in rows if s.process]
+
+
+def least_prompts(cfg: Config) -> int:
+    """Prompts that an update of RL needs: Eq. 4 compares them."""
+    return 2 if cfg.nce_weight and cfg.method != "ovip" else 1
 
 
 def with_corrupted(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict:
@@ -392,11 +414,17 @@ def cli() -> None:
     except KeyboardInterrupt:
         stop("\ninterrupted. The same command resumes from the last checkpoint", everyone=True)
     except Exception as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+        if is_out_of_memory(error):
             stop(
-                f"error: out of memory ({str(error).splitlines()[0]}); the last checkpoint is "
-                "kept. Try a lower --prompts_per_pass, --sft_batch, --eval_batch or "
-                "--max_pixels, or --gradient_checkpointing true"
+                f"error: out of memory ({reason(error)}); the last checkpoint is kept. Try "
+                "--prompts_per_pass 1, --select_batch 1, --eval_batch 1, a lower --max_pixels or "
+                "--max_frames, --gradient_checkpointing true, --lora_rank 16 or, with full "
+                "fine-tuning, --reference cpu. docs/speed.md has what takes memory"
+            )
+        if "DataLoader" in str(error):
+            stop(
+                f"error: a process of --media_workers ended ({reason(error)}); the last checkpoint "
+                "is kept. Give fewer, or 0: the machine's memory may be full"
             )
         # torch and safetensors report a full disk in their own ways
         is_full = folder.exists() and shutil.disk_usage(folder).free <= 2**20

@@ -63,6 +63,11 @@ def classify(mean: float, variance: float, best: float) -> str:
     return "easy" if mean >= HIGH_MEAN * best else "hard"
 
 
+def share_of(prompts: int, keep: float) -> int:
+    """The share `keep` of so many prompts, rounded up."""
+    return math.ceil(keep * prompts - 1e-9)
+
+
 def select_top_variance(
     ids: list[str], variance: Tensor, keep: float = 0.5, within: list[str] | None = None
 ) -> list[str]:
@@ -84,5 +89,5 @@ def select_top_variance(
         rows = zip(variance.tolist(), ids, kinds, strict=True)
         of_kind = [(v, i) for v, i, k in rows if k == kind]
         ranked = sorted((-v, i) for v, i in of_kind if v > 0)
-        kept += ranked[: math.ceil(keep * len(of_kind) - 1e-9)]
+        kept += ranked[: share_of(len(of_kind), keep)]
     return [i for _, i in sorted(kept)]

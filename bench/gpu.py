@@ -303,9 +303,8 @@ def main() -> None:
         sys.exit(f"error: too old: {', '.join(old)}")
     os.environ["HF_HUB_OFFLINE"] = "1"
     # one card, also where there are several
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        "" if args.dry else os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    os.environ["CUDA_VISIBLE_DEVICES"] = "" if args.dry else visible
     parts = [part for part in PARTS if part in args.parts or part == "card"]
     results = measure(parts, args.minutes, args.dry, args.out)
     print(f"\n{table(results)}\nwrote {args.out}/gpu.json and gpu.md")

@@ -29,6 +29,8 @@ def preset(part: str, work: dict) -> Config:
     size, how = part.split("-")
     return Config(
         method="grpo",
+        sft_steps=0,
+        eval_batch=1,
         model=f"Qwen/{NAMES[size]}",
         dtype="bfloat16",
         lora_rank=RANK if how == "lora" else 0,
@@ -44,7 +46,8 @@ def preset(part: str, work: dict) -> Config:
 def predicted(part: str, work: dict) -> float:
     """Bytes, by engine/memory.py."""
     cfg = preset(part, work)
-    return memory.most(cfg, memory.shape_of(memory.published(cfg.model)))
+    shape = memory.shape_of(memory.published(cfg.model))
+    return memory.most(cfg, shape, memory.prompt_tokens(cfg, clips=False))
 
 
 def too_small(part: str, needed: dict[str, float], card: float) -> str:

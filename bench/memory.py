@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from config import parse_config
-from engine.memory import needs, published, shape_of
+from engine.memory import needs, prompt_tokens, published, shape_of
 
 CARDS = {
     "RTX 4090, 24 GB": (165e12, 1.01e12),
@@ -36,21 +36,25 @@ def main() -> None:
         f"{'One process' if args.shards == 1 else f'Each of {args.shards} processes'}.\n"
     )
     columns = " | ".join(f"{card}: update, decoding, s" for card in CARDS)
-    print(f"| preset | training, GB | of it | generation, GB | {columns} |")
-    print("|---|---|---|---|" + "---|" * len(CARDS))
+    print(f"| preset | media | training, GB | of it | generation, GB | {columns} |")
+    print("|---|---|---|---|---|" + "---|" * len(CARDS))
     for file in args.presets:
         cfg = parse_config(["--config", str(file)])
-        need = needs(cfg, shape_of(published(cfg.model)), args.shards, args.shards > 1)
-        parts = ", ".join(
-            f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7
-        )
-        times = " | ".join(
-            f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}" for f, b in CARDS.values()
-        )
-        print(
-            f"| `{file}` | {need['training'] / 1e9:.0f} | {parts} | "
-            f"{need['generation'] / 1e9:.0f} | {times} |"
-        )
+        shape = shape_of(published(cfg.model))
+        for media in ("pictures", "clips"):
+            prompt = prompt_tokens(cfg, media == "clips")
+            need = needs(cfg, shape, prompt, args.shards, args.shards > 1)
+            parts = ", ".join(
+                f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7
+            )
+            times = " | ".join(
+                f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}"
+                for f, b in CARDS.values()
+            )
+            print(
+                f"| `{file}` | {media} | {need['training'] / 1e9:.0f} | {parts} | "
+                f"{need['generation'] / 1e9:.0f} | {times} |"
+            )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ files           tables, JSON lines, atomic writes
 
 import re
 
+from accelerate.utils.memory import should_reduce_batch_size
+
 
 class ConfigError(ValueError):
     """A setting that cannot work, in one line: which option, what is wrong, what to do."""
@@ -32,4 +34,12 @@ def reason(error: BaseException) -> str:
     return next(
         (line.strip() for line in str(error).splitlines() if re.search(r"\w", line)),
         type(error).__name__,
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of torch's allocator, of CUDA itself or of cuBLAS."""
+    words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return isinstance(error, RuntimeError) and (
+        should_reduce_batch_size(error) or any(word in str(error) for word in words)
     )

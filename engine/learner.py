@@ -44,6 +44,19 @@ def batch_size(rows: int, asked: int, processes: int) -> int:
     return min(asked, rows) // processes * processes
 
 
+def rows_of_update(stage: str, rows: int, asked: int, processes: int, at_least: int = 1) -> int:
+    """`batch_size`. Raises DataError where it is below `at_least`, or empty on a process."""
+    size, needed = batch_size(rows, asked, processes), max(at_least, processes)
+    if size < needed:
+        other = ", or fewer processes" if processes > 1 else ""
+        other += ", or --nce_weight 0" if needed > processes else ""
+        raise DataError(
+            f"{stage}: {rows} rows are too few. An update on {processes} process(es) needs at "
+            f"least {needed}. Give more rows{other}"
+        )
+    return size
+
+
 class Learner:
     """A policy under training in one stage. It resumes from its last checkpoint by itself.
 
@@ -72,7 +85,8 @@ class Learner:
         self.extra: dict[str, Any] = {}  # what else the rest of the stage depends on, as JSON
         self.gradient_norm = self.rate = math.nan  # of the last update
         self.policy = None
-        run.micro_batch_limit = sys.maxsize  # another stage needs other memory
+        # rows at a time that an update's memory takes; another stage needs other memory
+        self.limit = run.micro_batch_limit = sys.maxsize
         if self.finished:
             return
         run.reseed(stage, "initialisation")
@@ -110,14 +124,7 @@ class Learner:
         if self.finished:
             return
         run, asked = self.run, size
-        size, at_least = batch_size(len(samples), size, run.processes), max(at_least, run.processes)
-        if size < at_least:
-            other = ", or fewer processes" if run.processes > 1 else ""
-            other += ", or --nce_weight 0" if at_least > run.processes else ""
-            raise DataError(
-                f"{self.stage}: {len(samples)} rows are too few. An update on {run.processes} "
-                f"process(es) needs at least {at_least}. Give more rows{other}"
-            )
+        size = rows_of_update(self.stage, len(samples), size, run.processes, at_least)
         if size < asked:
             run.say(
                 f"warning: {self.stage} has {len(samples)} rows: an update sees {size}, not {asked}"
@@ -161,6 +168,10 @@ class Learner:
             order = [*head, *(i for i in order if i not in taken)]
             yield from order
 
+    def rows_at_once(self, rows: int) -> int:
+        """In a micro-batch of an update of so many on this rank."""
+        return min(self.cfg.prompts_per_pass or rows, self.limit)
+
     def accumulate(self, micro_batches: list, work: Callable, *args) -> list:
         """The gradient of an update: work(micro_batches, *args) goes through them all and calls
         `backward`. Returns the micro-batches that it was done in.
@@ -176,7 +187,7 @@ class Learner:
             most = max(map(len, micro_batches))
             if most == 1:
                 raise RuntimeError(why)
-            n = run.micro_batch_limit = (most + 1) // 2  # from now on
+            n = self.limit = (most + 1) // 2  # from now on
             run.say(
                 f"{self.stage} {self.step}: out of memory in the update with {most} prompts at a "
                 f"time ({why}); trying {n}"
@@ -294,7 +305,8 @@ class Learner:
             tensors |= {f"{key}/{name}": value for key, value in state.items()}
         schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
         state = {"stage": self.stage, "step": self.step, "size": self.size, "schedule": schedule}
-        state |= {"micro_batch_limit": self.run.micro_batch_limit, "extra": self.extra}
+        state |= {"micro_batch_limit": self.run.micro_batch_limit, "limit": self.limit}
+        state |= {"extra": self.extra}
         checkpoint.save(self.run, self.folder / f"checkpoint-{self.step}", state, tensors)
         for old in self.checkpoints()[: -self.cfg.keep_last]:
             self.run.remove(old)
@@ -307,6 +319,7 @@ class Learner:
         state, tensors = checkpoint.load(self.run, folder, weights, needed)
         self.step, self.size = state["step"], state["size"]
         self.run.micro_batch_limit = state["micro_batch_limit"]
+        self.limit = state.get("limit", sys.maxsize)
         self.extra = state.get("extra", {})
         now, slots = self.optimizer.state_dict(), self._slots()
         for group in now["param_groups"]:

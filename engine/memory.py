@@ -5,15 +5,18 @@ weights), the reference where full fine-tuning needs a copy (with --reference cp
 the activations of one pass (with checkpointing: every layer's input, and one layer in full), keys
 and values of generation (the prompt's in float32), the weights of a local judge and of OViP's
 diffusion model. A reference response of the cold start is taken to be as long as --max_new_tokens.
+Not counted: what the allocator takes on top, and the vision tower's activations (--train_vision).
 """
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedConfig, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
+from engine.judges import is_url
 from engine.pretrained import opened
 from engine.shared_prefix import GROUP
 
@@ -43,11 +46,11 @@ VISION = dict(
     fullatt_block_indexes=[7, 15, 23, 31],
 )
 BESIDE = {  # parameters of models beside the policy, from their model cards
-    "Qwen/Qwen2.5-1.5B-Instruct": 1.54e9,
-    "Qwen/Qwen2.5-7B-Instruct": 7.61e9,
-    "black-forest-labs/FLUX.1-dev": 16.9e9,  # 12 and, of its text encoder, 4.8
+    "Qwen2.5-1.5B-Instruct": 1.54e9,
+    "Qwen2.5-7B-Instruct": 7.61e9,
+    "FLUX.1-dev": 16.9e9,  # 12 and, of its text encoder, 4.8
 }
-QUESTION = 100  # tokens of text beside the picture
+QUESTION = 100  # tokens of text beside picture or clip
 USABLE = 0.9  # share of a card; the rest is the driver's and the allocator's [choice]
 # what changes memory and not the update
 EXACT = {
@@ -107,113 +110,148 @@ def shape_of(config: PreTrainedConfig) -> Shape:
     )
 
 
-def needs(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> dict:
+def prompt_tokens(cfg, clips: bool = True) -> int:
+    """Tokens of the longest prompt: a picture, or a clip whose frames go in pairs."""
+    return cfg.max_pixels // 784 * (math.ceil(cfg.max_frames / 2) if clips else 1) + QUESTION
+
+
+def beside(model: str) -> float | None:
+    """Bytes of a model beside the policy, in half precision; None where they are not known."""
+    name, files = model.rstrip("/").split("/")[-1], [*Path(model).glob("*.safetensors")]
+    if not model or is_url(model):
+        return 0.0
+    if name in BESIDE:
+        return 2 * BESIDE[name]
+    return float(sum(file.stat().st_size for file in files)) if files else None
+
+
+def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = False) -> dict:
     """Bytes by part on each GPU, the most of training and of generation, the parameters that are
-    trained, and the work of one update of one process."""
+    trained, and the work of one update of one process. prompt: tokens of the longest."""
     size = 2 if cfg.dtype == "bfloat16" else 4 if cfg.dtype == "float32" else 8
     d, layers, t = shape.hidden, shape.layers, cfg.max_new_tokens
     shards, is_ovip = processes if sharded else 1, cfg.method == "ovip"
-    prompt = cfg.max_pixels // 784 + QUESTION
     width = 2 * d + 2 * shape.kv  # of q, k, v, o together
     trained = shape.text + cfg.train_vision * shape.vision
     whole = (shape.text + shape.vision) * size  # what sampling needs in any case
+    outside = shape.text - shape.linears  # of the layers
+    training, reference = {}, 0.0
     if cfg.lora_rank:
         # in + out of the seven linears, about
         trained = layers * cfg.lora_rank * (4 * d + width + 3 * (d + shape.inner))
-        training = {"adapter and AdamW": trained * 4 * 4 / shards}
+        training["adapter and AdamW"] = trained * 4 * 4 / shards
     else:
-        training = {
-            # moments, and a copy of half-precision weights
-            "AdamW": trained * 4 * (3 if size == 2 else 2) / shards,
-            "gradients": trained * 4 / shards,
-        }
+        # moments, and a copy of half-precision weights
+        training["AdamW"] = trained * 4 * (3 if size == 2 else 2) / shards
+        training["gradients"] = trained * 4 / shards
         if cfg.beta or is_ovip:
-            training["reference"] = whole if cfg.reference == "copy" else shape.head * size
-        if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
+            reference = whole if cfg.reference == "copy" else shape.head * size
+        if cfg.nce_weight and cfg.nce_feature != "hidden_mean" and not is_ovip:
             training["Eq. 4"] = 3 * shape.head * size
     share, pairs = (math.ceil(n / processes) for n in (cfg.prompts_per_step, cfg.pairs))
     at_once = min(cfg.prompts_per_pass or share, share)
-    row = prompt + cfg.group_size * t
     own = cfg.group_size * t
     together = min(own, max(t, GROUP * prompt))  # tokens of branches in a group
-    tokens = at_once * row
+    tokens = at_once * (prompt + own)
     mask = at_once * math.ceil(own / together) * together * (prompt + together) * size
     if is_ovip:  # A+ and A- behind one prompt; A+ without an image, and with another
         pair = 2 * prompt + 4 * t if cfg.negatives else prompt + 2 * t
         tokens, mask = min(cfg.prompts_per_pass or pairs, pairs) * pair, 0
     if cfg.sft_steps or cfg.sft_epochs:
-        tokens = max(tokens, math.ceil(cfg.sft_batch / processes) * (prompt + t))
-    one_layer = tokens * (8 * d + width + 4 * shape.inner) * size
-    kept = tokens * d * size * layers if cfg.gradient_checkpointing else one_layer * (layers - 1)
-    groups = {"RL": (at_once, cfg.group_size)}
-    if cfg.selection:
-        groups["selection"] = (cfg.select_batch, cfg.responses)
-    key = 2 * layers * shape.kv * size
-    cache = {k: key * b * (prompt * 4 // size + n * t) for k, (b, n) in groups.items()}
+        rows = math.ceil(cfg.sft_batch / processes)
+        tokens = max(tokens, min(cfg.prompts_per_pass or rows, rows) * (prompt + t))
+    one_layer = tokens * (11 * d + width + 4 * shape.inner) * size
+    if cfg.lora_rank and size == 2:
+        # peft has each linear's input in float32; the frozen linear keeps none
+        one_layer += tokens * ((6 * d + shape.inner) * 4 - (3 * d + shape.inner) * size)
+    inputs = tokens * d * size * layers
+    kept = inputs if cfg.gradient_checkpointing else one_layer * (layers - 1)
+    activations = kept + one_layer + mask + 3 * 4 * 2**26
+    if sharded and not cfg.lora_rank:  # or the gradients outside the layers, before they are shared
+        activations = max(activations, outside * (size + 4))
     # sharded: what is outside the layers, and two layers at a time
-    outermost = (shape.text - shape.linears + shape.vision + 2 * shape.linears / layers) * size
+    outermost = (outside + shape.vision + 2 * shape.linears / layers) * size
     frozen = whole / shards if cfg.lora_rank else 0  # beside these, a shard of all
+    other = {"judge": beside(cfg.judge) or 0.0, "diffusion": 0.0}
+    if cfg.negatives == "diffusion":
+        other["diffusion"] = beside(cfg.diffusion) or 0.0
     parts = {"weights": outermost + frozen if sharded else whole, **training}
-    parts["activations"] = kept + one_layer + mask + 3 * 4 * 2**26
-    parts["judge"] = BESIDE.get(cfg.judge, 0) * 2
-    parts["diffusion"] = BESIDE.get(cfg.diffusion, 0) * 2 if cfg.negatives == "diffusion" else 0
-    generation = whole + sum(parts.get(k, 0) for k in ("reference", "judge", "diffusion"))
-    generation += max(cache.values()) + (parts.get("AdamW", 0) + frozen) * sharded
-    step = cfg.prompts_per_step / processes * row
+    parts |= {"reference": reference, "activations": activations, **other}
+    key = 2 * layers * shape.kv * size
+
+    def cache(prompts: int, responses: int) -> float:
+        return key * prompts * (prompt * 4 // size + responses * t)
+
+    optimizer = training.get("AdamW", 0) + training.get("adapter and AdamW", 0)
+    in_rl = cache(at_once, cfg.group_size)
+    generation = [
+        in_rl + reference + optimizer + frozen * sharded + sum(other.values()),
+        cache(cfg.eval_batch, 1) + other["judge"],
+    ]
+    if cfg.selection:
+        generation.append(cache(cfg.select_batch, cfg.responses) + other["judge"])
+    step = cfg.prompts_per_step / processes * (prompt + own)
     passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
     passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
     rounds = math.ceil(share / at_once)
     return {
         "parts": parts,
         "training": sum(parts.values()),
-        "generation": generation,
+        "generation": whole + max(generation),
         "trained": trained,
         "flops": 2 * step * passes * shape.linears + 2 * step * (4 + 1) * shape.head,
-        "read": rounds * t * ((shape.linears + shape.head) * size + cache["RL"] / 2),
+        "read": rounds * t * ((shape.linears + shape.head) * size + in_rl / 2),
     }
 
 
-def most(cfg, shape: Shape, processes: int = 1, sharded: bool = False) -> float:
+def most(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = False) -> float:
     """Bytes of the hungrier of training and generation."""
-    need = needs(cfg, shape, processes, sharded)
+    need = needs(cfg, shape, prompt, processes, sharded)
     return max(need["training"], need["generation"])
 
 
-def check(cfg, run) -> None:
-    """Say, before anything is loaded, that this GPU is too small for the run."""
+def check(cfg, run, visual_tokens: int) -> None:
+    """Say, before anything is loaded, that this GPU is too small for the run. visual_tokens: of the
+    longest row."""
     if run.device.type == "cuda":
         card = torch.cuda.get_device_properties(run.device).total_memory
-        said = advice(cfg, shape_of(opened(cfg.start)[2]), card, run.processes, run.sharded)
+        shape, prompt = shape_of(opened(cfg.start)[2]), visual_tokens + QUESTION
+        said = advice(cfg, shape, prompt, card, run.processes, run.sharded)
         if said != "fits":
             run.say(f"warning: this GPU of {card / 1e9:.0f} GB is {said} (computed)")
 
 
-def advice(cfg, shape: Shape, card: float, processes: int = 1, sharded: bool = False) -> str:
+def advice(
+    cfg, shape: Shape, prompt: int, card: float, processes: int = 1, sharded: bool = False
+) -> str:
     """Does the run fit on cards of so many bytes? If not: how much it needs, and what would fit."""
 
     def need(changes: dict, shards: int) -> float:
         changed = SimpleNamespace(**vars(cfg) | changes)
         how = (shards, True) if shards > 1 else (processes, sharded)
-        return most(changed, shape, *how)
+        return most(changed, shape, prompt, *how)
 
     def fitting(always: dict) -> str | None:
+        batches = (cfg.prompts_per_step, cfg.sft_batch, *[cfg.pairs] * (cfg.method == "ovip"))
         for shards in (1, 2, 4, 8):
             changes = always | {k: v for k, v in EXACT.items() if getattr(cfg, k) != v}
-            if need(changes, shards) > USABLE * card:
+            if need(changes, shards) > USABLE * card or any(n % shards for n in batches):
                 continue
             for name in [*changes]:  # those that are not needed go
                 fewer = {k: v for k, v in changes.items() if k != name}
                 changes = fewer if need(fewer, shards) <= USABLE * card else changes
-            flags = [f"--{name} {str(value).lower()}" for name, value in changes.items()]
-            return ", ".join(
-                [" ".join(flags)] * bool(flags) + [f"FSDP2 on {shards} GPUs"] * (shards > 1)
-            )
+            flags = " ".join(f"--{name} {str(value).lower()}" for name, value in changes.items())
+            return ", ".join([flags] * bool(flags) + [f"FSDP2 on {shards} GPUs"] * (shards > 1))
         return None
 
     now = need({}, 1)
     if now <= USABLE * card:
         return "fits"
     found = [fitting({})]
-    found += [] if cfg.lora_rank or cfg.train_vision else [fitting({"lora_rank": RANK})]
+    if not (cfg.lora_rank or cfg.train_vision):  # another method, with another learning rate
+        found.append(fitting({"lora_rank": RANK}))
     ways = "; or ".join(dict.fromkeys(filter(None, found)))
-    return f"too small for {now / 1e9:.0f} GB. Would fit: {ways or 'nothing that is known here'}"
+    return (
+        f"too small: {now / 1e9:.0f} GB are needed, and {USABLE * card / 1e9:.0f} can be used. "
+        f"Would fit: {ways or 'nothing that is known here'}"
+    )

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from accelerate.utils.memory import should_reduce_batch_size
 from jinja2 import TemplateError
 from peft import (
     LoraConfig,
@@ -31,7 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from engine import ConfigError, reason
+from engine import ConfigError, is_out_of_memory, reason
 from engine.vlm import VLM
 
 # the language model's linears, never the vision's
@@ -111,7 +110,7 @@ def open_policy(model: str | VLM, cfg, device: str | torch.device, trainable: bo
     try:
         return load(model, **options, trainable=trainable).to(device)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
-        if isinstance(error, RuntimeError) and should_reduce_batch_size(error):
+        if is_out_of_memory(error):
             raise  # out of memory says nothing about the checkpoint
         raise ConfigError(f"model: cannot load {model}: {reason(error)}") from error
 

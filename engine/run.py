@@ -41,14 +41,14 @@ from accelerate.utils import (
     gather_object,
     set_seed,
 )
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
+from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from engine import ConfigError, reason
+from engine import ConfigError, is_out_of_memory, reason
 from engine.files import read_jsonl, rewrite, to_jsonl
 from engine.judges import is_url
 
@@ -124,31 +124,7 @@ class Run:
     def _claim_folder(self) -> None:
         """Start or resume the run in its folder; refuse a folder of another configuration."""
         file, now = self.folder / "config.yaml", dict(vars(self.cfg))
-        # a run that was stopped before its first result may be replaced
-        claims = (".", "config.yaml", "data.json")
-        here = self.folder.iterdir() if self.folder.exists() else ()
-        self.begun = begun = any(not path.name.startswith(claims) for path in here)
-        if file.exists() and begun:
-            then = yaml.safe_load(file.read_text())
-            free = set(self.cfg.resumable)
-            if all(is_url(cfg.get("judge") or "") for cfg in (then, now)):
-                free.add("judge")  # the same --judge_model at another address
-            then = getattr(type(self.cfg), "in_words", dict)(then)
-            # an option that was not there yet had its default
-            then = {k: getattr(type(self.cfg), k, None) for k in now} | then
-            differ = [k for k in now if k not in free and then[k] != now[k]]
-            if differ:
-                changes = "; ".join(f"{k}: {then[k]!r} there, {now[k]!r} now" for k in differ)
-                raise ConfigError(
-                    f"output_dir: {self.folder} belongs to a run with another configuration "
-                    f"({changes}). Give another --output_dir, or the same options to resume it, "
-                    "or delete the folder to start again"
-                )
-        elif begun:
-            raise ConfigError(
-                f"output_dir: {self.folder} is not empty and not a run folder. Give another "
-                "--output_dir"
-            )
+        self.begun = has_begun(self.folder, self.cfg)
         self.accelerator.wait_for_everyone()
         if self.is_main:  # what a process that was killed was writing, or deleting
             for ending in ("unfinished", "gone"):
@@ -233,7 +209,7 @@ class Run:
         except OutOfMemoryElsewhere as error:
             return str(error)
         except RuntimeError as error:
-            if not should_reduce_batch_size(error):
+            if not is_out_of_memory(error):
                 raise
             why = reason(error)
         if self.sharded:
@@ -287,7 +263,7 @@ class Run:
         try:
             return [work(batch, *args)] if batch else []
         except RuntimeError as error:
-            if len(batch) == 1 or not should_reduce_batch_size(error):
+            if len(batch) == 1 or not is_out_of_memory(error):
                 raise
         # not inside `except`: the error holds on to what the failed attempt allocated
         clear_device_cache(garbage_collection=True)
@@ -520,6 +496,37 @@ def check_launch(env: dict[str, str], gpus: int, cores: int) -> None:
                 f"launch file: {name} is not supported. Shard with FSDP2: "
                 "configs/accelerate/fsdp2.yaml"
             )
+
+
+def has_begun(folder: Path, cfg) -> bool:
+    """Does the folder hold results of this run? Raises ConfigError where they are of another
+    configuration, or no run's."""
+    file, now = folder / "config.yaml", dict(vars(cfg))
+    # a run that was stopped before its first result may be replaced
+    claims = (".", "config.yaml", "data.json")
+    here = folder.iterdir() if folder.exists() else ()
+    begun = any(not path.name.startswith(claims) for path in here)
+    if file.exists() and begun:
+        then = yaml.safe_load(file.read_text())
+        free = set(cfg.resumable)
+        if all(is_url(each.get("judge") or "") for each in (then, now)):
+            free.add("judge")  # the same --judge_model at another address
+        then = getattr(type(cfg), "in_words", dict)(then)
+        # an option that was not there yet had its default
+        then = {k: getattr(type(cfg), k, None) for k in now} | then
+        differ = [k for k in now if k not in free and then[k] != now[k]]
+        if differ:
+            changes = "; ".join(f"{k}: {then[k]!r} there, {now[k]!r} now" for k in differ)
+            raise ConfigError(
+                f"output_dir: {folder} belongs to a run with another configuration ({changes}). "
+                "Give another --output_dir, or the same options to resume it, or delete the "
+                "folder to start again"
+            )
+    elif begun:
+        raise ConfigError(
+            f"output_dir: {folder} is not empty and not a run folder. Give another --output_dir"
+        )
+    return begun
 
 
 def check_batches(cfg, processes: int) -> None:

@@ -223,10 +223,10 @@ class VLM(nn.Module):
         temperature, top_p: another distribution, for samples that are not scored as such (D-84).
 
         The prompt, and with it the vision tower, runs once, and its keys and values are held once
-        for all its completions (`BranchCache`). Every SEGMENT tokens those that have ended leave
-        the batch. Raises ValueError for n below 1. draws [B, n, T]: the uniform numbers that choose
-        the tokens, by default from torch's generator. With the same numbers a prompt gets the same
-        completions in any batch.
+        for all its completions (`BranchCache`). Those that have ended leave the batch after a
+        SEGMENT of tokens, in steps of one shape once a quarter has ended. Raises ValueError for n
+        below 1. draws [B, n, T]: the uniform numbers that choose the tokens, by default from
+        torch's generator. With the same numbers a prompt gets the same completions in any batch.
         """
         if n < 1:
             raise ValueError(f"n must be at least 1 completion a prompt, got {n}")

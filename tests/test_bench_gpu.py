@@ -126,11 +126,13 @@ def test_without_a_card_nothing_else_runs(monkeypatch, tmp_path, capsys):
 def test_a_card_too_small_is_refused_with_what_fits():
     from bench import gpu_parts  # here: the processes of `dies` import this file
 
-    needed = {"3b-lora": 11e9, "7b-lora": 21e9, "7b-full": 155e9}
+    found = {p: gpu_parts.predicted(p, gpu_parts.WORK) for p in ("3b-lora", "7b-lora", "7b-full")}
+    assert [round(n / 1e9) for n in found.values()] == [11, 22, 159]
+    needed = {"3b-lora": 11e9, "7b-lora": 22e9, "7b-full": 159e9}
     assert gpu_parts.too_small("7b-lora", needed, 80e9) == ""
     assert gpu_parts.too_small("7b-full", needed, 24e9) == (
-        "7b-full needs 155 GB (computed by engine/memory.py), the card has 24. "
-        "What fits: 3b-lora (11), 7b-lora (21)"
+        "7b-full needs 159 GB (computed by engine/memory.py), the card has 24. "
+        "What fits: 3b-lora (11), 7b-lora (22)"
     )
     assert gpu_parts.too_small("3b-lora", needed, 8e9).endswith("No other part fits")
 

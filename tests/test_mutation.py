@@ -196,8 +196,8 @@ FAULTS = [
     Fault("a packet that is cut off passes", "engine/video", "if packet.is_corrupt:", "if False:", "end_is_missing", "data"),
     # run.py
     Fault("nothing binds a folder", "engine/run", "differ = [k for k in now if k not in free and then[k] != now[k]]", "differ = []"),
-    Fault("a folder of something else is taken", "engine/run", "        elif begun:\n", "        elif False:\n"),
-    Fault("any judge may take another's place", "engine/run", 'if all(is_url(cfg.get("judge") or "") for cfg in (then, now)):', "if True:"),
+    Fault("a folder of something else is taken", "engine/run", "    elif begun:\n", "    elif False:\n"),
+    Fault("any judge may take another's place", "engine/run", 'if all(is_url(each.get("judge") or "") for each in (then, now)):', "if True:"),
     Fault("what may change binds", "config", "select_batch: int = option(16, low=1, resumable=True", "select_batch: int = option(16, low=1", "", "run"),
     Fault("what was half deleted stays", "engine/run", 'for ending in ("unfinished", "gone"):', 'for ending in ("unfinished",):'),
     Fault("chance without the seed", "engine/run", 'random.Random(f"{self.cfg.seed}/{where}")', 'random.Random(f"{where}")'),
@@ -213,7 +213,7 @@ FAULTS = [
     Fault("more processes than GPUs", "engine/run", "if gpus and here > gpus or not gpus and here > max(4, cores):", "if not gpus and here > max(4, cores):"),
     Fault("FSDP1 is taken", "engine/run", 'if env.get("FSDP_VERSION") != "2":', "if False:"),
     Fault("DeepSpeed is taken", "engine/run", 'if env.get(f"ACCELERATE_USE_{name}") == "true":', "if False:"),
-    Fault("batches that do not split", "engine/run", "if getattr(cfg, name, 0) % self.processes:", "if False:"),
+    Fault("batches that do not split", "engine/run", "if getattr(cfg, name, 0) % processes:", "if False:"),
     Fault("other rows go on", "engine/run", "        if then != rows:\n", "        if False:\n", "rows_or_pictures", "train"),
     Fault("media that were read ahead are read again", "data", "    if media is None:\n", "    if True:\n", "read_once", "loader"),
     Fault("what is resized is resized again", "engine/loader", ' or "resized" in part', "", "", "loader"),
@@ -257,6 +257,13 @@ FAULTS = [
     Fault("an own reward weighs nothing", "rewards", "dict.fromkeys(rewards, 1.0)", "dict.fromkeys(rewards, 0.0)", "ones_own"),
     Fault("half a description is drawn", "world/scenes", "    if not all(found):\n", "    if not any(found):\n", "described_scene", "preference"),
     Fault("always at T = 1", "engine/shared_prefix", "for warper in self.warpers:", "for warper in ():", "nucleus", "preference"),
+    Fault("AdamW without float32 copies", "engine/memory", "trained * 4 * (3 if size == 2 else 2)", "trained * 4 * 2", "documented", "dry_run"),
+    Fault("a clip is one picture", "engine/memory", "math.ceil(cfg.max_frames / 2) if clips else 1", "1", "clip", "dry_run"),
+    Fault("peft's float32 inputs are forgotten", "engine/memory", "if cfg.lora_rank and size == 2:\n        # peft", "if False:\n        # peft", "autograd_saves", "dry_run"),
+    Fault("a card's last byte can be used", "engine/memory", "if need(changes, shards) > USABLE * card or", "if need(changes, shards) > card or", "would_fit", "dry_run"),
+    Fault("judge calls of one evaluation", "dry_run", "    calls = times * tests", "    calls = tests", "does_what"),
+    Fault("an update's memory limits sampling", "engine/learner", "n = self.limit = (most + 1) // 2", "n = self.limit = run.micro_batch_limit = (most + 1) // 2", "less_memory", "train"),
+    Fault("a part keeps the whole's inputs", "rollouts", "        self.encoded = None  # memory", "        self.encoded = self.encoded  # memory", "part_of_rollouts", "train"),
     Fault("a drop is a rise", "stress", "one[q.id] - two[q.id]", "two[q.id] - one[q.id]"),
 ]  # fmt: skip
 

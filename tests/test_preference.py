@@ -109,7 +109,8 @@ def test_the_step_is_that_of_plain_rows(world, samples, form, size):
         work(parts)
 
     learner = SimpleNamespace(
-        run=SimpleNamespace(all_reduce=lambda x: x, device="cpu", micro_batch_limit=9),
+        run=SimpleNamespace(all_reduce=lambda x: x, device="cpu"),
+        rows_at_once=lambda rows: min(size or rows, 9),
         policy=policy,
         model=policy,
         accumulate=accumulate,
@@ -189,7 +190,7 @@ def test_the_row_without_an_image_has_no_token_of_one(policy, samples):
 
 def test_without_any_negative_image_nothing_is_learned(samples):
     learner = SimpleNamespace(
-        run=SimpleNamespace(all_reduce=lambda x: x, device="cpu", micro_batch_limit=9), policy=None
+        run=SimpleNamespace(all_reduce=lambda x: x, device="cpu"), policy=None
     )
     pair = preference.Pair(samples[0].id, 1, [1], [2], "", "")
     numbers = {"lost": (0.0, 0)}

@@ -25,6 +25,7 @@ from transformers import Trainer, get_cosine_schedule_with_warmup
 
 import conflict
 import data
+import engine
 import eval as evaluation
 import measures
 import ntk_infonce
@@ -494,13 +495,72 @@ def test_an_update_in_less_memory_has_the_same_gradient(
         lines = (folder / "rl/rollouts.jsonl").read_text()
         seen.append((gradients, json.loads(metrics_of(folder)), lines))
         assert sizes == (passes if fails else [1] * len(passes))
-    assert run.micro_batch_limit == 1
+    assert run.micro_batch_limit == sys.maxsize  # what fits in an update says nothing of sampling
     (wanted, metrics, lines), (found, again, others) = seen
     assert lines == others and again == pytest.approx(metrics, abs=1e-6) and metrics["nce"] > 0
     for k, (a, b) in enumerate(zip(wanted, found, strict=True)):
         assert max(x.abs().max() for x in a) > 1e-3
         for x, y in zip(a, b, strict=True):  # norms round to float32, also of weights 1e-12 apart
             torch.testing.assert_close(y, x, atol=1e-6 if k else 1e-9, rtol=0)
+
+
+def test_a_part_of_rollouts_is_encoded_when_it_is_used(policy, world, tmp_path):
+    """Where memory is short, in the attempt that is made again if it does not suffice; then what
+    was encoded before is gone."""
+    cfg = train.Config(output_dir=str(tmp_path / "run"), max_new_tokens=4, group_size=2, quiet=True)
+    whole = train.roll_out(data.load(world / "data")["train"][:3], policy, None, cfg)
+    wanted, encode = whole.inputs, whole.encode
+    whole.encode = lambda samples: calls.append(len(samples)) or encode(samples)
+    calls, parts = [], [whole[:2], whole[2:]]
+    assert not calls and whole.encoded is None
+    assert [part.inputs["input_ids"].shape[0] for part in parts * 2] == [2, 1, 2, 1]
+    assert calls == [2, 1] and torch.equal(whole.inputs["input_ids"], wanted["input_ids"])
+
+
+@pytest.mark.parametrize(
+    ("words", "short"),
+    [
+        (OUT_OF_MEMORY, True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried", True),
+        ("The size of tensor a (3) must match the size of tensor b (2)", False),
+    ],
+)
+def test_every_wording_of_too_little_memory_is_known(words, short):
+    assert engine.is_out_of_memory(RuntimeError(words)) == short
+    assert not engine.is_out_of_memory(ValueError(words))
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_line(tmp_path, monkeypatch):
+    killed = RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    monkeypatch.setattr(train, "main", lambda cfg: (_ for _ in ()).throw(killed))
+    monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="error: a process of --media_workers ended .*Killed"):
+        train.cli()
+    monkeypatch.setattr("config.sys.platform", "darwin")
+    with pytest.raises(train.ConfigError, match="media_workers: .*Linux only"):
+        train.Config(media_workers=1)
+
+
+def test_the_cold_start_keeps_to_the_prompts_of_a_pass(world, tmp_path, monkeypatch):
+    """The same gradient in smaller micro-batches."""
+    seen, update = [], train.Learner.update
+
+    def watched(learner):
+        seen.append(([slot.grad.clone() for slot in learner._slots()], len(learner.losses)))
+        update(learner)
+
+    monkeypatch.setattr(train.Learner, "update", watched)
+    for n in (0, 2):
+        words = f"--method sft --sft_steps 1 --sft_batch 5 --dtype float64 --prompts_per_pass {n}"
+        where = f"--world {world} --output_dir {tmp_path / str(n)} --quiet true"
+        cfg = train.parse_config(f"{words} {where}".split())
+        train.cold_start(data.load(world / "data"), cfg, train.Run(cfg))
+    (wanted, one), (found, three) = seen
+    assert (one, three) == (1, 3) and max(x.abs().max() for x in wanted) > 1e-3
+    for a, b in zip(wanted, found, strict=True):
+        torch.testing.assert_close(b, a, atol=1e-9, rtol=0)
 
 
 def test_one_prompt_that_does_not_fit_ends_the_run_with_advice(tmp_path, monkeypatch):
