@@ -4,9 +4,12 @@ seconds to import."""
 import multiprocessing
 import os
 import runpy
+import socket
 import subprocess
 import sys
 import tempfile
+import time
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -15,30 +18,55 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["stops", "eval"])
 
 
-def start(*command, out: Path, err: Path, cwd: Path | None = None, moment: str = "") -> BaseProcess:
+def start(
+    *command, out: Path, err: Path, cwd: Path | None = None, moment: str = "", **environment
+) -> BaseProcess:
     """Begin `python COMMAND`, a script of ours with its options. moment: of stops.py, when it kills
     itself."""
-    place = str(cwd or Path.cwd()), str(out), str(err), dict(os.environ)
+    place = str(cwd or Path.cwd()), str(out), str(err), os.environ | environment
     process = CONTEXT.Process(target=_run, args=(list(map(str, command)), *place, moment))
     process.start()
     return process
 
 
-def launch(*options, script="train.py", check=True, cwd=None) -> subprocess.CompletedProcess:
-    """`python SCRIPT OPTIONS`, to its end."""
+def launch(
+    *options, script="train.py", check=True, cwd=None, processes=1
+) -> subprocess.CompletedProcess:
+    """`python SCRIPT OPTIONS`, to its end; several processes as torchrun starts them."""
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
-        process = start(script, *options, out=out, err=err, cwd=cwd)
-        process.join(900)
-        if process.exitcode is None:
-            process.kill()
-            raise TimeoutError(out.read_text()[-3000:] + err.read_text()[-3000:])
+        ranks = [
+            start(script, *options, out=out, err=err, cwd=cwd, **place)
+            for place in places(processes)
+        ]
+        end = time.time() + 900
+        while (left := [r.sentinel for r in ranks if r.exitcode is None]) and time.time() < end:
+            wait(left, timeout=1)
+            if any(rank.exitcode for rank in ranks):  # the others would wait for it
+                end = min(end, time.time() + 15)
+        code = max((rank.exitcode for rank in ranks if rank.exitcode), key=abs, default=0)
+        for rank in ranks:
+            if rank.exitcode is None:
+                rank.kill()
+                code = code or 1
         done = subprocess.CompletedProcess(
-            (script, *options), process.exitcode, out.read_text(), err.read_text()
+            (script, *options), code, out.read_text(), err.read_text()
         )
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+def places(processes: int) -> list[dict[str, str]]:
+    """The environment of each rank."""
+    if processes == 1:
+        return [{}]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    both = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    both |= dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(processes))
+    return [both | {"RANK": str(i), "LOCAL_RANK": str(i)} for i in range(processes)]
 
 
 def _run(

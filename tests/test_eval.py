@@ -17,7 +17,6 @@ import test_benchmarks as forms
 import torch
 import yaml
 from PIL import Image, ImageColor
-from test_processes import accelerate
 
 import benchmarks
 import data
@@ -570,10 +569,8 @@ def test_two_processes_share_own_rows_and_one_writes(world, tmp_path):
     ]
     options += ["--judge", world / "judge"]
     printed = evaluate(*options, "--out", tmp_path / "one.json")
-    done = accelerate(
-        "cpu2", 2, tmp_path / "counted.py", ROOT, tmp_path, *options, "--out", tmp_path / "two.json"
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    counted = ROOT, tmp_path, *options, "--out", tmp_path / "two.json"
+    done = commands.launch(*counted, script=tmp_path / "counted.py", processes=2)
     assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
     result = json.loads((tmp_path / "two.json").read_text())
     first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in (0, 1))
@@ -744,11 +741,7 @@ def published(tmp_path_factory):
 
 
 def launch(*options, processes=1):
-    if processes == 1:
-        return commands.launch(*options, script="eval.py").stdout
-    done = accelerate("cpu2", processes, ROOT / "eval.py", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    return commands.launch(*options, script="eval.py", processes=processes).stdout
 
 
 def evaluate(*options):

@@ -180,8 +180,7 @@ def pair(able, tmp_path_factory):
     options)"""
     options = [*able, "--sft_steps", "0", "--dtype", "float64", "--save_every", "4"]
     whole, killed = (tmp_path_factory.mktemp("pair") / name for name in ("whole", "killed"))
-    done = accelerate("cpu2", 2, ROOT / "train.py", "--output_dir", whole, *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    commands.launch("--output_dir", whole, *options, processes=2)
     done = accelerate(
         "cpu2", 2, ROOT / "tests/stops.py", "rl-5", "KILL", "--output_dir", killed, *options
     )
@@ -194,8 +193,7 @@ def test_a_run_with_a_killed_process_goes_on_to_the_same_end(pair, tmp_path):
     """A run one process of which is killed goes on to the same end."""
     whole, killed, options = pair
     shutil.copytree(killed, tmp_path / "run")
-    done = accelerate("cpu2", 2, ROOT / "train.py", "--output_dir", tmp_path / "run", *options)
-    assert done.returncode == 0, done.stderr[-3000:]
+    commands.launch("--output_dir", tmp_path / "run", *options, processes=2)
     for name in (
         "rl/policy/model.safetensors",
         "rl/metrics.jsonl",
@@ -559,10 +557,7 @@ def test_nothing_is_unpickled_and_no_secret_is_written(world, tmp_path):
         "--output_dir",
         tmp_path / "run",
         *SMALL,
-        "--sft_steps",
-        "3",
-        "--selection",
-        "false",
+        *"--sft_steps 3 --rl_steps 4 --selection false".split(),
     ]
     control = [
         sys.executable,

@@ -92,7 +92,9 @@ def photo_folder(tmp_path_factory):
 def test_every_stage_runs_on_real_photographs_and_a_real_clip(world, photo_folder, tmp_path):
     run = tmp_path / "run"
     # pictures of 84 x 84 to 112 x 112 pixels keep this quick; the default is 401,408 pixels
-    options = ["--max_pixels", "12544", "--max_frames", "4", "--sft_steps", "30", "--rl_steps", "2"]
+    options = (
+        "--max_pixels 12544 --max_frames 4 --sft_steps 30 --rl_steps 2 --eval_responses 0".split()
+    )
     done = launch("--world", world, "--data", photo_folder, "--output_dir", run, *SMALL, *options)
     assert "21 train" in done.stdout and (run / "report.html").exists()
     rows = json.loads((run / "eval/after.json").read_text())["test"]["rows"]
@@ -161,7 +163,7 @@ def mixed_folder(photo_folder, tmp_path_factory):
 MIXED = (
     "--max_pixels 6272 --max_frames 4 --sft_steps 30 --rl_steps 2 --prompts_per_step 5 "
     "--prompts_per_pass 3 "
-    "--responses 8 --max_new_tokens 64"
+    "--responses 8 --max_new_tokens 64 --eval_responses 0"
 ).split()
 
 
@@ -205,32 +207,24 @@ def metrics(run):
 LORA = "--lora_rank 4 --gradient_checkpointing true --selection false".split()
 
 
-@pytest.mark.parametrize("options", [[], LORA], ids=["full", "lora"])
-def test_a_run_takes_all_problem_types_on_pictures_and_clips(
-    world, mixed_folder, tmp_path, options
-):
+def test_a_run_takes_all_problem_types_on_pictures_and_clips(world, mixed_folder, tmp_path):
     """A run with a local judge takes all problem types on a picture, on several and on clips."""
     run = tmp_path / "run"
-    launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *options)
+    launch("--world", world, "--data", mixed_folder, "--output_dir", run, *SMALL, *MIXED, *LORA)
     lines = metrics(run)
     assert len(lines) == 2 and lines[0]["kl"] == pytest.approx(0, abs=1e-6)  # with media in both
     assert all(line["unknown"] == 0 and 0 <= line["caption_leak"] <= 1 for line in lines)
     rows = json.loads((run / "eval/after.json").read_text())["test"]["rows"]
     assert len(rows) == 15 and len({row["category"] for row in rows}) == 5
-    # this adapter of an untrained policy learns no format: all its responses earn the same
-    if options != LORA:
-        assert len((run / "select/scores.jsonl").read_text().splitlines()) == 15
 
 
-@pytest.mark.parametrize("dies", [False, True], ids=["flaky", "dies half-way"])
-def test_a_run_with_a_flaky_endpoint_invents_no_reward(
-    world, mixed_folder, tmp_path, monkeypatch, dies
-):
-    """A run with a slow, failing and nonsensical endpoint finishes. It invents no reward."""
+def test_a_run_with_a_flaky_endpoint_invents_no_reward(world, mixed_folder, tmp_path, monkeypatch):
+    """A run with a slow, failing and nonsensical endpoint, which dies half-way, finishes. It
+    invents no reward."""
     pytest.importorskip("openai")
     monkeypatch.setenv("OPENAI_API_KEY", "sk-loopback-secret")
     run = tmp_path / "run"
-    server = FlakyServer(run / ("rl/metrics.jsonl" if dies else "never"))  # after the first update
+    server = FlakyServer(run / "rl/metrics.jsonl")  # dies after the first update
     # how many prompts would be selected follows from which call meets which of the server's moods
     judge = [
         "--judge",
@@ -259,8 +253,7 @@ def test_a_run_with_a_flaky_endpoint_invents_no_reward(
             assert captioned or verdict == 0.0 and reply is None
             unknown, known = unknown + (verdict is None), known + (verdict is not None)
     assert known > 0
-    if dies:
-        assert unknown > 0 and metrics(run)[-1]["unknown"] > 0
+    assert unknown > 0 and metrics(run)[-1]["unknown"] > 0
     everything = done.stdout + done.stderr
     everything += "".join(
         f.read_text(errors="ignore")

@@ -1,6 +1,7 @@
 """Every option of Config, away from its default, arrives where it acts: two small runs, watched."""
 
 import json
+import math
 from collections import defaultdict
 from dataclasses import fields
 from pathlib import Path
@@ -300,7 +301,8 @@ def test_stages_take_as_many_updates_of_as_many_rows(ran):
             (n, seen.cfg.max_new_tokens)
             for n in (seen.cfg.responses, seen.cfg.group_size, seen.cfg.eval_responses, 1)
         }
-    assert [len(args[0]) for args, _ in ours["prompts"]][:2] == [5, 5], "sft_batch"
+    rows = [len(args[0]) for args, _ in ours["prompts"]][:4]
+    assert rows == [3, 2] * 2, "sft_batch in prompts_per_pass"
     sizes = {
         n: [len(args[1]["input_ids"]) for args, _ in ours["generate"] if args[2] == n]
         for n in (4, 3)
@@ -348,9 +350,9 @@ def test_eq_4_is_the_one_that_was_asked_for(ran):
     assert {args[0] for args, _ in other["weights"]} == {"reference"} and not other["sketch"]
     assert {args[2] for args, _ in other["info_nce"]} == {1.0}
     for seen in ran.values():  # the loss that is handed on is Eq. 1 plus the weight times Eq. 4
-        passes = [args[1] for args, _ in seen["backward"]][
-            seen.cfg.sft_steps if not seen.cfg.sft_epochs else 2 :
-        ]
+        cfg = seen.cfg
+        parts = math.ceil(cfg.sft_batch / (cfg.prompts_per_pass or cfg.sft_batch))
+        passes = [args[1] for args, _ in seen["backward"]][2 * parts :]  # two of the cold start
         assert len(passes) == len(seen["loss"]) == len(seen["info_nce"])
 
 
