@@ -371,7 +371,8 @@ def figures(arms: Results, folder: Path) -> str:
             ("cold", "full", "easy", "hard", "medium", "top30", "top60"), _entropy,
         ),
         "figure-5a": (
-            "Figure 5a: accuracy against tau, mean and 95 % interval.",
+            "Figure 5a: accuracy against tau, of the seeds that have every tau. A thin line is a "
+            "seed.",
             ("tau-0.1", "tau-0.3", "ours", "tau-0.7", "tau-0.9"), _tau,
         ),
     }  # fmt: skip
@@ -451,13 +452,16 @@ def _rewards(drawing: Figure, arms: Results, names: tuple[str, ...]) -> None:
 
 
 def _tau(drawing: Figure, arms: Results, names: tuple[str, ...]) -> None:
-    ax = drawing.subplots()
-    for name in names:
-        found = [100 * value(s, "after", "test", "accuracy") for s in arms[name].values()]
-        tau = float(name.partition("-")[2] or 0.54)
-        low, high = interval(found) or (fmean(found),) * 2
-        ax.errorbar(tau, fmean(found), [[fmean(found) - low], [high - fmean(found)]], fmt="o",
-                    color="tab:blue", capsize=3)  # fmt: skip
+    ax, taus = drawing.subplots(), [float(name.partition("-")[2] or 0.54) for name in names]
+    # seeds differ by more than taus do, so means over different seeds do not compare
+    lines = [
+        [100 * value(arms[name][seed], "after", "test", "accuracy") for name in names]
+        for seed in sorted(set.intersection(*(set(arms[name]) for name in names)))
+    ]
+    for line in lines:
+        ax.plot(taus, line, "o-", color="tab:blue", alpha=0.35, lw=1, ms=3)
+    if lines:
+        ax.plot(taus, [fmean(part) for part in zip(*lines)], "o-", color="tab:blue")
     ax.set_xlabel("tau")
     ax.set_ylabel("test accuracy, %")
 
