@@ -1,6 +1,6 @@
 """The tests of the tests: each named fault, one line in a scratch copy, must be caught.
 
-pytest -m mutation        # about ten minutes; not part of the plain `pytest`
+pytest -m mutation        # more than an hour; not part of the plain `pytest`
 """
 
 import re
