@@ -422,9 +422,16 @@ def fit_to_model(
 ) -> dict[str, list[Sample]]:
     """The rows of `fitting`. The others are bad rows; a set of bad rows alone is an error also with
     "skip"."""
-    fit, problems = fitting(sets, *_context(model), limits)
-    refuse(problems, on_bad_row if all(fit.values()) else "error", say)
-    return fit
+    return fit(sets, *_context(model), limits, on_bad_row, say)
+
+
+def fit(
+    sets: dict[str, list[Sample]], longest: int, tokenizer, limits, on_bad_row: str, say=print
+) -> dict[str, list[Sample]]:
+    """`fit_to_model`, where the model's context is known."""
+    left, problems = fitting(sets, longest, tokenizer, limits)
+    refuse(problems, on_bad_row if all(left.values()) else "error", say)
+    return left
 
 
 if __name__ == "__main__":

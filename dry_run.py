@@ -29,7 +29,7 @@ import preference
 import train
 from caption_reward import CaptionReward
 from config import Config
-from engine import ConfigError, DataError, memory, reason
+from engine import ConfigError, memory, reason
 from engine.files import read_jsonl
 from engine.judges import is_url
 from engine.learner import batch_size, readable, updates
@@ -76,9 +76,9 @@ def dry_run(cfg: Config) -> None:
     tell("not known", unknown(cfg, processor))
     processor = processor or models.make_policy(models.make_tokenizer())[1]
     tell("one layer", one_update(cfg, config, processor))
-    kept = cfg.data and Path(cfg.data).exists()
-    kept = "but Hugging Face's cache, which holds that the media of --data are good" if kept else ""
-    print(f"{time.time() - begun:.0f} s. Nothing was written{', ' * bool(kept)}{kept}.")
+    here = cfg.data and Path(cfg.data).exists()
+    but = " but, in Hugging Face's cache, which media of --data are good" if here else ""
+    print(f"{time.time() - begun:.0f} s. Nothing was written{but}.")
 
 
 def tell(name: str, lines: Iterable[str]) -> None:
@@ -140,8 +140,7 @@ def rows_of(
     there = cfg.data and Path(cfg.data).exists()
     if not there:
         sizes = {"cold_start": ASSUMED, cfg.train_set: ASSUMED} if cfg.data else dict(scenes.SIZES)
-        if cfg.train_set not in sizes:
-            raise DataError(f"data: the embedded world has no {cfg.train_set}.json to learn from")
+        train.check_train_set(sizes, cfg)
         built = Path(cfg.world).exists()
         said = f"{cfg.data} is not on this disk: {ASSUMED:,} rows are assumed below"
         if not cfg.data:
@@ -152,8 +151,7 @@ def rows_of(
     sets = data.load(cfg.data, cfg.on_bad_row)
     if processor:
         most = config.text_config.max_position_embeddings
-        sets, problems = data.fitting(sets, most, processor.tokenizer, cfg)
-        data.refuse(problems, cfg.on_bad_row if all(sets.values()) else "error", print)
+        sets = data.fit(sets, most, processor.tokenizer, cfg, cfg.on_bad_row)
     sizes = {name: len(rows) for name, rows in sets.items()}
     taught = len(train.taught(train.learnable(sets, cfg, processes), cfg))
     longest = data.most_visual_tokens(sets, cfg) + memory.QUESTION
@@ -216,7 +214,6 @@ def memory_lines(
 ) -> list[str]:
     """Memory by part, the cards that are large enough, and what machine and disk hold."""
     need = memory.needs(cfg, shape, prompt, processes, sharded)
-    parts = ", ".join(f"{k} {v / 1e9:.1f}" for k, v in need["parts"].items() if v > 5e7)
     cards = {f"{n} GB": n * 1e9 for n in CARDS}
     if torch.cuda.is_available():
         here = torch.cuda.get_device_properties(0)
@@ -226,8 +223,8 @@ def memory_lines(
     left_out = [name for name in (cfg.judge, cfg.diffusion) if memory.beside(name) is None]
     return [
         f"of each GPU, computed and not measured, for prompts of up to {prompt:,} tokens: "
-        f"{need['training'] / 1e9:.1f} GB in training ({parts}), {need['generation'] / 1e9:.1f} GB "
-        "while sampling",
+        f"{need['training'] / 1e9:.1f} GB in training ({memory.listed(need['parts'])}), "
+        f"{need['generation'] / 1e9:.1f} GB while sampling",
         *(f"{name} is not counted: its size is not known here" for name in left_out),
         *(
             f"{name}: {memory.advice(cfg, shape, prompt, size, processes, sharded)}"

@@ -19,7 +19,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -64,10 +64,6 @@ JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is tra
 
 
 def main(cfg: Config) -> None:
-    if cfg.dry_run:
-        from dry_run import dry_run  # which imports this file
-
-        return dry_run(cfg)
     run = Run(cfg)
     sets = open_data(cfg, run)
     share(cfg, run)
@@ -303,9 +299,7 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
 def learnable(sets: dict[str, list], cfg: Config, processes: int) -> dict[str, list[data.Sample]]:
     """The sets, with --train_set as `train`. Raises DataError for rows that a stage cannot learn
     from, and where they are too few."""
-    if cfg.train_set not in sets:
-        where = cfg.data or cfg.world
-        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
+    check_train_set(sets, cfg)
     if cfg.train_set != "train":
         sets = {"cold_start": sets.get("train", [])} | sets | {"train": sets[cfg.train_set]}
     if cfg.caption_reward == "shared":
@@ -323,6 +317,13 @@ def learnable(sets: dict[str, list], cfg: Config, processes: int) -> dict[str, l
     return sets
 
 
+def check_train_set(names: Container[str], cfg: Config) -> None:
+    """Raises DataError where --train_set is none of the sets."""
+    if cfg.train_set not in names:
+        where = cfg.data or cfg.world
+        raise DataError(f"data: {where} has no {cfg.train_set}.json to learn from")
+
+
 def taught(sets: dict[str, list[data.Sample]], cfg: Config) -> list[data.Sample]:
     """The rows of the cold start: those with a reference response."""
     rows = sets.get("cold_start", sets["train"]) if cfg.sft_steps or cfg.sft_epochs else []
@@ -331,7 +332,7 @@ def taught(sets: dict[str, list[data.Sample]], cfg: Config) -> list[data.Sample]
 
 def least_prompts(cfg: Config) -> int:
     """Prompts that an update of RL needs: Eq. 4 compares them."""
-    return 2 if cfg.nce_weight and cfg.method != "ovip" else 1
+    return 2 if cfg.nce_weight else 1
 
 
 def with_corrupted(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> dict:
@@ -408,6 +409,10 @@ def cli() -> None:
     try:
         cfg = parse_config(sys.argv[1:])
         folder = Path(cfg.output_dir)
+        if cfg.dry_run:
+            from dry_run import dry_run  # which imports this file
+
+            return dry_run(cfg)
         main(cfg)
     except (ConfigError, DataError, Diverged) as error:
         stop(f"error: {error}")

@@ -13,7 +13,7 @@ import argparse
 from pathlib import Path
 
 from config import parse_config
-from engine.memory import needs, prompt_tokens, published, shape_of
+from engine.memory import listed, needs, prompt_tokens, published, shape_of
 
 CARDS = {
     "RTX 4090, 24 GB": (165e12, 1.01e12),
@@ -44,16 +44,13 @@ def main() -> None:
         for media in ("pictures", "clips"):
             prompt = prompt_tokens(cfg, media == "clips")
             need = needs(cfg, shape, prompt, args.shards, args.shards > 1)
-            parts = ", ".join(
-                f"{name} {value / 1e9:.1f}" for name, value in need["parts"].items() if value > 5e7
-            )
             times = " | ".join(
                 f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}"
                 for f, b in CARDS.values()
             )
             print(
-                f"| `{file}` | {media} | {need['training'] / 1e9:.0f} | {parts} | "
-                f"{need['generation'] / 1e9:.0f} | {times} |"
+                f"| `{file}` | {media} | {need['training'] / 1e9:.0f} | "
+                f"{listed(need['parts'])} | {need['generation'] / 1e9:.0f} | {times} |"
             )
 
 

@@ -17,8 +17,6 @@ files           tables, JSON lines, atomic writes
 
 import re
 
-from accelerate.utils.memory import should_reduce_batch_size
-
 
 class ConfigError(ValueError):
     """A setting that cannot work, in one line: which option, what is wrong, what to do."""
@@ -39,6 +37,9 @@ def reason(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Of torch's allocator, of CUDA itself or of cuBLAS."""
+    # here: what needs the classes above alone need not wait seconds for torch
+    from accelerate.utils.memory import should_reduce_batch_size
+
     words = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
     return isinstance(error, RuntimeError) and (
         should_reduce_batch_size(error) or any(word in str(error) for word in words)

@@ -139,14 +139,14 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     if cfg.lora_rank:
         # in + out of the seven linears, about
         trained = layers * cfg.lora_rank * (4 * d + width + 3 * (d + shape.inner))
-        training["adapter and AdamW"] = trained * 4 * 4 / shards
+        training["adapter and AdamW"] = optimizer = trained * 4 * 4 / shards
     else:
         # moments, and a copy of half-precision weights
-        training["AdamW"] = trained * 4 * (3 if size == 2 else 2) / shards
+        training["AdamW"] = optimizer = trained * 4 * (3 if size == 2 else 2) / shards
         training["gradients"] = trained * 4 / shards
         if cfg.beta or is_ovip:
             reference = whole if cfg.reference == "copy" else shape.head * size
-        if cfg.nce_weight and cfg.nce_feature != "hidden_mean" and not is_ovip:
+        if cfg.nce_weight and cfg.nce_feature != "hidden_mean":
             training["Eq. 4"] = 3 * shape.head * size
     share, pairs = (math.ceil(n / processes) for n in (cfg.prompts_per_step, cfg.pairs))
     at_once = min(cfg.prompts_per_pass or share, share)
@@ -182,7 +182,6 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     def cache(prompts: int, responses: int) -> float:
         return key * prompts * (prompt * 4 // size + responses * t)
 
-    optimizer = training.get("AdamW", 0) + training.get("adapter and AdamW", 0)
     in_rl = cache(at_once, cfg.group_size)
     generation = [
         in_rl + reference + optimizer + frozen * sharded + sum(other.values()),
@@ -204,6 +203,11 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     }
 
 
+def listed(parts: dict[str, float]) -> str:
+    """The parts that are worth a word, in GB."""
+    return ", ".join(f"{name} {n / 1e9:.1f}" for name, n in parts.items() if n > 5e7)
+
+
 def most(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = False) -> float:
     """Bytes of the hungrier of training and generation."""
     need = needs(cfg, shape, prompt, processes, sharded)
@@ -213,7 +217,7 @@ def most(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fal
 def check(cfg, run, visual_tokens: int) -> None:
     """Say, before anything is loaded, that this GPU is too small for the run. visual_tokens: of the
     longest row."""
-    if run.device.type == "cuda":
+    if run.is_main and run.device.type == "cuda":
         card = torch.cuda.get_device_properties(run.device).total_memory
         shape, prompt = shape_of(opened(cfg.start)[2]), visual_tokens + QUESTION
         said = advice(cfg, shape, prompt, card, run.processes, run.sharded)

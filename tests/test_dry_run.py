@@ -30,6 +30,12 @@ def preset(name, *words):
     return parse_config(["--config", str(ROOT / f"configs/{name}.yaml"), *words])
 
 
+def start(*words):
+    """As `train.cli`, whose errors are lines."""
+    cfg = parse_config(list(words))
+    (dry_run.dry_run if cfg.dry_run else train.main)(cfg)
+
+
 def shape_of(cfg):
     return memory.shape_of(memory.published(cfg.model))
 
@@ -82,7 +88,7 @@ def test_a_preset_of_real_widths_dry_runs(name, millions, updates, tmp_path):
 
 @pytest.mark.parametrize("file", PRESETS, ids=lambda file: file.stem)
 def test_every_preset_dry_runs(file, here, capsys):
-    train.main(parse_config(["--config", str(file), "--data", "mine", "--dry_run"]))
+    start("--config", str(file), "--data", "mine", "--dry_run")
     said, given = capsys.readouterr().out, yaml.safe_load(file.read_text())
     assert not list(here.iterdir()) and all(f"\n{line} " in said for line in SAID)
     norms = re.findall(r"^ +(sft|rl): .*?gradient (\S+)", said, re.M | re.S)
@@ -101,14 +107,14 @@ def test_a_folder_without_weights_will_do(here, world, monkeypatch, capsys):
     monkeypatch.setattr(dry_run, "one_update", REAL)
     words = ["--model", str(model), "--data", str(world / "data"), "--judge", "somebody"]
     words += ["--dry_run", "--dtype", "bfloat16"]
-    train.main(parse_config(words))
+    start(*words)
     said = " ".join(capsys.readouterr().out.split())
     assert "float32" not in said and "shapes and tokenizer as on this disk" in said
     assert "60 cold_start, 10 test, 4 test_pairs, 12 train" in said
     assert "RL 60 updates of 6 of 6 prompts with 8 responses each: 2,880 responses" in said
     assert re.search(r"rl: .*made_up 0.50 .*gradient 0*[.\d]*[1-9]", said)
     with pytest.raises(DataError, match="the limit is 9"):
-        train.main(parse_config([*words, "--max_prompt_tokens", "9"]))
+        start(*words, "--max_prompt_tokens", "9")
     assert [path.name for path in here.iterdir()] == ["model"]
 
 
@@ -140,7 +146,7 @@ def test_what_a_real_start_refuses_is_refused(here, world, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises((ConfigError, DataError), match=says):
             for name, value in launched.items():
                 patch.setenv(name, value)
-            train.main(parse_config(["--dry_run", *words]))
+            start("--dry_run", *words)
 
     refused("sft_batch: must be at least 1", "--sft_batch", "0")
     refused("32 is not a multiple of the 3 processes", WORLD_SIZE="3")
@@ -167,7 +173,7 @@ def test_rows_that_no_stage_can_learn_from_are_refused(here, world, tmp_path):
         for more in (["--dry_run"], ["--output_dir", str(tmp_path / "run")]):
             words = [*words, "--data", str(here / "data"), "--world", str(world), *more]
             with pytest.raises(DataError, match=says):
-                train.main(parse_config(words))
+                start(*words)
         assert not (tmp_path / "run/judge").exists()
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
 
@@ -183,12 +189,12 @@ def test_a_folder_and_a_share_are_checked_and_no_cache_is_left(here, world, monk
     (here / "full").mkdir()
     (here / "full/notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="full is not empty and not a run folder"):
-        train.main(parse_config(["--dry_run", "--output_dir", "full"]))
+        start("--dry_run", "--output_dir", "full")
     with pytest.raises(ConfigError, match="share: nothing is not a run folder"):
-        train.main(parse_config(["--dry_run", "--share", "nothing"]))
+        start("--dry_run", "--share", "nothing")
     kept = media_check.Checked(here).file.parent
     before = set(kept.iterdir())
-    train.main(parse_config(["--dry_run", "--method", "grpo", "--reference", "cpu"]))
+    start("--dry_run", "--method", "grpo", "--reference", "cpu")
     said = capsys.readouterr().out
     assert set(kept.iterdir()) == before and said.endswith("Nothing was written.\n")
     assert float(re.findall(r"rl: .*?gradient ([\d.]+)", said, re.S)[0]) > 0
@@ -206,7 +212,7 @@ def test_what_will_not_happen_is_said(here):
 def test_one_process_speaks_and_another_machine_is_said(here, monkeypatch, capsys):
     cfg = parse_config(["--dry_run", "--prompts_per_step", "32"])
     monkeypatch.setenv("RANK", "1")
-    train.main(cfg)
+    dry_run.dry_run(cfg)
     assert not capsys.readouterr().out
     launched = {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "16", "ACCELERATE_USE_FSDP": "true"}
     for name, value in (launched | {"FSDP_VERSION": "2"}).items():
@@ -343,7 +349,8 @@ def test_a_real_start_warns_before_it_loads(world, monkeypatch):
     card = SimpleNamespace(total_memory=99e9)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     cfg, said = parse_config([f"--world={world}"]), []
-    run = SimpleNamespace(device=torch.device("cuda"), processes=1, sharded=False, say=said.append)
+    run = SimpleNamespace(device=torch.device("cuda"), processes=1, sharded=False, is_main=True)
+    run.say = said.append
     memory.check(cfg, run, 100)
     assert not said
     card.total_memory = 1e9
