@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import pytest
 
-pytestmark = pytest.mark.mutation
 ROOT = Path(__file__).parent.parent
 
 
@@ -88,8 +87,8 @@ FAULTS = [
     Fault("branch positions start one early", "engine/vlm", "start = position[0, :, -1] + 1", "start = position[0, :, -1]", "equal_plain_rows"),
     Fault("sampled at T = 0.7", "engine/shared_prefix", "at_least_float32(scores).softmax(-1)", "(at_least_float32(scores) / 0.7).softmax(-1)", "sampled_from", "vlm"),
     Fault("the tail of the vocabulary is never sampled", "engine/shared_prefix", "passed = u * edges[:, -1:]", "passed = u * 0.9 * edges[:, -1:]", "sampled_from", "vlm"),
-    Fault("banned tokens are scored", "engine/shared_prefix", "            z = at_least_float32(h @ weight.T).add_(bias)\n            highest", "            z = at_least_float32(h @ weight.T)\n            highest", "banned or equal_plain_rows", "vlm"),
-    Fault("banned tokens have a gradient", "engine/shared_prefix", ".add_(bias)\n            residual", "\n            residual", "equal_plain_rows", "vlm"),
+    Fault("banned tokens are scored", "engine/shared_prefix", "z = at_least_float32(h @ weight.T).add_(bias)\n", "z = at_least_float32(h @ weight.T)\n", "banned or equal_plain_rows", "vlm"),
+    Fault("banned tokens have a gradient", "engine/shared_prefix", ".add_(bias).softmax(-1)", ".softmax(-1)", "equal_plain_rows", "vlm"),
     Fault("gradient of log pi without - pi", "engine/shared_prefix", ".mul_(-g)", ".mul_(0)", "equal_plain_rows", "vlm"),
     Fault("branches do not see the prompt", "engine/shared_prefix", "group(query, False), group(key, True), group(value, True), mask.own", "group(query, False), group(key, False), group(value, False), mask.own[..., p:]", "equal_plain_rows", "vlm"),
     Fault("padding of a group is seen", "engine/shared_prefix", "padding_value=length,", "padding_value=p,", "groups", "vlm"),
@@ -297,6 +296,7 @@ def copy(tmp_path_factory):
     return folder
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("file", sorted({fault.test_file for fault in FAULTS}))
 def test_without_a_fault_the_copy_passes(copy, file):
     expression = " or ".join(
@@ -306,6 +306,7 @@ def test_without_a_fault_the_copy_passes(copy, file):
     assert done.returncode == 0, done.stdout[-3000:]
 
 
+@pytest.mark.mutation
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: re.sub(r"\W+", "-", fault.name))
 def test_the_fault_is_caught(copy, fault):
     path = copy / f"{fault.file}.py"
