@@ -54,9 +54,10 @@ class _LogProb(torch.autograd.Function):
             z.sub_(z.amax(-1, keepdim=True))
             # no exp: MKL's is up to 50 times slower where it underflows, as at every banned token
             pi = z.softmax(-1)
-            log_total = -pi.amax(-1).log()
-            logp.append(z.gather(-1, y[:, None])[:, 0] - log_total)
-            entropy.append(log_total - pi.mul_(z).sum(-1))
+            total = pi.sum(-1)  # not 1: on a CPU softmax adds up a large vocabulary inexactly
+            log_norm = (total / pi.amax(-1)).log()
+            logp.append(z.gather(-1, y[:, None])[:, 0] - log_norm)
+            entropy.append(log_norm - pi.mul_(z).sum(-1) / total)
         ctx.save_for_backward(hidden, weight, ids, bias)
         ctx.rows = rows
         entropy = torch.cat(entropy)
@@ -73,8 +74,9 @@ class _LogProb(torch.autograd.Function):
         for start in range(0, len(hidden), ctx.rows):
             part = slice(start, start + ctx.rows)
             h, g = hidden[part], grad[part, None]
-            pi = at_least_float32(h @ weight.T).add_(bias).softmax(-1)
-            residual = pi.mul_(-g).scatter_add_(-1, ids[part, None], g).to(hidden.dtype)
+            residual = at_least_float32(h @ weight.T).add_(bias).softmax(-1)
+            residual.mul_(-g / residual.sum(-1, keepdim=True)).scatter_add_(-1, ids[part, None], g)
+            residual = residual.to(hidden.dtype)
             if to_hidden:
                 d_hidden[part] = residual @ weight
             if to_weight:

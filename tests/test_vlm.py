@@ -1586,6 +1586,27 @@ def test_no_head_tensor_grows_with_vocabulary_times_length():
         torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-4)
 
 
+def test_a_sure_token_among_150_000_is_scored_to_single_precision():
+    """float32 against log_softmax in float64: the tail has a mass of 1e-3, and softmax's own sum
+    over such a vocabulary is off by a tenth of that."""
+    v = 150_000
+    weight = torch.zeros(v, 1)
+    weight[7] = math.log(999 * (v - 1))
+    found = []
+    for x in (torch.float32, torch.float64):
+        hidden = torch.ones(2, 1, dtype=x, requires_grad=True)
+        w, ids = weight.to(x, copy=True).requires_grad_(), torch.tensor([7, 8])
+        if x == torch.float32:
+            logp, entropy = shared_prefix.log_prob(hidden, w, ids, torch.zeros(v))
+        else:
+            table = (hidden @ w.T).log_softmax(-1)
+            logp, entropy = table.gather(-1, ids[:, None])[:, 0], -(table.exp() * table).sum(-1)
+        (logp * torch.tensor([1.0, 0.5])).sum().backward()
+        found.append([logp, entropy, hidden.grad, w.grad])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-9)
+
+
 # --- the local judge ------------------------------------------------------------------------------
 
 
