@@ -1,7 +1,7 @@
 """How the cost of a step grows: with the prompt, the group, the completions, the prompts and the
 processes.
 
-    python -m bench.scaling --out bench-scaling    # two CPU cores, about eight minutes
+    python -m bench.scaling --out bench-scaling    # two CPU cores, 8 to 30 minutes
 
 One step of ours (see step.py for the model and what is timed) from a middle point, one quantity
 varied at a time; every point in a process of its own. The column for a quantity's doubling is the

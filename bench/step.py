@@ -2,7 +2,7 @@
 length and loss.
 
     pip install -e '.[bench]'
-    python -m bench.step --out bench-step                        # two CPU cores, about 40 minutes
+    python -m bench.step --out bench-step                        # two CPU cores, an hour
     python -m bench.step --visual 144 --micro 1 --repeats 1      # one workload, one size of TRL
 
 Both use Hugging Face generation, fp32, AdamW, beta 0.04, no clip in effect (one update a batch),
