@@ -1586,7 +1586,7 @@ def test_no_head_tensor_grows_with_vocabulary_times_length():
         torch.testing.assert_close(x, y, atol=2e-4, rtol=1e-4)
 
 
-def test_a_sure_token_among_150_000_is_scored_to_single_precision():
+def test_a_sure_token_among_150_000_is_scored_exactly():
     """float32 against log_softmax in float64: the tail has a mass of 1e-3, and softmax's own sum
     over such a vocabulary is off by a tenth of that."""
     v = 150_000
