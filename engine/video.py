@@ -49,6 +49,10 @@ DISPLAY = {
 }
 
 
+# PyAV 19 reads metadata in any encoding, and has no such argument; before, it asks for UTF-8
+LENIENT = {} if int(av.__version__.split(".")[0]) >= 19 else {"metadata_errors": "replace"}
+
+
 class NoSeeking(ValueError):
     """The frames of this clip cannot be told, or decoded, without all those before them."""
 
@@ -206,7 +210,7 @@ def _open_video(medium: Media) -> av.container.InputContainer:
     options = {"format_whitelist": ",".join(CLIPS), "protocol_whitelist": "file"}
     # not options=, which are also for each stream: older PyAV crashes where a stream is found later
     try:
-        return av.open(name, container_options=options, metadata_errors="replace")
+        return av.open(name, container_options=options, **LENIENT)
     except av.FFmpegError as error:
         if error.errno != errno.EINVAL:
             raise
