@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 class Claim:
     """`more` - `less` in one measure, in the direction that is claimed (1: greater, -1: smaller).
 
-    more, less: (arm, side), side "before" or "after" RL. share: `less` counts by this share only.
+    more, less: (arm, side), side "before" or "after" RL, or "gain", the second less the first.
+    share: `less` counts by this share only.
     least: how far on its side of 0 the difference must lie; below 0, how far it may lie on the
     other side.
     """
@@ -111,6 +112,11 @@ CLAIMS = {  # heading: the command that runs its arms, the claims
     ]),
     "All three together (Table 1)": ("--table 1", [
         *answers_better("ours beats two-stage GRPO", "ours", "grpo", ("+3.5", "+8.5", "+5.1")),
+        *(replace(claim, more=of("ours", "gain"), less=of("grpo", "gain"), paper="-")
+          for claim in answers_better("ours gains more by RL than two-stage GRPO", "ours", "grpo")),
+        *(replace(claim, less=of("base", "before"))
+          for claim in answers_better("ours beats the base policy, asked directly", "ours", "base",
+                                      ("+8.0", "+4.3", "+4.3"))),
         *better("ours beats plain four-stage GRPO", "ours", "plain"),
     ]),
     "Caption Reward (Table 2)": ("--table 2", [
@@ -192,6 +198,14 @@ CLAIMS = {  # heading: the command that runs its arms, the claims
         *(Claim(f"y_i {x} answers better than the reference", of(f"feature-{x}"), of("ours"),
                 "test", "accuracy", 1)
           for x in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")),
+        *(Claim(f"{x} answers better than no Eq. 4", of(arm), of("no-eq4"), split, "accuracy", 1)
+          for x, arm in (
+              *((f"tau {x}", f"tau-{x}") for x in (0.1, 0.3, 0.7, 0.9)),
+              *((f"weight {x}", f"weight-{x}") for x in (0.1, 1.0)),
+              *((f"y_i {x}", f"feature-{x}")
+                for x in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")),
+          )
+          for split in ("test", "test_pairs")),
         Claim("Eq. 4 brings its positives nearer to the anchor", of("ours"), of("ours", "before"),
               "representations", "positive", -1, "they form a neighbourhood"),
         Claim("... its positives nearer than without Eq. 4", of("ours"), of("no-eq4"),

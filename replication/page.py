@@ -107,6 +107,9 @@ def by_arm(results: list[dict]) -> Results:
 
 def value(found: dict, side: str, split: str, measure: str) -> float | None:
     """One number of a result: of an evaluation, of the rewards' rise, or of representations."""
+    if side == "gain":
+        before, after = (value(found, x, split, measure) for x in ("before", "after"))
+        return None if None in (before, after) else after - before
     if split == "rise":
         return rise(found["curves"].get(f"{measure}, {side}", [None]))
     if split == "early rise":
@@ -228,6 +231,25 @@ def cue_table(arms: Results) -> str:
     return "\n".join(lines)
 
 
+def acting_table(claims: list[Claim], arms: Results) -> str:
+    """How far Eq. 4 acted in the arms of these claims: the least and the most of all fifths of
+    their runs."""
+    lines = ["| arm | seeds | active anchors | positive pairs, % |", "|---|---|---|---|"]
+    for arm in dict.fromkeys(arm for claim in claims for arm, _ in (claim.more, claim.less)):
+        some = [found for found in arms[arm].values() if found["curves"].get("nce/active")]
+        if not some:
+            continue
+        (least, most), (low, high) = (
+            (min(numbers), max(numbers))
+            for name in ("active", "positive")
+            for numbers in [[x for found in some for x in found["curves"][f"nce/{name}"]]]
+        )
+        anchors = f"{least:.1f} to {most:.1f} of {some[0]['config']['prompts_per_step']}"
+        cells = [some[0]["words"], str(len(some)), anchors, f"{100 * low:.1f} to {100 * high:.1f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def kind_table(names: tuple[str, ...], arms: Results) -> str:
     """By kind of question on the test set: what stands behind the answers, mean over seeds."""
     columns = ("accuracy", "answerable captions", "right, caption wrong", "slope")
@@ -282,11 +304,18 @@ def write(folder: Path, page: Path, order: list[str]) -> Path:
     for title, (options, claims) in CLAIMS.items():
         if any(differences(claim, arms) for claim in claims):
             parts += [f"### {title}", f"`python reproduce.py {options}`", claim_table(claims, arms)]
+            if "Figure 5" in title and arms["tau-0.1"]:
+                parts += [
+                    "How far Eq. 4 acted, from the least to the most over all fifths of the runs "
+                    "(an anchor without a pair on one of the sides of tau does nothing):",
+                    acting_table(claims, arms),
+                ]
     parts += [
         "## Every arm",
         "Test set unless said; percent, mean ± standard deviation over seeds; the slope is a "
-        "ratio, the entropy in nats. docs/evaluation.md defines the measures. The base and the "
-        "cold starts are before RL.",
+        "ratio, the entropy in nats. docs/evaluation.md defines the measures, docs/replication.md "
+        "those of true captions and of wrong ones among right answers. The base and the cold "
+        "starts are before RL.",
     ]
     # a table has been begun where it has more than what most tables share
     begun = [names for names in TABLES.values() if any(arms[n] for n in {*names} - BASIS)]
