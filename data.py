@@ -386,10 +386,10 @@ def fitting(
 ) -> tuple[dict[str, list[Sample]], list[str]]:
     """The rows that a model can be asked, and a line for each other row.
 
-    A multimodal prompt is never truncated: one of more tokens than the model takes is a bad row,
-    and so is one with a control token in its text. limits: four_stage, min_pixels, max_pixels, fps,
-    max_frames, max_new_tokens and max_prompt_tokens, as in `config.Config`. longest, tokenizer: the
-    model's context.
+    A multimodal prompt is never truncated (D-24): one of more tokens than the model takes is a bad
+    row, and so is one with a control token in its text. limits: four_stage, min_pixels, max_pixels,
+    fps, max_frames, max_new_tokens and max_prompt_tokens, as in `config.Config`. longest,
+    tokenizer: the model's context.
     """
     longest = limits.max_prompt_tokens or longest - limits.max_new_tokens
     text_tokens, problems, fit = prompt_text_tokens(tokenizer, limits.four_stage), [], {}

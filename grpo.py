@@ -86,7 +86,8 @@ def dead_zone(logp: Tensor, old_logp: Tensor, adv: Tensor, eps_low=0.2, eps_high
 def kl_penalty(logp: Tensor, ref_logp: Tensor, kind: str = "k3") -> Tensor:
     """D_KL(pi_theta || pi_ref), estimated at the sampled tokens.   [N, T], [N, T] -> [N, T]
 
-    With x = log pi_ref - log pi:   k1 = -x,   k2 = x^2 / 2,   k3 = e^x - x - 1,   rho_k3 = rho k3.
+    With x = log pi_ref - log pi:   k1 = -x,   k2 = x^2 / 2,   k3 = e^x - x - 1,   rho_k3 = rho k3
+    (rho is 1 here, and carries the gradient of pi).
     k3 is never negative. As part of the loss on on-policy samples, the gradients differ: k1 has
     none on average, k2 and rho_k3 follow the reverse KL(pi || pi_ref), and k3 (GRPO's, the default)
     the forward KL(pi_ref || pi).
@@ -189,9 +190,9 @@ def logit_gradient(
 
     L = -min(rho A, clip(rho) A) + beta k3 of one token y at one position with logits z; g = 0 in
     the `dead_zone`. The KL only shifts the advantage, A_eff = g rho A - beta (1 - pi_ref / pi), so
-    all that is said of A holds for A_eff. The paper prints pi_y (1 - pi_y) A for the sampled token:
-    that is this times pi_old(y), another number for every token (D-70). On-policy a token of pi_y =
-    0.001 is pushed with 0.999 A, not with 0.001 A.
+    all that is said of A holds for A_eff. The paper prints -pi_y (1 - pi_y) A for the sampled
+    token: with g = 1 and beta = 0 that is this times pi_old(y), another number for every token
+    (D-70). On-policy a token of pi_y = 0.001 is pushed with 0.999 A, not with 0.001 A.
     """
     if beta and ref_logp is None:
         raise ValueError("beta > 0 needs ref_logp, the reference model's log-probs")

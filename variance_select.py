@@ -16,9 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# of the largest possible variance; the paper names the classes but no thresholds [choice]
-CLASSES = ("easy", "medium", "hard")
-LOW_VARIANCE = 0.25
+CLASSES = ("easy", "medium", "hard")  # the paper names them, but no thresholds
+LOW_VARIANCE = 0.25  # of the largest possible variance [choice]
 HIGH_MEAN = 0.5  # of the largest possible reward [choice]
 
 

@@ -138,7 +138,8 @@ class VLM(nn.Module):
         """Chat messages with PIL images or lists of frames -> left-padded model inputs.
 
         One processor call builds ids, mask, token types, pixels and grids, so that they cannot
-        disagree, and generation and scoring get the very same tensors. Nothing is ever truncated.
+        disagree, and generation and scoring get the very same tensors, with the times of a clip's
+        frames (D-23). Nothing is ever truncated.
         Raises ValueError for no conversation.
         """
         if not conversations:
