@@ -22,6 +22,9 @@ ALONE = {"selection": False, "nce_weight": 0.0}
 SHARING = {"train_set": "train_shared"}
 BASE = {"method": "sft", **TWO_STAGE, "sft_steps": 0}
 CUES = ("blank", "random_media", "remove_text")  # BI, RI, TR of Hallucination-as-Cue
+# Figure 5: beside tau 0.54, weight 0.01 and the reference answer as y_i
+TAUS, WEIGHTS = (0.1, 0.3, 0.7, 0.9), (0.1, 1.0)
+FEATURES = ("own_prefix", "best", "advantage", "greedy", "hidden_mean")
 CUE = {"method": "grpo", "corrupt_eval": " ".join(CUES)}
 
 
@@ -65,12 +68,9 @@ ARMS = {  # in the order in which they run
     "top60": Arm("ours, top 60 % of medium", {"select_class": "medium", "keep": 0.6}, "ours"),
     # Table 4, Figure 5
     "shuffled": Arm("ours, Eq. 4 with shuffled positives", {"nce_control": True}, "ours"),
-    **{f"tau-{x}": Arm(f"ours, tau {x}", {"tau": x}, "ours") for x in (0.1, 0.3, 0.7, 0.9)},
-    **{f"weight-{x}": Arm(f"ours, Eq. 4 times {x}", {"nce_weight": x}, "ours") for x in (0.1, 1.0)},
-    **{
-        f"feature-{name}": Arm(f"ours, y_i {name}", {"nce_feature": name}, "ours")
-        for name in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")
-    },
+    **{f"tau-{x}": Arm(f"ours, tau {x}", {"tau": x}, "ours") for x in TAUS},
+    **{f"weight-{x}": Arm(f"ours, Eq. 4 times {x}", {"nce_weight": x}, "ours") for x in WEIGHTS},
+    **{f"feature-{x}": Arm(f"ours, y_i {x}", {"nce_feature": x}, "ours") for x in FEATURES},
     # Hallucination-as-Cue: trained on each input, tested on all
     "cue": Arm("RL on intact inputs", CUE, "cold2", 5),
     **{f"cue-{x}": Arm(f"RL on {x}", CUE | {"corrupt_train": x}, "cold2", 5) for x in CUES},

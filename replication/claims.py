@@ -6,6 +6,8 @@ paper's own number beside it. `CRITERIA` says what the world must show before an
 
 from dataclasses import dataclass, replace
 
+from replication.arms import FEATURES, TAUS, WEIGHTS
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -192,18 +194,17 @@ CLAIMS = {  # heading: the command that runs its arms, the claims
     ]),
     "tau, weight and y_i of Eq. 4 (Figure 5)": ("--figure 5", [
         *(Claim(f"tau 0.54 answers better than {x}", of("ours"), of(f"tau-{x}"), "test", "accuracy",
-                1, "peak at 0.54") for x in (0.1, 0.3, 0.7, 0.9)),
+                1, "peak at 0.54") for x in TAUS),
         *(Claim(f"weight {x} answers better than 0.01", of(f"weight-{x}"), of("ours"), "test",
-                "accuracy", 1) for x in (0.1, 1.0)),
+                "accuracy", 1) for x in WEIGHTS),
         *(Claim(f"y_i {x} answers better than the reference", of(f"feature-{x}"), of("ours"),
                 "test", "accuracy", 1)
-          for x in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")),
+          for x in FEATURES),
         *(Claim(f"{x} answers better than no Eq. 4", of(arm), of("no-eq4"), split, "accuracy", 1)
           for x, arm in (
-              *((f"tau {x}", f"tau-{x}") for x in (0.1, 0.3, 0.7, 0.9)),
-              *((f"weight {x}", f"weight-{x}") for x in (0.1, 1.0)),
-              *((f"y_i {x}", f"feature-{x}")
-                for x in ("own_prefix", "best", "advantage", "greedy", "hidden_mean")),
+              *((f"tau {x}", f"tau-{x}") for x in TAUS),
+              *((f"weight {x}", f"weight-{x}") for x in WEIGHTS),
+              *((f"y_i {x}", f"feature-{x}") for x in FEATURES),
           )
           for split in ("test", "test_pairs")),
         Claim("Eq. 4 brings its positives nearer to the anchor", of("ours"), of("ours", "before"),

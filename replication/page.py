@@ -239,14 +239,15 @@ def acting_table(claims: list[Claim], arms: Results) -> str:
         some = [found for found in arms[arm].values() if found["curves"].get("nce/active")]
         if not some:
             continue
-        (least, most), (low, high) = (
-            (min(numbers), max(numbers))
+        active, positive = (
+            [x for found in some for x in found["curves"][f"nce/{name}"]]
             for name in ("active", "positive")
-            for numbers in [[x for found in some for x in found["curves"][f"nce/{name}"]]]
         )
-        anchors = f"{least:.1f} to {most:.1f} of {some[0]['config']['prompts_per_step']}"
-        cells = [some[0]["words"], str(len(some)), anchors, f"{100 * low:.1f} to {100 * high:.1f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(
+            f"| {some[0]['words']} | {len(some)} | {min(active):.1f} to {max(active):.1f} of "
+            f"{some[0]['config']['prompts_per_step']} | {100 * min(positive):.1f} to "
+            f"{100 * max(positive):.1f} |"
+        )
     return "\n".join(lines)
 
 
