@@ -3,9 +3,44 @@
 import glob
 import json
 import os
+import socket
 from pathlib import Path
 
-from engine import DataError
+from filelock import FileLock, Timeout
+
+from engine import ConfigError, DataError
+
+
+def lock(folder: Path, wait: bool = False) -> FileLock | None:
+    """Keep other processes out of a folder, which is made if needed, for as long as what is
+    returned is kept, at most until this process ends, however it ends. wait: for another process
+    that is there. A disk that knows no locks gives None.
+
+    Raises ConfigError, which names the other process, and where nothing can be written."""
+    owner = folder / ".process"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # in one process it can be had more than once
+        held = FileLock(folder / ".lock", is_singleton=True)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            there = owner.read_text() if owner.exists() else "unknown"
+            busy = f"{folder} is in use by another process ({there})"
+            if not wait:
+                raise ConfigError(
+                    f"{busy}. Wait until it has ended, or end it, or give another folder"
+                ) from None
+            print(f"{busy}: waiting", flush=True)
+            held.acquire()
+        owner.write_text(f"{os.getpid()} on {socket.gethostname()}")
+    except NotImplementedError:
+        return None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write in {folder}: {error.strerror}. Give another folder"
+        ) from error
+    return held
 
 
 def rewrite(file: Path, text: str) -> None:

@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 from engine import ConfigError, is_out_of_memory, reason
-from engine.files import read_jsonl, rewrite, to_jsonl
+from engine.files import lock, read_jsonl, rewrite, to_jsonl
 from engine.judges import is_url
 
 # at least twice the judge's deadline, for which other ranks wait
@@ -125,7 +125,8 @@ class Run:
         """Start or resume the run in its folder; refuse a folder of another configuration."""
         file, now = self.folder / "config.yaml", dict(vars(self.cfg))
         self.begun = has_begun(self.folder, self.cfg)
-        self.accelerator.wait_for_everyone()
+        if refused := self.from_main(self._lock):
+            raise ConfigError(f"output_dir: {refused}")
         if self.is_main:  # what a process that was killed was writing, or deleting
             for ending in ("unfinished", "gone"):
                 for left in self.folder.rglob(f".*.{ending}"):
@@ -139,6 +140,14 @@ class Run:
                 f"output_dir: {socket.gethostname()} does not see {self.folder}, which the first "
                 "machine has written. Give a folder on a disk that all machines share"
             )
+
+    def _lock(self) -> str:
+        """Two processes in one folder would mix their lines. Returns why it cannot be had."""
+        try:
+            self.lock = lock(self.folder)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def claim_data(self, rows: str) -> None:
         """Refuse to resume with other rows than the run began with."""
@@ -504,7 +513,7 @@ def has_begun(folder: Path, cfg) -> bool:
     file, now = folder / "config.yaml", dict(vars(cfg))
     # a run that was stopped before its first result may be replaced
     claims = (".", "config.yaml", "data.json")
-    here = folder.iterdir() if folder.exists() else ()
+    here = folder.iterdir() if folder.is_dir() else ()
     begun = any(not path.name.startswith(claims) for path in here)
     if file.exists() and begun:
         then = yaml.safe_load(file.read_text())

@@ -480,7 +480,8 @@ def test_a_run_killed_in_its_first_write_can_start_again(tmp_path):
     folder.mkdir()
     (folder / ".config.yaml.unfinished").write_text("beta: 0.0")
     run.Run(train.Config(output_dir=str(folder), quiet=True))
-    assert sorted(path.name for path in folder.iterdir()) == ["config.yaml"]
+    assert [path.name for path in folder.glob("[!.]*")] == ["config.yaml"]
+    assert not list(folder.glob(".*.unfinished"))
 
 
 def test_half_precision_weights_are_checkpointed_in_float32(world, tmp_path, monkeypatch):

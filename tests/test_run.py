@@ -6,6 +6,9 @@ Several processes are in test_processes.py, kills and checkpoints in test_nothin
 
 import json
 import random
+import subprocess
+import sys
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -86,6 +89,39 @@ def test_what_a_killed_process_was_writing_goes_and_nothing_else(tmp_path):
     (tmp_path / "rl/.held_out.jsonl.unfinished").write_text("{")
     run_of(tmp_path)
     assert [path.name for path in (tmp_path / "rl").iterdir()] == ["checkpoint-4"]
+
+
+@contextmanager
+def another_process_in(folder):
+    """Its pid. It ends with the block, killed."""
+    held = "import sys, time; from engine.files import lock; from pathlib import Path"
+    held += f"; kept = lock(Path({str(folder)!r})); print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    try:
+        yield holder.pid
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
+    """A second process in a run folder would mix its lines with the first one's."""
+    unfinished = tmp_path / ".data.json.unfinished"
+    with another_process_in(tmp_path) as pid:
+        unfinished.write_text("{")  # what the other one is writing
+        with pytest.raises(run.ConfigError, match=f"in use by another process .{pid} on .*end it"):
+            run_of(tmp_path)
+        assert unfinished.exists() and not (tmp_path / "config.yaml").exists()
+    first, second = run_of(tmp_path), run_of(tmp_path)  # in one process: one after the other
+    assert not unfinished.exists() and first.lock is second.lock
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(run.ConfigError, match="output_dir: cannot write in .*another folder"):
+            run_of(folder)
 
 
 # --- chance ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 from engine import ConfigError
-from engine.files import rewrite
+from engine.files import lock, rewrite
 from world import models, scenes
 
 VERSION = 4  # of what a seed builds: data, models and their training
@@ -26,24 +26,16 @@ def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
     """Write data, policy and judge under `folder`, each once: a part that is there is whole,
     because it is written beside and renamed when it is finished. seed None: the folder's own, or 0.
     Raises ConfigError where the folder holds another version or seed."""
-    file = folder / "world.json"
-    there = json.loads(file.read_text()) if file.exists() else {}
-    seed = there.get("seed", 0) if seed is None else seed
-    made = {"version": VERSION, "seed": seed}
-    if there != made:
-        if folder.exists() and any(folder.iterdir()):
-            holds = f"a world of {there}" if there else "no world of this version"
-            raise ConfigError(
-                f"world: {folder} holds {holds}, and {made} is wanted. Delete it, or give another "
-                "folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-        rewrite(file, json.dumps(made))
+    seed = _identity(folder, seed)["seed"]
     parts = {
         "data": lambda part: scenes.write_data(part, seed=seed),
         "judge": lambda part: _train_judge(part, seed, quiet),
         "policy": lambda part: models.train_policy(part, seed=seed, quiet=quiet),
     }
+    if all((folder / name).exists() for name in ("world.json", *parts)):
+        return folder
+    held = lock(folder, wait=True)  # another process may be building it
+    rewrite(folder / "world.json", json.dumps(_identity(folder, seed)))
     for number, (name, make) in enumerate(parts.items(), 1):
         if (folder / name).exists():
             continue
@@ -58,7 +50,23 @@ def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
         unfinished.mkdir(parents=True)
         make(unfinished)
         unfinished.rename(folder / name)
+    del held
     return folder
+
+
+def _identity(folder: Path, seed: int | None) -> dict[str, int]:
+    """Version and seed of what the folder holds or is to hold; ConfigError where they differ."""
+    file = folder / "world.json"
+    there = json.loads(file.read_text()) if file.exists() else {}
+    made = {"version": VERSION, "seed": there.get("seed", 0) if seed is None else seed}
+    others = folder.iterdir() if folder.is_dir() else ()
+    if there != made and not all(path.name.startswith(".") for path in others):
+        holds = f"a world of {there}" if there else "no world of this version"
+        raise ConfigError(
+            f"world: {folder} holds {holds}, and {made} is wanted. Delete it, or give another "
+            "folder"
+        )
+    return made
 
 
 def _train_judge(folder: Path, seed: int, quiet: bool) -> None:

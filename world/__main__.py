@@ -1,11 +1,13 @@
 """Write the embedded world: its data, its policy and its judge."""
 
 import argparse
+import sys
 from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
 import world
+from engine import ConfigError
 
 
 def main() -> None:
@@ -17,7 +19,10 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args()
     transformers_logging.disable_progress_bar()
-    print(f"wrote {world.build(args.out, args.quiet, args.seed)}")
+    try:
+        print(f"the embedded world is in {world.build(args.out, args.quiet, args.seed)}")
+    except ConfigError as error:
+        sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
