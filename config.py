@@ -125,7 +125,7 @@ class Config:
     lora_rank: int = option(0, low=0, help=
         "rank of LoRA on the language model's linears; 0: full fine-tuning [official code]")
     merge: bool = option(False, help=
-        "with LoRA: write merged weights after RL, not the adapter alone [choice]")
+        "with LoRA: write merged weights at the end, not the adapter alone [choice]")
     train_vision: bool = option(False, help="train the vision tower as well [choice]")
     gradient_checkpointing: bool = option(False, resumable=True, help=
         "recompute activations, saves memory [official code: true]")

@@ -24,7 +24,7 @@ from engine.files import read_jsonl
 from engine.loader import read_ahead
 from engine.pretrained import open_policy
 from engine.run import Run, finite
-from engine.vlm import VLM
+from engine.vlm import REFERENCE, VLM
 
 
 class Diverged(RuntimeError):
@@ -267,19 +267,20 @@ class Learner:
         self.run.write_folder(folder, partial(self._save, weights))
 
     def _save(self, weights: dict[str, Tensor], folder: Path) -> None:
-        """The policy and its model card. A cold start is written merged, because RL's adapter is
-        one of it."""
-        # an adapter to begin with was merged in by `load`, and no folder holds that base
-        of_adapter = (Path(self.base) / "adapter_config.json").exists()
-        merge = self.cfg.merge or self.stage == "sft" or of_adapter
-        policy = self.policy
+        """The policy and its model card. RL goes on with a cold start's adapter, so `merge` is for
+        the last stage."""
+        policy, cfg = self.policy, self.cfg
+        adapters = getattr(policy.model, "peft_config", {})
+        # of an adapter that `load` merged in no folder holds the base
+        merged = (Path(self.base) / "adapter_config.json").exists() and REFERENCE not in adapters
+        merge = merged or cfg.merge and self.stage == ("sft" if cfg.method == "sft" else "rl")
         if weights:  # this rank holds a shard of them only
-            policy = open_policy(self.base, self.cfg, "cpu", trainable=True)
+            policy = open_policy(self.base, cfg, "cpu", trainable=True)
             if unknown := policy.load_state_dict(weights, strict=False).unexpected_keys:
                 raise RuntimeError(f"the trained weights have other names: {unknown[:3]}")
         policy.save(folder, merge)
-        is_adapter = bool(self.cfg.lora_rank) and not merge
-        card = model_card(self.stage, self.base, self.step, is_adapter, self.cfg)
+        of = "" if merge or not adapters else adapters["default"].base_model_name_or_path
+        card = model_card(self.stage, of, self.step, cfg)
         (folder / "README.md").write_text(card, encoding="utf-8")
 
     # checkpoints
@@ -417,17 +418,18 @@ def move_gradient(slot: Tensor, p: Tensor) -> None:
 
 
 class Reference:
-    """pi_ref of the KL: the model after the cold start. With LoRA it is the policy without its
-    adapter, otherwise a frozen copy, whose layers `--reference cpu` keeps in host memory and moves
-    to the device one by one. It is not loaded with beta = 0, nor where the stage is finished.
-    always: a loss needs it whatever beta is."""
+    """pi_ref of the KL: the model after the cold start. With LoRA it is the policy with its adapter
+    as it was then (`VLM.base`), otherwise a frozen copy, whose layers `--reference cpu` keeps in
+    host memory and moves to the device one by one. It is not loaded with beta = 0, nor where the
+    stage is finished. always: a loss needs it whatever beta is."""
 
     def __init__(self, start: str, learner: Learner, cfg, always: bool = False):
         self.learner, self.frozen = learner, None
         self.needed = (always or cfg.beta > 0) and not learner.finished
         if self.needed and not cfg.lora_rank:
             device, offload = learner.run.device, cfg.reference == "cpu"
-            self.frozen = open_policy(start, cfg, "cpu" if offload else device)
+            # merged, as full fine-tuning starts from it
+            self.frozen = open_policy(start, cfg, "cpu" if offload else device, merge=True)
             if offload:  # the head stays on the device: it is used without being called
                 cpu_offload(self.frozen.core.model, device)
                 self.frozen.core.lm_head.to(device)
@@ -444,22 +446,23 @@ class Reference:
             return policy(inputs, ids, mask).logp.flatten(0, 1)
 
 
-def model_card(stage: str, start: str, steps: int, adapter: bool, cfg) -> str:
-    """README.md of a trained policy: how it was trained, how to load it."""
+def model_card(stage: str, base: str, steps: int, cfg) -> str:
+    """README.md of a trained policy: how it was trained, how to load it. base: of an adapter, the
+    model that it is one of."""
     on_hub = cfg.model and not Path(cfg.model).exists()
     paths = {"data", "world", "output_dir", "judge"} | (set() if on_hub else {"model"})
     kept = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in paths}
     header = {"library_name": "transformers", "pipeline_tag": "image-text-to-text"}
     header |= {"tags": ["ground-what-you-see"]} | ({"base_model": cfg.model} if on_hub else {})
     how = {"sft": "a supervised cold start", "rl": f"reinforcement learning (method {cfg.method})"}
-    of = f"\nAn adapter of the weights in `{start}` alone: keep both, or give `--merge true`.\n"
+    of = f"\nAn adapter of the weights in `{base}` alone: keep both, or give `--merge true`.\n"
     return f"""---
 {yaml.safe_dump(header, sort_keys=False)}---
 # {Path(cfg.model).name or "The embedded world's policy"} after {how[stage]}
 
 Trained with the reference implementation of *Ground What You See* (arXiv 2601.06224).
 This stage had {steps} updates.
-{of if adapter else ""}
+{of if base else ""}
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from engine import ConfigError, is_out_of_memory, reason
-from engine.vlm import VLM
+from engine.vlm import REFERENCE, VLM
 
 # the language model's linears, never the vision's
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -39,9 +39,22 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 OURS = {"sdpa": "shared_prefix", "flex_attention": "flex_attention"}
 
 
-def load(path: str, *, dtype: str = "float32", attention: str = "sdpa", **options) -> VLM:
-    """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder), which is merged in
-    first. options: those of `as_policy`.
+def load(
+    path: str,
+    *,
+    dtype: str = "float32",
+    attention: str = "sdpa",
+    lora_rank: int = 0,
+    trainable: bool = True,
+    merge: bool = False,
+    **options,
+) -> VLM:
+    """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder). options: those of
+    `as_policy`.
+
+    Merged into half-precision weights, a small change is rounded away. So an adapter as `as_policy`
+    makes it, of rank `lora_rank` where it is trained, stays one. Any other is merged in first, and
+    with `merge` or full fine-tuning all are.
 
     Raises ValueError or OSError for what `context` refuses, and where a weight has no place or a
     place no weight.
@@ -58,12 +71,32 @@ def load(path: str, *, dtype: str = "float32", attention: str = "sdpa", **option
     )
     refuse_part(loaded)
     if adapter:
-        model = with_adapter(model, adapter).merge_and_unload()
+        model = with_adapter(model, adapter)
+        model.peft_config["default"].base_model_name_or_path = base
+        full = trainable and not lora_rank
+        if merge or full or not stays(model, lora_rank if trainable else 0):
+            if dtype != "float32":
+                warnings.warn(
+                    f"{path} is merged into {dtype} weights, which rounds small changes away",
+                    stacklevel=2,
+                )
+            model = model.merge_and_unload()
+    options |= {"lora_rank": lora_rank, "trainable": trainable}
     return as_policy(model, processor, attention=attention, **options)
 
 
+def stays(model: PeftModel, rank: int) -> bool:
+    """Is the adapter LoRA on the language model's linears alone, of this rank (0: of any)? The head
+    and the embedding are used by their weights, which an adapter of theirs would not reach."""
+    for name, weight in get_peft_model_state_dict(model).items():
+        found = re.fullmatch(LORA_TARGETS + r"\.lora_(A|B)\.weight", name)
+        if not found or rank not in (0, weight.shape["AB".index(found[2])]):
+            return False
+    return True
+
+
 def as_policy(
-    model: nn.Module,
+    model: nn.Module | PeftModel,
     processor: ProcessorMixin,
     *,
     attention: str = "sdpa",
@@ -78,28 +111,46 @@ def as_policy(
     """The policy that a model is.
 
     Full fine-tuning of the language model, or LoRA on its linears. The vision tower is frozen
-    unless `train_vision`. `trainable=False` freezes everything: reference, evaluation.
+    unless `train_vision`. `trainable=False` freezes everything: reference, evaluation. A model that
+    has an adapter goes on with it, and keeps it as it is now as the reference (`VLM.base`).
     """
-    model.config.text_config._attn_implementation = OURS.get(attention, attention)
-    _without_dropout(model)
-    model.requires_grad_(trainable)
+    adapted = isinstance(model, PeftModel)
+    core = model.get_base_model() if adapted else model
+    core.config.text_config._attn_implementation = OURS.get(attention, attention)
+    _without_dropout(core)
+    core.requires_grad_(trainable)
     if not train_vision:
-        model.model.visual.requires_grad_(False)
+        core.model.visual.requires_grad_(False)
     if gradient_checkpointing and trainable:
         # its name from transformers 5.x on
-        new = getattr(model, "activation_checkpointing_enable", None)
-        (new or model.gradient_checkpointing_enable)({"use_reentrant": False})
-        model.enable_input_require_grads()
+        new = getattr(core, "activation_checkpointing_enable", None)
+        (new or core.gradient_checkpointing_enable)({"use_reentrant": False})
+        core.enable_input_require_grads()
     if lora_rank and trainable:
         config = LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, target_modules=LORA_TARGETS)
         with quiet_peft():
-            model = get_peft_model(model, config)
+            if adapted:
+                core.requires_grad_(False)
+                model.add_adapter(REFERENCE, model.peft_config["default"])
+                weights = dict(model.named_parameters())
+                for name, p in weights.items():
+                    if f".{REFERENCE}." in name:
+                        p.data = weights[name.replace(REFERENCE, "default")].detach().clone()
+                model.base_model.set_adapter("default")  # which makes it trainable
+            else:
+                model = get_peft_model(model, config)
     policy = VLM(model, processor, min_pixels, max_pixels)
     policy.static_decoding = static_decoding
     return policy.train(trainable)
 
 
-def open_policy(model: str | VLM, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
+def open_policy(
+    model: str | VLM,
+    cfg,
+    device: str | torch.device,
+    trainable: bool = False,
+    merge: bool = False,
+) -> VLM:
     """`load` with the options of the same names in `cfg`, on `device`. Raises ConfigError where it
     cannot be loaded. One that is open (a dry run's) is returned as it is."""
     if isinstance(model, VLM):
@@ -108,7 +159,7 @@ def open_policy(model: str | VLM, cfg, device: str | torch.device, trainable: bo
     names += ("lora_rank", "train_vision", "gradient_checkpointing")
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     try:
-        return load(model, **options, trainable=trainable).to(device)
+        return load(model, **options, trainable=trainable, merge=merge).to(device)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise  # out of memory says nothing about the checkpoint

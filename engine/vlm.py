@@ -11,7 +11,7 @@ Shapes: B prompts, K completions per prompt, P prompt tokens (left-padded), T co
 import copy
 import inspect
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -42,6 +42,7 @@ from engine.shared_prefix import (
 )
 from engine.static_decode import StaticSteps
 
+REFERENCE = "reference"  # the name of a frozen adapter beside the one that is trained, "default"
 SEGMENT = 16  # tokens between two looks at which completions have ended
 # transformers renames this argument; the old name warns
 CACHE = next(
@@ -126,13 +127,22 @@ class VLM(nn.Module):
         self._bias = self._bias.to(self.device)
         return self._bias
 
+    @contextmanager
     def base(self):
-        """Context in which the LoRA adapter is off: the reference model of a LoRA run."""
-        return (
-            self.model.disable_adapter()
-            if hasattr(self.model, "disable_adapter")
-            else nullcontext()
-        )
+        """Context with the reference model of a LoRA run: the adapter as it was at the start of
+        training (`REFERENCE`), or none if it was new."""
+        adapters = getattr(self.model, "peft_config", {})
+        if REFERENCE in adapters:
+            self.model.base_model.set_adapter(REFERENCE, inference_mode=True)
+            try:
+                yield
+            finally:
+                self.model.base_model.set_adapter("default")
+        elif adapters:
+            with self.model.disable_adapter():
+                yield
+        else:
+            yield
 
     def encode(self, conversations: list[list[dict]]) -> BatchFeature:
         """Chat messages with PIL images or lists of frames -> left-padded model inputs.
@@ -476,6 +486,8 @@ class VLM(nn.Module):
                 merged = copy.deepcopy(self.model.cpu()).merge_and_unload()
                 self.model.to(device)
                 merged.save_pretrained(folder)
+            elif isinstance(self.model, PeftModel):
+                self.model.save_pretrained(folder, selected_adapters=["default"])
             else:
                 self.model.save_pretrained(folder)
         if (Path(folder) / "generation_config.json").exists():

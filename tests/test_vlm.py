@@ -1505,6 +1505,64 @@ def test_a_new_adapter_changes_nothing(world, lora, policy):
             assert torch.equal(policy(inputs, ids).logp, plain)
 
 
+@pytest.fixture
+def faint(world):
+    """In bfloat16, with an adapter as a short cold start leaves it."""
+    torch.manual_seed(0)
+    policy = pretrained.load(str(world / "policy"), lora_rank=4, dtype="bfloat16")
+    with torch.no_grad():
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.normal_(std=3e-3)
+    return policy
+
+
+def test_an_adapter_stays_one_and_is_the_reference(faint, tmp_path):
+    """Evaluated or trained on, an adapter is what was saved, bit for bit, although bfloat16 weights
+    would swallow it. `base` is the adapter as it was loaded."""
+    inputs, ids = faint.encode([prompts()["a picture"]]), ragged(6)
+    faint.save(tmp_path, merge=False)
+    seen = pretrained.load(str(tmp_path), dtype="bfloat16", trainable=False)
+    policy = pretrained.load(str(tmp_path), dtype="bfloat16", lora_rank=4)
+    assert not any(p.requires_grad for p in seen.parameters())
+    names = trained(policy)
+    assert names == trained(faint) and all(".default." in name for name in names)
+    with torch.no_grad():
+        before = faint.eval()(inputs, ids).logp
+        assert torch.equal(seen(inputs, ids).logp, before)
+        assert torch.equal(policy(inputs, ids).logp, before)
+        for name, p in policy.named_parameters():
+            if name in names:
+                p += 0.1
+        after = policy(inputs, ids).logp
+        assert (after - before).abs().max() > 0.1
+        with policy.base():
+            assert torch.equal(policy(inputs, ids).logp, before)
+        assert torch.equal(policy(inputs, ids).logp, after)
+    assert trained(policy) == names
+    policy.save(tmp_path / "later", merge=False)
+    assert not (tmp_path / "later" / "reference").exists()
+    later = pretrained.load(str(tmp_path / "later"), dtype="bfloat16", trainable=False)
+    with torch.no_grad():
+        assert torch.equal(later(inputs, ids).logp, after)
+
+
+def test_an_adapter_merged_in_half_precision_is_said(faint, lora, tmp_path, recwarn):
+    """An adapter of another rank, or full fine-tuning: merged in, and with what that costs."""
+    faint.save(tmp_path / "half", merge=False)
+    lora.save(tmp_path / "single", merge=False)
+    inputs, ids = faint.encode([prompts()["a picture"]]), ragged(6)
+    for options in ({"lora_rank": 8}, {}, {"trainable": False, "merge": True}):
+        with pytest.warns(match="half is merged into bfloat16 weights, which rounds small changes"):
+            policy = pretrained.load(str(tmp_path / "half"), dtype="bfloat16", **options)
+        with torch.no_grad():
+            lost = policy(inputs, ids).logp - faint(inputs, ids).logp
+            assert lost.abs().max() > 0
+            policy = pretrained.load(str(tmp_path / "single"), **options)
+            close(policy(inputs, ids).logp, lora(inputs, ids).logp, 1e-4)
+    assert not [w for w in recwarn if "is merged" in str(w.message)]
+
+
 def hf_logp(folder, policy, conversation, ids) -> torch.Tensor:
     """Log-probs of one completion by a model that plain transformers loaded from the folder."""
     model = AutoModelForImageTextToText.from_pretrained(folder).eval()
