@@ -158,7 +158,7 @@ class Config:
     prompts_per_step: int = option(24, low=1, help=
         "prompts per update, over all ranks [choice; official code: 8]")
     prompts_per_pass: int = option(0, low=0, resumable=True, help=
-        "rows per micro-batch of an update, on each rank, to save memory; 0: all [choice]")
+        "rows per micro-batch of an update (not of sampling), to save memory; 0: all [choice]")
     group_size: int = option(8, low=2, help=
         "G, responses per prompt; one has no advantage [official code; paper silent]")
     max_new_tokens: int = option(40, low=1, help="longest response [choice; official code: 768]")

@@ -224,7 +224,8 @@ def memory_lines(
     return [
         f"of each GPU, computed and not measured, for prompts of up to {prompt:,} tokens: "
         f"{need['training'] / 1e9:.1f} GB in training ({memory.listed(need['parts'])}), "
-        f"{need['generation'] / 1e9:.1f} GB while sampling",
+        f"{need['generation'] / 1e9:.1f} GB or more while sampling, which takes as many prompts at "
+        "a time as fit",
         *(f"{name} is not counted: its size is not known here" for name in left_out),
         *(
             f"{name}: {memory.advice(cfg, shape, prompt, size, processes, sharded)}"

@@ -61,9 +61,7 @@ def prefer(
     buffer = [Pair(**entry) for entry in learner.extra.get("buffer", [])]
     for step, batch in learner.batches(prompts, cfg.prompts_per_step):
         with run.unsharded(learner.policy):
-            micro_batches = run.micro_batches(
-                batch, cfg.prompts_per_pass, roll_out, learner.policy, None, cfg, step
-            )
+            micro_batches = run.micro_batches(batch, 0, roll_out, learner.policy, cfg, step)
         lines, numbers = score_and_pair(micro_batches, judge, cfg)
         place = {name: i for i, name in enumerate(learner.ids)}
         lines = sorted(run.gather_object(lines), key=lambda line: place[line["id"]])
@@ -96,6 +94,7 @@ def prefer(
             run.say(f"  warning: no response of this round was scored. {why}".rstrip())
         first = micro_batches[0]
         show(run, cfg, step, metrics["truncated"], first.samples[0], first.text[0][0])
+        del micro_batches, first  # they hold the policy
     if buffer:
         run.say(
             f"{len(buffer)} pairs are left in the buffer, not trained on: fewer than --pairs "

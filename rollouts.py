@@ -15,13 +15,15 @@ from torch.nn.functional import pad
 from transformers import BatchFeature
 
 import data
+import grpo
 import reasoning
+from caption_reward import CaptionReward
 from conflict import reference_branch
 from engine import ConfigError, DataError, vlm
 from engine.learner import Learner, Reference
 from engine.run import Run
 from engine.shared_prefix import uniform_numbers
-from rewards import rewards_as_json
+from rewards import reward, reward_judge, rewards_as_json, total
 
 
 @dataclass
@@ -65,6 +67,11 @@ class Rollouts:
         parts["rewards"] = {name: some(table) for name, table in self.rewards.items()}
         self.encoded = None  # memory is short where parts are taken
         return Rollouts(**parts | {"encoded": None})
+
+    def split(self, n: int) -> list["Rollouts"]:
+        """In micro-batches of n prompts."""
+        starts = range(0, len(self), n)
+        return [self[i : i + n] for i in starts] if len(starts) > 1 else [self]
 
     @property
     def inputs(self) -> BatchFeature:
@@ -113,28 +120,30 @@ class Rollouts:
 def roll_out(
     samples: list[data.Sample],
     policy: vlm.VLM,
-    reference: Reference | None,
     cfg,
     step: int | str = 0,
     n: int = 0,
+    feature: str = "",
 ) -> Rollouts:
-    """Sample n responses (0: G) to each prompt, at T = 1 but in OViP, and score them with the
-    reference model.
+    """Sample n responses (0: G) to each prompt, at T = 1 but in OViP.
 
-    The draws follow from (seed, step, prompt) alone. reference = None (selection): neither
-    reference log-probs nor the reference branch of Eq. 4.
+    The draws follow from (seed, step, prompt) alone. feature: of Eq. 4, where it is on; the
+    reference branch is its.
     """
     n, length = n or cfg.group_size, cfg.max_new_tokens
 
     def encode(samples: list[data.Sample]) -> BatchFeature:
-        return policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
+        inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
+        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+            if f"{kind}_features" in inputs:
+                del inputs[pixels]  # a frozen tower has seen them
+        return inputs
 
     inputs = encode(samples)
     draws = uniform_numbers([s.id for s in samples], n, length, f"{cfg.seed}/{step}")
     rolls = policy.generate(
         inputs, n, length, draws=draws, temperature=cfg.temperature, top_p=cfg.top_p
     )
-    feature = cfg.nce_feature if reference and cfg.nce_weight else ""
     branch = reference_branch(feature, policy, rolls, inputs, samples, length)
     longest = max(rolls.ids.shape[-1], branch[0].shape[-1])
     ids, mask, branch_ids, branch_mask = (
@@ -149,8 +158,34 @@ def roll_out(
         branches=torch.cat([ids, branch_ids], 1),
         mask=mask.flatten(0, 1),
         reference_mask=branch_mask[:, 0],
-        ref_logp=reference.logp(inputs, ids, mask) if reference else None,
     )
+
+
+def refer(micro_batches: list[Rollouts], reference: Reference) -> None:
+    """Score the responses with the reference model."""
+    for m in micro_batches:
+        mask = m.mask.unflatten(0, (len(m), -1))  # [B, G, T]
+        m.ref_logp = reference.logp(m.inputs, m.branches[:, : mask.shape[1]], mask)
+
+
+def explore(
+    batch: list[data.Sample], learner: Learner, reference: Reference, judge: CaptionReward | None
+) -> list[Rollouts]:
+    """G responses to each prompt, their rewards and advantages: to all prompts at a time, or as
+    many as fit, in the micro-batches of the update."""
+    cfg, run, policy = learner.cfg, learner.run, learner.policy
+    n = learner.rows_at_once(len(batch))
+    if n < len(batch):  # prompts of a length together
+        batch = sorted(batch, key=lambda sample: sample.length)
+    feature = cfg.nce_feature if cfg.nce_weight else ""
+    rolled = run.micro_batches(batch, 0, roll_out, policy, cfg, learner.step, 0, feature)
+    micro_batches = [part for m in rolled for part in m.split(n)]
+    micro_batches = learner.in_passes(micro_batches, refer, reference)
+    found = reward(micro_batches, reward_judge(judge, policy, cfg), cfg)
+    for m, (rewards, replies) in zip(micro_batches, found):
+        m.rewards, m.replies = rewards, replies  # accuracy, format, caption   [B, G] each
+        m.adv = grpo.group_advantages(total(m.rewards, cfg))
+    return micro_batches
 
 
 def reference_response(sample: data.Sample, four_stage: bool) -> str:

@@ -48,7 +48,7 @@ def select_prompts(
 
         def score(shard: list[data.Sample]) -> list[dict]:
             micro_batches = run.micro_batches(
-                shard, 0, lambda some: roll_out(some, policy(), None, cfg, "select", cfg.responses)
+                shard, 0, lambda some: roll_out(some, policy(), cfg, "select", cfg.responses)
             )
             now = reward_judge(judge, policy(), cfg)
             rewards = [tables for tables, _ in reward(micro_batches, now, cfg)]

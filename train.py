@@ -51,12 +51,11 @@ from rewards import (
     reward,
     reward_file,
     reward_judge,
-    total,
     try_custom,
     weights_of,
     with_other_questions,
 )
-from rollouts import Rollouts, global_counts, log_rollouts, reference_response, roll_out
+from rollouts import Rollouts, explore, global_counts, log_rollouts, reference_response
 from selection import select_prompts, share
 from variance_select import share_of
 
@@ -143,24 +142,17 @@ def reinforce(
     size = batch_size(len(prompts), cfg.prompts_per_step, run.processes)
     if size == least == 2 and not learner.finished:
         run.say("warning: Eq. 4 is 0 in updates of 2 prompts: it needs a positive and a negative")
-    for step, batch in learner.batches(prompts, cfg.prompts_per_step, least):
+    for _, batch in learner.batches(prompts, cfg.prompts_per_step, least):
         with run.unsharded(learner.policy):
-            n = learner.rows_at_once(len(batch))
-            micro_batches = run.micro_batches(
-                batch, n, roll_out, learner.policy, reference, cfg, step
-            )
-            now = reward_judge(judge, learner.policy, cfg)
-            found = reward(micro_batches, now, cfg)
-        for m, (rewards, replies) in zip(micro_batches, found):
-            m.rewards, m.replies = rewards, replies  # accuracy, format, caption   [B, G] each
-            m.adv = grpo.group_advantages(total(m.rewards, cfg))
+            micro_batches = explore(batch, learner, reference, judge)
         options = cfg.grpo_options | global_counts(micro_batches, run)
 
         for _ in range(cfg.iterations):
             micro_batches = learner.accumulate(micro_batches, policy_gradient, learner, options)
             learner.update()
         log_rollouts(learner, micro_batches)
-    del reference  # its memory is free before another model is loaded
+        del micro_batches  # they hold the policy
+    del reference  # memory is free before another model is loaded
     return learner.finish()
 
 

@@ -11,7 +11,6 @@ responses, rewards and advantages are those that training would see.
 import argparse
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 import yaml
@@ -27,8 +26,6 @@ from conflict import Conflict
 from engine import pretrained
 from rewards import reward
 from rollouts import roll_out
-
-NO_REFERENCE = SimpleNamespace(logp=lambda *_: None)  # the KL plays no part here
 
 
 def main() -> None:
@@ -54,7 +51,6 @@ def main() -> None:
     judge = None
     if cfg.caption_reward:
         judge = CaptionReward(train.judge_of(cfg, device)[0])
-    cfg.nce_weight = 1.0  # whatever the run's own: every feature is to be there
     samples = data.load(cfg.data or world / "data")["train"]
 
     torch.manual_seed(args.seed)
@@ -69,7 +65,7 @@ def main() -> None:
         for name in ntk_infonce.FEATURES:
             cfg.nce_feature = name
             torch.manual_seed(args.seed)  # the same responses for every choice
-            part = roll_out(batch, policy, NO_REFERENCE, cfg)
+            part = roll_out(batch, policy, cfg, feature=name)
             [(part.rewards, _)] = reward([part], judge, cfg)
             part.adv = grpo.group_advantages(grpo.total_reward(part.rewards, cfg.reward_weights))
             with torch.no_grad():

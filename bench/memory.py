@@ -5,8 +5,8 @@ time.
     python -m bench.memory configs/*.yaml --shards 8    # each of eight under FSDP2
 
 Seconds per update on one GPU of each kind, were it at 40 % of its bf16 rate in scoring and the
-update, and at the bandwidth of its memory in decoding; Hugging Face's `generate` is several times
-slower than that.
+update, and in decoding at the bandwidth of its memory, or at LAUNCH seconds a kernel, whichever is
+more.
 """
 
 import argparse
@@ -19,6 +19,7 @@ CARDS = {
     "RTX 4090, 24 GB": (165e12, 1.01e12),
     "H100, 80 GB": (989e12, 3.35e12),
 }  # dense bf16 operations, bytes a second
+LAUNCH = 7e-6  # a guess: Python and torch need so long to start one
 
 
 def main() -> None:
@@ -45,7 +46,8 @@ def main() -> None:
             prompt = prompt_tokens(cfg, media == "clips")
             need = needs(cfg, shape, prompt, args.shards, args.shards > 1)
             times = " | ".join(
-                f"{need['flops'] / (0.4 * f):.0f}, {need['read'] / b:.0f}"
+                f"{need['flops'] / (0.4 * f):.0f}, "
+                f"{max(need['read'] / b, need['launches'] * LAUNCH):.0f}"
                 for f, b in CARDS.values()
             )
             print(

@@ -173,11 +173,17 @@ class Learner:
         return min(self.cfg.prompts_per_pass or rows, self.limit)
 
     def accumulate(self, micro_batches: list, work: Callable, *args) -> list:
-        """The gradient of an update: work(micro_batches, *args) goes through them all and calls
-        `backward`. Returns the micro-batches that it was done in.
+        """The gradient of an update: `in_passes` of a work that calls `backward`."""
+        micro_batches = self.in_passes(micro_batches, work, *args)
+        self.run.average_gradients(self._slots())
+        return micro_batches
+
+    def in_passes(self, micro_batches: list, work: Callable, *args) -> list:
+        """work(micro_batches, *args) goes through them all, one after the other. Returns the
+        micro-batches that it was done in.
 
         If memory runs out on any rank, all begin again with micro-batches of half as many prompts.
-        The gradient is the same up to rounding. Each attempt has copies of the micro-batches, which
+        The results are the same up to rounding. Each attempt has copies of the micro-batches, which
         are anything that can be sliced, and leaves nothing behind.
         """
         run = self.run
@@ -193,7 +199,6 @@ class Learner:
                 f"time ({why}); trying {n}"
             )
             micro_batches = [m[i : i + n] for m in micro_batches for i in range(0, len(m), n)]
-        run.average_gradients(self._slots())
         return tried
 
     def backward(self, loss: Tensor) -> None:

@@ -59,6 +59,8 @@ EXACT = {
     "gradient_checkpointing": True,
     "select_batch": 1,
 }
+# that a token launches in bfloat16, counted: in a layer without and with LoRA, and outside
+KERNELS, KERNELS_OUTSIDE = (55, 97), 71
 RANK = 16  # of the LoRA that is proposed
 
 
@@ -127,7 +129,8 @@ def beside(model: str) -> float | None:
 
 def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = False) -> dict:
     """Bytes by part on each GPU, the most of training and of generation, the parameters that are
-    trained, and the work of one update of one process. prompt: tokens of the longest."""
+    trained, and the work of one update of one process: operations of scoring and the update, bytes
+    that decoding reads and kernels that it launches. prompt: tokens of the longest."""
     size = 2 if cfg.dtype == "bfloat16" else 4 if cfg.dtype == "float32" else 8
     d, layers, t = shape.hidden, shape.layers, cfg.max_new_tokens
     shards, is_ovip = processes if sharded else 1, cfg.method == "ovip"
@@ -184,9 +187,9 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     def cache(prompts: int, responses: int) -> float:
         return key * prompts * (prompt * 4 // size + responses * t)
 
-    in_rl = cache(at_once, cfg.group_size)
     generation = [
-        in_rl + reference + optimizer + frozen * sharded + sum(other.values()),
+        # of one prompt: sampling takes all that a process has, and fewer where they do not fit
+        cache(1, cfg.group_size) + reference + optimizer + frozen * sharded + sum(other.values()),
         cache(cfg.eval_batch, 1) + other["judge"],
     ]
     if cfg.selection:
@@ -194,14 +197,14 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     step = cfg.prompts_per_step / processes * (prompt + own)
     passes = 1 + 2 + cfg.gradient_checkpointing + (cfg.beta > 0)
     passes -= bool(cfg.lora_rank)  # frozen weights need no gradient
-    rounds = math.ceil(share / at_once)
     return {
         "parts": parts,
         "training": sum(parts.values()),
         "generation": whole + max(generation),
         "trained": trained,
         "flops": 2 * step * passes * shape.linears + 2 * step * (4 + 1) * shape.head,
-        "read": rounds * t * ((shape.linears + shape.head) * size + in_rl / 2),
+        "read": t * ((shape.linears + shape.head) * size + cache(share, cfg.group_size) / 2),
+        "launches": t * (layers * KERNELS[bool(cfg.lora_rank)] + KERNELS_OUTSIDE),
     }
 
 

@@ -29,9 +29,11 @@ import engine
 import eval as evaluation
 import measures
 import ntk_infonce
+import rollouts
 import selection
 import train
 from engine import DataError, files, judges, learner, pretrained, shared_prefix
+from engine.vlm import VLM
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -239,7 +241,7 @@ def test_f_is_the_autograd_gradient_of_the_chosen_log_prob(world, feature, monke
     cfg = train.Config(nce_feature=feature, group_size=3, max_new_tokens=6)
     batch, n = data.load(world / "data")["train"][:3], 3
     torch.manual_seed(0)
-    part = train.roll_out(batch, policy, SimpleNamespace(logp=lambda *_: None), cfg)
+    part = rollouts.roll_out(batch, policy, cfg, feature=feature)
     part.adv = torch.tensor([[1.0, -1.2, 0.2], [-0.5, 0.7, -0.2], [0.1, 0.4, -0.5]])
     with torch.no_grad():
         got = train.Conflict([part], policy, cfg).cosine(0, policy(part.inputs, part.branches))
@@ -299,14 +301,14 @@ def test_the_update_s_gradient_is_eq_1_and_eq_4_written_out(world, tmp_path, mon
         f"--model {world}/policy --judge {world}/judge --data {world}/data --output_dir {tmp_path}".split()
     )
 
-    def roll_out(*args):
-        part = original(*args)
-        part.mask[0, 4:] = False  # responses of different lengths
-        part.mask[-1, 2:] = False
-        # a reference that is not the policy
-        part.ref_logp = part.ref_logp + 0.3 * torch.randn_like(part.ref_logp)
-        parts.append(part)
-        return part
+    def refer(micro_batches, reference):
+        for part in micro_batches:
+            part.mask[0, 4:] = False  # responses of different lengths
+            part.mask[-1, 2:] = False
+        original(micro_batches, reference)
+        for part in micro_batches:  # a reference that is not the policy
+            part.ref_logp = part.ref_logp + 0.3 * torch.randn_like(part.ref_logp)
+        parts.extend(micro_batches)
 
     def reward(parts, judge, cfg):
         shapes = [(len(part.samples), 3) for part in parts]
@@ -325,9 +327,9 @@ def test_the_update_s_gradient_is_eq_1_and_eq_4_written_out(world, tmp_path, mon
         weights.update(learner.policy.state_dict())
         raise Stop
 
-    original = train.roll_out
-    monkeypatch.setattr(train, "roll_out", roll_out)
-    monkeypatch.setattr(train, "reward", reward)
+    original = rollouts.refer
+    monkeypatch.setattr(rollouts, "refer", refer)
+    monkeypatch.setattr(rollouts, "reward", reward)
     monkeypatch.setattr(train, "evaluate", lambda *_: None)
     monkeypatch.setattr(train.Learner, "update", update)
     with pytest.raises(Stop):
@@ -403,7 +405,7 @@ def test_where_memory_is_short_the_responses_are_the_same(world, tmp_path):
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
                 "9 bytes"
             )
-        return train.roll_out(batch, policy, None, cfg, 3)
+        return rollouts.roll_out(batch, policy, cfg, 3)
 
     [whole] = run.micro_batches(rows, 0, roll_out, 7)
     parts = run.micro_batches(rows, 0, roll_out, 2)
@@ -479,7 +481,7 @@ def test_an_update_in_less_memory_has_the_same_gradient(
 
     monkeypatch.setattr(train.Learner, "backward", short)
     monkeypatch.setattr(train.Learner, "update", watched)
-    monkeypatch.setattr(train, "reward", rewarded)
+    monkeypatch.setattr(rollouts, "reward", rewarded)
     seen = []
     for fails in ((), at):
         calls, sizes, gradients = 0, [], []
@@ -504,11 +506,42 @@ def test_an_update_in_less_memory_has_the_same_gradient(
             torch.testing.assert_close(y, x, atol=1e-6 if k else 1e-9, rtol=0)
 
 
+def test_sampling_takes_all_prompts_and_an_update_its_passes(world, tmp_path, monkeypatch):
+    """A token of one prompt's responses costs a GPU as many launches as one of all prompts'."""
+    sampled, scored, pixels = [], [], []
+
+    def generate(policy, inputs, *args, **options):
+        sampled.append(len(inputs["input_ids"]))
+        pixels.append("pixel_values" in inputs)
+        return originals[0](policy, inputs, *args, **options)
+
+    def forward(policy, inputs, ids, mask=None):
+        scored.append((len(ids), torch.is_grad_enabled()))
+        return originals[1](policy, inputs, ids, mask)
+
+    originals = VLM.generate, VLM.forward
+    monkeypatch.setattr(VLM, "generate", generate)
+    monkeypatch.setattr(VLM, "forward", forward)
+    sets, texts = data.load(world / "data"), []
+    for n in (0, 2):
+        folder = tmp_path / str(n)
+        cfg = train.parse_config(
+            "--rl_steps 1 --prompts_per_step 5 --group_size 2 --max_new_tokens 6 --nce_weight 0 "
+            f"--held_out_rows 0 --quiet true --caption_reward= --prompts_per_pass {n} "
+            f"--world {world} --output_dir {folder}".split()
+        )
+        train.reinforce(cfg.start, sets["train"], sets, None, cfg, train.Run(cfg))
+        texts.append(files.read_jsonl(folder / "rl/rollouts.jsonl"))
+    assert sampled == [5, 5] and texts[0] == texts[1] and not any(pixels)
+    assert [rows for rows, _ in scored] == [5, 5, 2, 2, 1, 2, 2, 1]  # reference, then the update
+    assert [grad for _, grad in scored] == [False, True, *[False] * 3, *[True] * 3]
+
+
 def test_a_part_of_rollouts_is_encoded_when_it_is_used(policy, world, tmp_path):
     """Where memory is short, in the attempt that is made again if it does not suffice; then what
     was encoded before is gone."""
     cfg = train.Config(output_dir=str(tmp_path / "run"), max_new_tokens=4, group_size=2, quiet=True)
-    whole = train.roll_out(data.load(world / "data")["train"][:3], policy, None, cfg)
+    whole = rollouts.roll_out(data.load(world / "data")["train"][:3], policy, cfg)
     wanted, encode = whole.inputs, whole.encode
     whole.encode = lambda samples: calls.append(len(samples)) or encode(samples)
     calls, parts = [], [whole[:2], whole[2:]]
@@ -576,11 +609,11 @@ def test_one_prompt_that_does_not_fit_ends_the_run_with_advice(tmp_path, monkeyp
 
     tried = []
     with pytest.raises(RuntimeError, match="^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
-        train.Learner.accumulate(learner, [[1, 2, 3], [4]], fail)
+        train.Learner.in_passes(learner, [[1, 2, 3], [4]], fail)
     assert tried == [[3, 1], [2, 1, 1], [1, 1, 1, 1]]
     run.sharded = True
     with pytest.raises(RuntimeError, match="out of memory.*Under FSDP2") as caught:
-        train.Learner.accumulate(learner, [[1, 2]], fail)
+        train.Learner.in_passes(learner, [[1, 2]], fail)
     monkeypatch.setattr(train, "main", lambda cfg: (_ for _ in ()).throw(caught.value))
     monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: out of memory .*FSDP2.*--prompts_per_pass"):
@@ -643,18 +676,18 @@ def test_the_passes_of_a_batch_add_up_for_every_choice_of_f(world, feature, sket
         nce_feature=feature, nce_sketch=sketch, tau_quantile=0.5, group_size=3, max_new_tokens=6
     )
     torch.manual_seed(0)
-    batch, no_kl = data.load(world / "data")["train"][:5], SimpleNamespace(logp=lambda *_: None)
+    batch = data.load(world / "data")["train"][:5]
     adv = torch.tensor(
         [[1.0, -1.0, 0.0], [0.0, 0.0, 0.0], [-0.5, -0.5, 1.0], [0.7, 0.3, -1.0], [-1.0, 1.0, 0.0]]
     )
 
     def gradient(*sizes):
         torch.manual_seed(1)  # the same responses in every split
-        whole = train.roll_out(batch, policy, no_kl, cfg)
+        whole = rollouts.roll_out(batch, policy, cfg, feature=feature)
         parts, start = [], 0
         for size in sizes:
             rows = slice(start, start + size)
-            part = train.roll_out(batch[rows], policy, no_kl, cfg)
+            part = rollouts.roll_out(batch[rows], policy, cfg, feature=feature)
             part.branches, part.adv = whole.branches[rows], adv[rows]
             part.mask = whole.mask.unflatten(0, (5, 3))[rows].flatten(0, 1)
             part.reference_mask = whole.reference_mask[rows]
@@ -971,7 +1004,7 @@ def scoring(world, monkeypatch):
     captions differ."""
     samples = data.load(world / "data")["train"]
 
-    def roll_out(batch, policy, reference, cfg, when, n):
+    def roll_out(batch, policy, cfg, when, n):
         text = [
             [SAY.format(f"{s.id} {k}", s.answer if k % 2 else "?") for k in range(n)] for s in batch
         ]

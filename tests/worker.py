@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import negatives
 import preference
+import rollouts
 import train
 from engine import judges, media_check
 from engine.vlm import VLM
@@ -29,7 +30,7 @@ ORIGINAL = {
     "update": train.Learner.update,
     "forward": VLM.forward,
     "backward": train.Learner.backward,
-    "roll_out": train.roll_out,
+    "roll_out": rollouts.roll_out,
     "reward": train.reward,
     "order": train.Run.permutation,
     "negatives": negatives.Negatives.__call__,
@@ -50,8 +51,10 @@ class Variant:
         train.Learner.update = lambda learner, **how: self.update(learner, **how)
         train.Learner.backward = lambda learner, loss: self.backward(learner, loss)
         VLM.forward = lambda policy, *args: self.forward(policy, *args)
-        train.reward = self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
-        train.roll_out = preference.roll_out = self.roll_out
+        train.reward = rollouts.reward = (
+            self.reward if self.faults.get("REWARD") != "real" else ORIGINAL["reward"]
+        )
+        rollouts.roll_out = preference.roll_out = self.roll_out
         train.Run.permutation = lambda run, *where: self.order(run, *where)
         media_check.check_media = self.check_media
         if "SCORES" in self.faults:
