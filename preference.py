@@ -94,7 +94,6 @@ def prefer(
             run.say(f"  warning: no response of this round was scored. {why}".rstrip())
         first = micro_batches[0]
         show(run, cfg, step, metrics["truncated"], first.samples[0], first.text[0][0])
-        del micro_batches, first  # they hold the policy
     if buffer:
         run.say(
             f"{len(buffer)} pairs are left in the buffer, not trained on: fewer than --pairs "

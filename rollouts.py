@@ -6,7 +6,6 @@ Shapes: B prompts of a micro-batch, G responses each, T response tokens. NaN rew
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -33,13 +32,11 @@ class Rollouts:
     branches [B, G + 1, T]: the ids of the responses and, last, of the reference branch of Eq. 4 (no
     such branch where f_i needs none), right-padded. mask [B * G, T] and reference_mask [B, T]: the
     tokens that count. old_logp, ref_logp [B * G, T]. numbers: (sum, count) of each metric, by name.
-    encode: samples -> inputs. `rollouts[rows]`: those of some of its prompts, encoded when they are
-    used.
+    inputs: the prompts [B, P] with their media. `rollouts[rows]`: those of some of its prompts.
     """
 
-    encode: Callable[[list[data.Sample]], BatchFeature]
     samples: list[data.Sample]
-    encoded: BatchFeature | None
+    inputs: BatchFeature
     text: list[list[str]]
     ended: Tensor
     branches: Tensor
@@ -61,23 +58,18 @@ class Rollouts:
         def some(x):  # [B, ...] or [B * G, ...]
             if isinstance(x, Tensor):
                 return x.unflatten(0, (len(self), -1))[rows].flatten(0, 1)
+            if isinstance(x, BatchFeature):
+                return vlm.rows_of(x, rows)
             return x[rows] if isinstance(x, list) else x
 
         parts = {f.name: some(getattr(self, f.name)) for f in fields(self)}
         parts["rewards"] = {name: some(table) for name, table in self.rewards.items()}
-        self.encoded = None  # memory is short where parts are taken
-        return Rollouts(**parts | {"encoded": None})
+        return Rollouts(**parts)
 
     def split(self, n: int) -> list["Rollouts"]:
         """In micro-batches of n prompts."""
         starts = range(0, len(self), n)
         return [self[i : i + n] for i in starts] if len(starts) > 1 else [self]
-
-    @property
-    def inputs(self) -> BatchFeature:
-        """The prompts [B, P] with their media."""
-        self.encoded = self.encoded or self.encode(self.samples)
-        return self.encoded
 
     @property
     def scored_mask(self) -> Tensor:
@@ -132,14 +124,10 @@ def roll_out(
     """
     n, length = n or cfg.group_size, cfg.max_new_tokens
 
-    def encode(samples: list[data.Sample]) -> BatchFeature:
-        inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
-        for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-            if f"{kind}_features" in inputs:
-                del inputs[pixels]  # a frozen tower has seen them
-        return inputs
-
-    inputs = encode(samples)
+    inputs = policy.encode(data.prompts(samples, cfg.four_stage, cfg.fps, cfg.max_frames))
+    for kind, pixels in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        if f"{kind}_features" in inputs:
+            del inputs[pixels]  # a frozen tower has seen them
     draws = uniform_numbers([s.id for s in samples], n, length, f"{cfg.seed}/{step}")
     rolls = policy.generate(
         inputs, n, length, draws=draws, temperature=cfg.temperature, top_p=cfg.top_p
@@ -150,9 +138,8 @@ def roll_out(
         pad(x, (0, longest - x.shape[-1])) for x in (rolls.ids, rolls.mask, *branch)
     )
     return Rollouts(
-        encode=encode,
         samples=samples,
-        encoded=inputs,
+        inputs=inputs,
         text=rolls.text,
         ended=rolls.ended,
         branches=torch.cat([ids, branch_ids], 1),

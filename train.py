@@ -151,8 +151,7 @@ def reinforce(
             micro_batches = learner.accumulate(micro_batches, policy_gradient, learner, options)
             learner.update()
         log_rollouts(learner, micro_batches)
-        del micro_batches  # they hold the policy
-    del reference  # memory is free before another model is loaded
+    del reference  # its memory is free before another model is loaded
     return learner.finish()
 
 

@@ -495,6 +495,30 @@ class VLM(nn.Module):
         self.processor.save_pretrained(folder)
 
 
+def rows_of(inputs: BatchFeature, rows: slice) -> BatchFeature:
+    """The inputs of some prompts of a batch, as `VLM.encode` gives them."""
+    kinds, mask = inputs["mm_token_type_ids"], inputs["attention_mask"]
+    start = mask.shape[1] - int(mask[rows].sum(1).max())  # what no row needs as padding goes
+    names = ("input_ids", "attention_mask", "mm_token_type_ids")
+    found = {name: inputs[name][rows, start:] for name in names}
+    for kind, name, pixels in ((1, "image", "pixel_values"), (2, "video", "pixel_values_videos")):
+        tokens = (kinds == kind).sum(1).tolist()
+        first, count = sum(tokens[: rows.start]), sum(tokens[rows])
+        if not count:
+            continue
+        patches = inputs[f"{name}_grid_thw"].prod(1)
+        merged = int(patches.sum()) // sum(tokens)  # patches of a token
+        ends = patches.cumsum(0)
+        own = (ends > first * merged) & (ends <= (first + count) * merged)
+        found[f"{name}_grid_thw"] = inputs[f"{name}_grid_thw"][own]
+        if kind == 2 and "second_per_grid_ts" in inputs:
+            found["second_per_grid_ts"] = inputs["second_per_grid_ts"][own]
+        for key, size in ((f"{name}_features", 1), (pixels, merged)):
+            if key in inputs:
+                found[key] = inputs[key][first * size : (first + count) * size]
+    return BatchFeature(found)
+
+
 def _patches_times_kernel(conv: nn.Conv3d, patches: Tensor) -> Tensor:
     """[N, C, T, P, P] -> [N, d]"""
     return F.linear(patches.flatten(1), conv.weight.flatten(1), conv.bias)

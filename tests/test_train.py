@@ -537,17 +537,16 @@ def test_sampling_takes_all_prompts_and_an_update_its_passes(world, tmp_path, mo
     assert [grad for _, grad in scored] == [False, True, *[False] * 3, *[True] * 3]
 
 
-def test_a_part_of_rollouts_is_encoded_when_it_is_used(policy, world, tmp_path):
-    """Where memory is short, in the attempt that is made again if it does not suffice; then what
-    was encoded before is gone."""
+def test_a_part_of_rollouts_has_its_own_rows(policy, world, tmp_path):
     cfg = train.Config(output_dir=str(tmp_path / "run"), max_new_tokens=4, group_size=2, quiet=True)
-    whole = rollouts.roll_out(data.load(world / "data")["train"][:3], policy, cfg)
-    wanted, encode = whole.inputs, whole.encode
-    whole.encode = lambda samples: calls.append(len(samples)) or encode(samples)
-    calls, parts = [], [whole[:2], whole[2:]]
-    assert not calls and whole.encoded is None
-    assert [part.inputs["input_ids"].shape[0] for part in parts * 2] == [2, 1, 2, 1]
-    assert calls == [2, 1] and torch.equal(whole.inputs["input_ids"], wanted["input_ids"])
+    whole = rollouts.roll_out(data.load(world / "data")["train"][:5], policy, cfg)
+    with torch.no_grad():
+        wanted = policy(whole.inputs, whole.branches).logp
+        for part, rows in zip(whole.split(2), (slice(0, 2), slice(2, 4), slice(4, 6))):
+            assert part.samples == whole.samples[rows] and part.text == whole.text[rows]
+            found = policy(part.inputs, part.branches).logp
+            torch.testing.assert_close(found, wanted[rows], atol=1e-5, rtol=0)
+    assert whole.split(5)[0] is whole
 
 
 @pytest.mark.parametrize(

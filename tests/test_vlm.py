@@ -1478,6 +1478,23 @@ def test_a_model_of_another_family_is_refused(world, tmp_path):
         pretrained.context(str(tmp_path))
 
 
+@pytest.mark.parametrize("train_vision", [False, True])
+def test_rows_of_a_batch_are_what_encode_gives(world, train_vision):
+    """Several pictures, clips and none in a row, in any part of a batch."""
+    policy = pretrained.load(str(world / "policy"), train_vision=train_vision)
+    chats = [*prompts().values(), chat("No picture."), prompts()["a clip"]]
+    whole = policy.encode(chats)
+    assert {"image_grid_thw", "video_grid_thw", "second_per_grid_ts"} <= set(whole)
+    for start in range(len(chats)):
+        for stop in range(start + 1, len(chats) + 1):
+            part = vlm.rows_of(whole, slice(start, stop))
+            alone = policy.encode(chats[start:stop])
+            assert set(part) == set(alone), (start, stop)
+            for name, x in alone.items():
+                atol = 1e-5 if "features" in name else 0  # of the tower
+                torch.testing.assert_close(part[name], x, atol=atol, rtol=0, msg=name)
+
+
 def test_lora_gradients_reach_the_language_model_s_adapters(lora):
     """LoRA gradients reach the language model's adapters and nothing else."""
     names = trained(lora)
