@@ -159,6 +159,9 @@ class Config:
         "prompts per update, over all ranks [choice; official code: 8]")
     prompts_per_pass: int = option(0, low=0, resumable=True, help=
         "rows per micro-batch of an update (not of sampling), to save memory; 0: all [choice]")
+    completions_per_pass: int = option(0, low=0, resumable=True, help=
+        "responses per pass of an update behind a prompt that runs once, to save memory; 0: all "
+        "[choice]")
     group_size: int = option(8, low=2, help=
         "G, responses per prompt; one has no advantage [official code; paper silent]")
     max_new_tokens: int = option(40, low=1, help="longest response [choice; official code: 768]")
@@ -299,6 +302,12 @@ class Config:
             raise ConfigError("corrupt_train: --method sft has no RL whose prompts to corrupt")
         if self.corrupt_share < 1 and not self.corrupt_train:
             raise ConfigError("corrupt_share: say how with --corrupt_train")
+        whole = self.nce_weight and self.nce_feature in ("best", "advantage")
+        if self.completions_per_pass and (whole or self.attention != "sdpa"):
+            raise ConfigError(
+                "completions_per_pass: give 0 with --nce_feature best or advantage, which are of "
+                "all responses, and with another --attention than sdpa"
+            )
         self._check_ovip()
         given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
         default = "runs/" + "-".join(filter(None, (self.method, *given)))
@@ -315,8 +324,10 @@ class Config:
         for name in ("caption_reward", "selection", "nce_weight", "corrupt_train", "reward"):
             if getattr(self, name):
                 raise ConfigError(f"{name}: OViP has none; leave it out, or give another --method")
-        if self.iterations > 1:
-            raise ConfigError("iterations: OViP takes each pair once; leave it out")
+        if self.iterations > 1 or self.completions_per_pass:
+            raise ConfigError(
+                "iterations, completions_per_pass: OViP takes each pair once; leave them out"
+            )
         if not (self.image_loss and self.image_weight):
             self.negatives = ""  # online DPO, which needs no images
             return

@@ -5,7 +5,7 @@
 Shapes: B prompts of a micro-batch, G responses each, T response tokens. NaN rewards are unknown.
 """
 
-from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -77,36 +77,71 @@ class Rollouts:
         reference = self.reference_mask[:, None][:, : self.branches.shape[1] - self.adv.shape[1]]
         return torch.cat([self.mask.unflatten(0, self.adv.shape), reference], 1)
 
+    def passes(self, n: int) -> list["Rollouts"]:
+        """With n responses of each prompt at a time (0: all); y_i is in the last."""
+        size = self.adv.shape[1]
+        starts = range(0, size, n or size)
+        stops = [*starts[1:], self.branches.shape[1]]
+        return [self._responses(slice(*at)) for at in zip(starts, stops)] if n else [self]
+
+    def _responses(self, at: slice) -> "Rollouts":
+        def some(x: Tensor | None) -> Tensor | None:  # [B * G, T]
+            return None if x is None else x.unflatten(0, self.adv.shape)[:, at].flatten(0, 1)
+
+        names = ("mask", "old_logp", "ref_logp")
+        parts = {name: some(getattr(self, name)) for name in names}
+        return replace(self, branches=self.branches[:, at], adv=self.adv[:, at], **parts)
+
     def record(self, scores: vlm.TokenScores, loss: Tensor, nce: Tensor) -> None:
-        """Keep the metrics of this micro-batch as plain numbers, so that no graph is kept."""
-        mask, prompts = self.mask, len(self.samples)
-        tokens = mask.sum().item()
-        entropy = scores.entropy[:, : len(mask) // prompts].flatten(0, 1)
-        numbers = {
+        """Keep what a pass found of each token as plain numbers, so that no graph is kept."""
+        mask, tokens = self.mask, self.mask.sum().item()
+        entropy = scores.entropy[:, : self.adv.shape[1]].flatten(0, 1)
+        self.numbers = {
             "entropy": ((entropy * mask).sum().item(), tokens),
             "clipped": ((self.stats["clipped"] * mask).sum().item(), tokens),
-            "length": (tokens, mask.shape[0]),
-            "truncated": ((~self.ended).sum().item(), mask.shape[0]),
-            "tied": ((self.adv == 0).all(1).sum().item(), prompts),
             "loss": (loss.item(), 0),  # a global mean already: micro-batches and ranks add up
         }
         if self.stats["kl"] is not None:
-            numbers["kl"] = ((self.stats["kl"] * mask).sum().item(), tokens)
+            self.numbers["kl"] = ((self.stats["kl"] * mask).sum().item(), tokens)
+        if self.nce_stats:
+            pairs = self.nce_stats.pop("pairs").item()
+            self.numbers["nce"] = (nce.item(), 1)
+            self.numbers["nce/active"] = (self.nce_stats.pop("active").item(), 1)
+            for name, value in self.nce_stats.items():
+                self.numbers[f"nce/{name}"] = (value.item() * pairs, pairs)
+
+    def collect(self, passes: list["Rollouts"]) -> None:
+        """What the passes found."""
+        rows = [part.old_logp.unflatten(0, part.adv.shape) for part in passes]
+        self.old_logp = torch.cat(rows, 1).flatten(0, 1)
+        self.numbers = added(part.numbers for part in passes)
+
+    def of_responses(self) -> dict[str, tuple[float, float]]:
+        """The metrics of whole responses."""
+        count, prompts = self.mask.shape[0], len(self.samples)
+        numbers = {
+            "length": (self.mask.sum().item(), count),
+            "truncated": ((~self.ended).sum().item(), count),
+            "tied": ((self.adv == 0).all(1).sum().item(), prompts),
+        }
         for name, table in self.rewards.items():
             known = ~table.isnan()
             numbers[f"reward/{name}"] = (table[known].sum().item(), known.sum().item())
         if "leak" in self.rewards:
-            total, count = numbers.pop("reward/leak")
-            numbers["caption_leak"] = (-total, count)
+            total, n = numbers.pop("reward/leak")
+            numbers["caption_leak"] = (-total, n)
         unknown = sum(table.isnan().sum().item() for table in self.rewards.values())
-        numbers["unknown"] = (unknown, mask.shape[0])
-        if self.nce_stats:
-            pairs = self.nce_stats.pop("pairs").item()
-            numbers["nce"] = (nce.item(), 1)
-            numbers["nce/active"] = (self.nce_stats.pop("active").item(), 1)
-            for name, value in self.nce_stats.items():
-                numbers[f"nce/{name}"] = (value.item() * pairs, pairs)
-        self.numbers = numbers
+        return numbers | {"unknown": (unknown, count)}
+
+
+def added(numbers: Iterable[dict[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    """(sum, count) by name, over all that have it."""
+    found: dict[str, tuple[float, float]] = {}
+    for some in numbers:
+        for name, (value, n) in some.items():
+            total, count = found.get(name, (0.0, 0.0))
+            found[name] = (total + value, count + n)
+    return found
 
 
 def roll_out(
@@ -200,11 +235,7 @@ def global_counts(micro_batches: list[Rollouts], run: Run) -> dict[str, float]:
 def log_rollouts(learner: Learner, micro_batches: list[Rollouts]) -> None:
     """One line of metrics.jsonl, one line of rollouts.jsonl per prompt, and what a user should
     see."""
-    numbers: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
-    for m in micro_batches:
-        for name, (value, n) in m.numbers.items():
-            numbers[name][0] += value
-            numbers[name][1] += n
+    numbers = added(each for m in micro_batches for each in (m.numbers, m.of_responses()))
     run, cfg, step = learner.run, learner.cfg, learner.step
     if cfg.reward and len({tuple(names) for names in run.gather_object([sorted(numbers)])}) > 1:
         raise ConfigError(f"reward: {cfg.reward} must return the same names for all rows")

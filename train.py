@@ -160,23 +160,29 @@ def policy_gradient(micro_batches: list[Rollouts], learner: Learner, options: di
     cfg = learner.cfg
     conflict = Conflict(micro_batches, learner.policy, cfg, learner.run, learner.step)
     for i, m in enumerate(micro_batches):
-        scores = learner.model(m.inputs, m.branches, m.scored_mask)  # G responses and y_i
-        logp = scores.logp[:, : cfg.group_size].flatten(0, 1)  # [B * G, T]
-        m.old_logp = logp.detach() if m.old_logp is None else m.old_logp
-        loss, m.stats = grpo.grpo_loss(  # Eq. 1
-            logp, m.old_logp, m.adv.flatten(), m.mask, m.ref_logp, **options
-        )
-        nce = loss.new_zeros(())
-        if cfg.nce_weight:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head
-            cosine = conflict.cosine(i, scores)  # among all prompts of the global batch
-            tau = cfg.tau
-            if cfg.tau_quantile:
-                tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile)
-            nce, m.nce_stats = ntk_infonce.info_nce(
-                cosine, tau, cfg.nce_temperature, conflict.order(len(cosine))
+        passes = m.passes(cfg.completions_per_pass)
+        prefix = learner.prefix(m.inputs) if len(passes) > 1 else None
+        for part in passes:
+            scores = learner.model(m.inputs, part.branches, part.scored_mask, prefix)
+            logp = scores.logp[:, : part.adv.shape[1]].flatten(0, 1)  # [B * G, T]
+            part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
+            loss, part.stats = grpo.grpo_loss(  # Eq. 1
+                logp, part.old_logp, part.adv.flatten(), part.mask, part.ref_logp, **options
             )
-        learner.backward(loss + cfg.nce_weight * nce)
-        m.record(scores, loss, nce)
+            nce = loss.new_zeros(())
+            if cfg.nce_weight and part is passes[-1]:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head
+                cosine = conflict.cosine(i, scores)  # among all prompts of the global batch
+                tau = cfg.tau
+                if cfg.tau_quantile:
+                    tau = ntk_infonce.quantile_tau(cosine, cfg.tau_quantile)
+                nce, part.nce_stats = ntk_infonce.info_nce(
+                    cosine, tau, cfg.nce_temperature, conflict.order(len(cosine))
+                )
+            learner.backward(loss + cfg.nce_weight * nce)
+            part.record(scores, loss, nce)
+        if prefix:
+            prefix.backward()
+        m.collect(passes)
 
 
 def prefer(

@@ -24,6 +24,7 @@ from engine.files import read_jsonl
 from engine.loader import read_ahead
 from engine.pretrained import open_policy
 from engine.run import Run, finite
+from engine.shared_prefix import Prefix
 from engine.vlm import REFERENCE, VLM
 
 
@@ -200,6 +201,12 @@ class Learner:
             )
             micro_batches = [m[i : i + n] for m in micro_batches for i in range(0, len(m), n)]
         return tried
+
+    def prefix(self, inputs: BatchFeature) -> Prefix:
+        """The prompts, run once for several passes; its `backward` comes after theirs."""
+        hidden, found = self.model.prefix(inputs)
+        found.cut(hidden)
+        return found
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients. `loss` is this rank's part of the loss of the global batch;

@@ -182,7 +182,7 @@ class Run:
         # the model never changes these views in place
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         # these use weights of the outermost unit, as `forward` does
-        for name in ("encode", "generate"):
+        for name in ("encode", "generate", "prefix"):
             register_fsdp_forward_method(policy, name)
         return prepared
 

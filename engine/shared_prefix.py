@@ -147,12 +147,19 @@ def inverse_cdf(scores: Tensor, u: Tensor, block: int = 128) -> Tensor:
     return which * block + within
 
 
-def branch_mask(prompt_mask: Tensor, lengths: list[int], dtype: torch.dtype, attention: str):
+def branch_mask(
+    prompt_mask: Tensor,
+    lengths: list[int],
+    dtype: torch.dtype,
+    attention: str,
+    prefix: "Prefix | None" = None,
+):
     """What a token of a row [prompt | branches] may see: the prompt, and its own branch's past.
 
     lengths: the tokens of each branch; L = P + sum(lengths). An additive mask [B, 1, L, L], 0 or
     the lowest number; flex attention gets blocks, and `branch_attention` gets `Branches`, because
-    this mask grows with the square of the branches' number.
+    this mask grows with the square of the branches' number. prefix: where rows are the prompt
+    alone, or branches behind one that has run.
     """
     (b, p), device = prompt_mask.shape, prompt_mask.device
     length = p + sum(lengths)
@@ -176,8 +183,12 @@ def branch_mask(prompt_mask: Tensor, lengths: list[int], dtype: torch.dtype, att
     if attention == "flex_attention":
         return create_block_mask(may_see, b, None, length, length, device=device)
     at = torch.arange(length, device=device)[None]
-    if attention != "shared_prefix" or length == p:
+    if attention != "shared_prefix" or length == p and prefix is None:
         return additive(at, at)
+    of_prompt = at[:, :p]
+    prompt = None if prompt_mask.all() else additive(of_prompt, of_prompt)
+    if length == p:
+        return Branches(prompt, None, at[:0], at[0, :0], prefix)
     n = math.ceil((length - p) / (GROUP * p))
     groups = defaultdict(list)
     for size, stop in zip(lengths, accumulate(lengths)):
@@ -188,13 +199,37 @@ def branch_mask(prompt_mask: Tensor, lengths: list[int], dtype: torch.dtype, att
         batch_first=True,
         padding_value=length,
     )
-    of_prompt, before = at[:, :p], at[:, :p].expand(len(place), -1)
     return Branches(
-        None if prompt_mask.all() else additive(of_prompt, of_prompt),
-        additive(place, torch.cat([before, place], 1)),
+        prompt,
+        additive(place, torch.cat([of_prompt.expand(len(place), -1), place], 1)),
         place.clamp_max(length - 1) - p,
         (place.flatten() < length).nonzero()[:, 0],
+        prefix,
     )
+
+
+class Prefix:
+    """Prompts that have run once, for branches that follow in several passes, each with its own
+    backward. Their gradients with respect to the prompts' keys, values and hidden states [B, P, d]
+    add up here, and `backward` sends the sum through the prompts: the gradient of one pass, with
+    the activations of a few branches at a time (arXiv 2606.01143)."""
+
+    def __init__(self):
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}  # by number, as the prompts' pass finds
+
+    def cut(self, hidden: Tensor) -> None:
+        """The prompts' pass is over: from here on leaves stand for what it found."""
+        self.roots = [hidden, *(x for pair in self.layers.values() for x in pair)]
+        leaves = [x.detach().requires_grad_(x.requires_grad) for x in self.roots]
+        self.hidden, pairs = leaves[0], zip(leaves[1::2], leaves[2::2])
+        self.layers = dict(zip(self.layers, pairs))
+        self.leaves = leaves
+
+    def backward(self) -> None:
+        found = [
+            (x, leaf.grad) for x, leaf in zip(self.roots, self.leaves) if leaf.grad is not None
+        ]
+        torch.autograd.backward(*map(list, zip(*found)))
 
 
 class Branches(NamedTuple):
@@ -204,13 +239,15 @@ class Branches(NamedTuple):
 
     prompt [B, 1, P, P]: the prompt's additive mask, None where plain causal attention is enough.
     own [B * n, 1, S, P + S]: the groups'. place [n, S]: where their tokens stand behind the prompt.
-    back [L - P]: which of the n * S each token behind the prompt is.
+    back [L - P]: which of the n * S each token behind the prompt is. prefix: takes the prompt's
+    keys and values, or has them; neither tuple nor mapping, in which FSDP2 would look for tensors.
     """
 
     prompt: Tensor | None
-    own: Tensor
+    own: Tensor | None
     place: Tensor
     back: Tensor
+    prefix: Prefix | None = None
 
 
 def branch_attention(
@@ -222,24 +259,35 @@ def branch_attention(
         return decode_attention(at_least_float32(query) * scaling, key, value)[:, None], None
     if not isinstance(mask, Branches):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
-    p, n = key.shape[2] - len(mask.back), len(mask.place)
+    p, n = key.shape[2] - len(mask.back), len(mask.place)  # p = 0: the prompt has run
 
     def attend(*parts: Tensor) -> Tensor:
         return sdpa_attention_forward(module, *parts, scaling=scaling, **kwargs)[0]
 
-    def group(x: Tensor, prompt: bool) -> Tensor:  # [B, h, L, d] -> [B * n, h, (P +) S, d]
+    def group(x: Tensor, of_prompt: Tensor | None = None) -> Tensor:
+        """[B, h, L, d] -> [B * n, h, (P +) S, d]"""
+        own = x[:, :, p:]
         if n == 1:
-            return x if prompt else x[:, :, p:]
-        own = x[:, :, p:][:, :, mask.place].transpose(1, 2)
-        if prompt:
-            own = torch.cat([x[:, None, :, :p].expand(-1, n, -1, -1, -1), own], 3)
+            if of_prompt is None:
+                return own
+            return x if p else torch.cat([of_prompt, own], 2)
+        own = own[:, :, mask.place].transpose(1, 2)
+        if of_prompt is not None:
+            own = torch.cat([of_prompt[:, None].expand(-1, n, -1, -1, -1), own], 3)
         return own.flatten(0, 1)
 
-    # the prompt sees no branch
-    before = attend(query[:, :, :p], key[:, :, :p], value[:, :, :p], mask.prompt)
-    own = attend(group(query, False), group(key, True), group(value, True), mask.own)
+    if p:  # it sees no branch
+        k, v = key[:, :, :p], value[:, :, :p]
+        before = attend(query[:, :, :p], k, v, mask.prompt)
+        if not n:
+            # under gradient checkpointing this runs again in backward
+            mask.prefix.layers.setdefault(module.layer_idx, (k, v))
+            return before, None
+    else:
+        k, v = mask.prefix.layers[module.layer_idx]
+    own = attend(group(query), group(key, k), group(value, v), mask.own)
     own = own.unflatten(0, (-1, n)).flatten(1, 2)[:, mask.back]  # [B, L - P, H, d]
-    return torch.cat([before, own], 1), None
+    return torch.cat([before, own], 1) if p else own, None
 
 
 class BranchCache(DynamicLayer):

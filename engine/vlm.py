@@ -35,6 +35,7 @@ import reasoning
 from engine.loader import resized
 from engine.shared_prefix import (
     BranchCache,
+    Prefix,
     TokenSampler,
     attention_function,
     branch_mask,
@@ -382,7 +383,29 @@ class VLM(nn.Module):
             mask[i, 0, start : len(row)] = True
         return ids, mask
 
-    def forward(self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None) -> TokenScores:
+    def prefix(self, inputs: BatchFeature) -> tuple[Tensor, Prefix]:
+        """The prompts' own pass, for `forward` in several passes: their hidden states [B, P, d],
+        which `Prefix.cut` takes, and their keys and values."""
+        found = Prefix()
+        hidden = self.core.model(
+            inputs_embeds=self._embed(inputs),
+            attention_mask={
+                "full_attention": branch_mask(
+                    inputs["attention_mask"], [], self.core.dtype, "shared_prefix", found
+                )
+            },
+            position_ids=_positions(self.core.model, inputs),
+            use_cache=False,
+        ).last_hidden_state
+        return hidden, found
+
+    def forward(
+        self,
+        inputs: BatchFeature,
+        ids: Tensor,
+        mask: Tensor | None = None,
+        prefix: Prefix | None = None,
+    ) -> TokenScores:
         """log pi(ids | prompt) with K branches behind one prompt.
         [B, P], [B, K, T], [B, K, T] -> TokenScores
 
@@ -390,8 +413,8 @@ class VLM(nn.Module):
         past; its positions continue from the prompt's last (mRoPE) position. Equal to K separate
         rows up to rounding. mask: the tokens to be scored, by default all. The model gets no token
         after a branch's last one, and the head runs on these tokens only; elsewhere log-prob and
-        entropy are 0. Attention that takes no 4-D mask scores plain rows. Raises ValueError where K
-        or T is 0.
+        entropy are 0. Attention that takes no 4-D mask scores plain rows. prefix: the prompts have
+        run. Raises ValueError where K or T is 0.
         """
         if ids.ndim != 3 or not ids.numel():
             raise ValueError(
@@ -411,29 +434,38 @@ class VLM(nn.Module):
         ends = (
             (mask.any(0) * torch.arange(1, t + 1, device=ids.device)).amax(-1).clamp_min(1).tolist()
         )
+        if prefix and max(ends) == 1:
+            ends[0] = 2  # no row is empty; its hidden state is cut off below
         lengths = [end - 1 for end in ends]
         branches = torch.cat([ids[:, i, :n] for i, n in enumerate(lengths)], 1)
         position = _positions(body, inputs)  # [3, B, P]
         # [B]: after the prompt's text, although a long clip's time may run past it
         start = position[0, :, -1] + 1
         steps = torch.cat([torch.arange(n, device=ids.device) for n in lengths])
+        embeds = self.core.get_input_embeddings()(branches)
+        after = (start[:, None] + steps).expand(3, -1, -1)
+        if prefix is None:
+            embeds = torch.cat([self._embed(inputs), embeds], 1)
+            after = torch.cat([position, after], 2)
         hidden = body(
-            inputs_embeds=torch.cat(
-                [self._embed(inputs), self.core.get_input_embeddings()(branches)], 1
-            ),
+            inputs_embeds=embeds,
             attention_mask={
                 "full_attention": branch_mask(
-                    inputs["attention_mask"], lengths, self.core.dtype, attention
+                    inputs["attention_mask"], lengths, self.core.dtype, attention, prefix
                 )
             },
-            position_ids=torch.cat([position, (start[:, None] + steps).expand(3, -1, -1)], 2),
+            position_ids=after,
             use_cache=False,
         ).last_hidden_state
+        if prefix is None:
+            prompt, own = hidden[:, :p], hidden[:, p:]
+        else:
+            prompt, own = prefix.hidden, hidden
         # the prompt's end predicts y_1
-        split, last = hidden[:, p:].split(lengths, 1), hidden[:, p - 1 : p]
+        split, last = own.split(lengths, 1), prompt[:, -1:]
         padded = [F.pad(torch.cat([last, x], 1), (0, 0, 0, t - n)) for x, n in zip(split, ends)]
         states = torch.stack(padded, 1)  # [B, K, T, d]
-        return self._scores(states, ids, mask, hidden[:, :p])
+        return self._scores(states, ids, mask, prompt)
 
     def score_plain(
         self, inputs: BatchFeature, ids: Tensor, mask: Tensor | None = None

@@ -40,8 +40,9 @@ VARIANTS = {
     "memory": "--prompts_per_pass 4 --nce_feature best MEMORY=1".split(),
     # pictures here and clips there, one of them with tied rewards only, and an odd number of
     # prompts
-    "unlike": "--prompts_per_step 4 --train_vision true UNSHUFFLED=1 TIED=video".split(),
-    "lora": "--lora_rank 4 --gradient_checkpointing true --prompts_per_pass 4 --sft_steps 1".split(),
+    "unlike": "--prompts_per_step 4 --train_vision true --completions_per_pass 3 UNSHUFFLED=1 TIED=video".split(),
+    "lora": "--lora_rank 4 --gradient_checkpointing true --prompts_per_pass 4 --sft_steps 1 "
+    "--completions_per_pass 2".split(),
     "half": "--dtype bfloat16 --prompts_per_pass 1 --rl_lr 1e-4".split(),
     "judge": "--nce_weight 0 --prompts_per_step 4 JUDGE=dies REWARD=real".split(),
     # pairs whose images some ranks lack; three forward passes before each backward pass

@@ -285,6 +285,8 @@ UPDATES = {  # options of an update that is written out again below
     "quantile, passes of one": "--tau_quantile 0.5 --prompts_per_pass 1 --loss_norm token --kl_kind k2",
     "LoRA": "--tau_quantile 0.3 --lora_rank 4 --gradient_checkpointing true --prompts_per_pass 2 --kl_kind rho_k3",
     "vision": "--tau_quantile 0.7 --train_vision true --loss_norm constant --kl_kind k1",
+    "responses in passes": "--tau_quantile 0.4 --completions_per_pass 1 --prompts_per_pass 2",
+    "LoRA, responses in passes": "--tau_quantile 0.4 --lora_rank 4 --completions_per_pass 2 --gradient_checkpointing true",
 }
 
 

@@ -337,6 +337,67 @@ def test_lora_shared_prefix_gives_the_gradients_of_plain_rows(world, in_double):
         assert want.abs().max() > 1e-6
 
 
+PREFIXED = {  # how the policy is opened
+    "vision": {"train_vision": True},
+    "LoRA": {"lora_rank": 4, "gradient_checkpointing": True},
+    "checkpointing": {"gradient_checkpointing": True},
+}
+
+
+@pytest.mark.parametrize("options", PREFIXED.values(), ids=PREFIXED)
+def test_passes_behind_a_prompt_that_runs_once_are_exact(world, in_double, options, monkeypatch):
+    """Each pass has a backward of its own. Scores, the prompt's states and every gradient are those
+    of plain rows and of one pass, in padded batches, with one group of branches or many."""
+    monkeypatch.setattr(shared_prefix, "GROUP", 0.2)
+    torch.manual_seed(0)
+    policy = pretrained.load(str(world / "policy"), dtype="float64", **options)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.2)
+    chats = [prompts()["a picture"], prompts()["a picture and a clip"], prompts()["a sparse clip"]]
+    inputs, k = policy.encode(chats), 5
+    ids = torch.cat([ragged(4, 1, 6, 5, 2, seed=i) for i in range(3)]).clamp_max(560)
+    mask = ids != 2
+    random = torch.Generator().manual_seed(1)
+    weight = torch.randn(ids.shape, dtype=torch.float64, generator=random) * mask
+    of_prompt = torch.randn(3, 1, 128, dtype=torch.float64, generator=random)
+
+    def gradients(score, *sizes) -> dict:
+        """of sum(weight logp), and in the last pass of the prompts' hidden states"""
+        policy.zero_grad(set_to_none=True)
+        logp, start, prefix = [], 0, None
+        if len(sizes) > 1:
+            hidden, prefix = policy.prefix(inputs)
+            prefix.cut(hidden)
+        for size in sizes:
+            at = slice(start, start + size)
+            start += size
+            scores = score(inputs, ids[:, at], mask[:, at], *[prefix] * (prefix is not None))
+            loss = (weight[:, at] * scores.logp).sum()
+            if start == k:
+                valid = inputs["attention_mask"][..., None]
+                loss = loss + (of_prompt * torch.where(valid == 1, scores.prompt, 0.0)).sum()
+            loss.backward()
+            logp.append(scores.logp.detach())
+        if prefix:
+            prefix.backward()
+        found = {n: p.grad for n, p in policy.named_parameters() if p.grad is not None}
+        return found | {"logp": torch.cat(logp, 1)}
+
+    plain = gradients(policy.score_plain, k)
+    assert len(plain) > 40
+    for sizes in ((5,), (2, 3), (1, 1, 1, 1, 1)):
+        found = gradients(policy, *sizes)
+        assert found.keys() == plain.keys()
+        for name, want in plain.items():
+            close(found[name], want, 1e-9 * max(1.0, want.abs().max().item()))
+    with torch.no_grad():  # nothing but first tokens, which the prompt predicts
+        hidden, prefix = policy.prefix(inputs)
+        prefix.cut(hidden)
+        first = ids[:, :2, :1]
+        close(policy(inputs, first, None, prefix).logp, policy.score_plain(inputs, first).logp)
+
+
 def test_gradient_checkpointing_changes_no_gradient(world, in_double):
     grads = []
     for checkpointing in (False, True):
