@@ -419,9 +419,9 @@ def cli() -> None:
         if is_out_of_memory(error):
             stop(
                 f"error: out of memory ({reason(error)}); the last checkpoint is kept. Try "
-                "--prompts_per_pass 1, --select_batch 1, --eval_batch 1, a lower --max_pixels or "
-                "--max_frames, --gradient_checkpointing true, --lora_rank 16 or, with full "
-                "fine-tuning, --reference cpu. docs/speed.md has what takes memory"
+                "--prompts_per_pass 1, --completions_per_pass 2, --select_batch 1, --eval_batch 1, "
+                "a lower --max_pixels or --max_frames, --gradient_checkpointing true, --lora_rank "
+                "16 or, with full fine-tuning, --reference cpu. docs/speed.md has what takes memory"
             )
         if "DataLoader" in str(error):
             stop(

@@ -21,7 +21,7 @@ from bench import step
 
 MIDDLE = {"visual": 144, "group": 8, "length": 48, "prompts": 4}
 VARIED = {
-    "visual": [36, 144, 576, 1296],
+    "visual": [36, 144, 576, 1296, 4096],
     "group": [2, 8, 32, 64],
     "length": [12, 48, 192],
     "prompts": [1, 4, 16],
@@ -36,8 +36,9 @@ NAMES = {
 }
 
 
-def point(folder: Path, what: str, value: int, steps: int) -> dict:
+def point(folder: Path, what: str, value: int, steps: int, passes: int) -> dict:
     work = MIDDLE | ({} if what == "processes" else {what: value})
+    work |= {"completions_per_pass": passes} if passes else {}
     processes = value if what == "processes" else 1
     os.environ["OMP_NUM_THREADS"] = "1" if what == "processes" else str(os.cpu_count())
     found = step.measure("ours", folder, steps, processes, size=work["prompts"], **work)
@@ -56,6 +57,12 @@ def main() -> None:
         "--steps", type=int, default=3, help="steps a point, the first is warm-up [default 3]"
     )
     parser.add_argument(
+        "--completions_per_pass",
+        type=int,
+        default=0,
+        help="of the update, behind a prompt that runs once [default 0: all in one pass]",
+    )
+    parser.add_argument(
         "--out", type=Path, default=Path("bench-scaling"), help="folder for scaling.json and .png"
     )
     args = parser.parse_args()
@@ -71,7 +78,7 @@ def main() -> None:
             values = VARIED[what]
             for value in values:
                 found = results.setdefault(what, {})[value] = point(
-                    Path(folder), what, value, args.steps
+                    Path(folder), what, value, args.steps, args.completions_per_pass
                 )
                 before = [v for v in values if v < value]
                 slope = ""

@@ -156,9 +156,10 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     share, pairs = (math.ceil(n / processes) for n in (cfg.prompts_per_step, cfg.pairs))
     at_once = min(cfg.prompts_per_pass or share, share)
     own = cfg.group_size * t
-    together = min(own, max(t, GROUP * prompt))  # tokens of branches in a group
-    tokens = at_once * (prompt + own)
-    mask = at_once * math.ceil(own / together) * together * (prompt + together) * size
+    a_pass = min(cfg.completions_per_pass or cfg.group_size, cfg.group_size) * t
+    together = min(a_pass, max(t, GROUP * prompt))  # tokens of branches in a group
+    tokens = at_once * (prompt + a_pass)
+    mask = at_once * math.ceil(a_pass / together) * together * (prompt + together) * size
     if is_ovip:  # A+ and A- behind one prompt; A+ without an image, and with another
         pair = 2 * prompt + 4 * t if cfg.negatives else prompt + 2 * t
         tokens, mask = min(cfg.prompts_per_pass or pairs, pairs) * pair, 0

@@ -16,6 +16,7 @@ import data
 import grpo
 import measures
 import ntk_infonce
+import rollouts
 import selection
 import train
 import variance_select
@@ -97,6 +98,7 @@ RUNS = {
         "select_class": "medium",
         "sft_epochs": 0.2,
         "rl_epochs": 1.0,
+        "completions_per_pass": 1,
         "tau_quantile": 0.3,
         "max_skipped": 2,
         "max_truncated": 1.0,
@@ -140,6 +142,7 @@ PLACES = {  # where values act: calls that are watched
     "respond": (measures, "respond"),
     "seed": (train.Run, "reseed"),
     "backward": (train.Learner, "backward"),
+    "prefix": (train.Learner, "prefix"),
     "held out": (train, "held_out_reward"),
 }
 
@@ -193,7 +196,7 @@ def ran(world, tmp_path_factory):
                 return lambda prompts: ["A"] * len(prompts)
 
             monkeypatch.setattr(judges, "EndpointJudge", endpoint)
-            for stage in (train, selection):
+            for stage in (rollouts, selection, train):
                 monkeypatch.setattr(stage, "reward", varied)
 
             def save(learner, calls=calls, original=train.Learner._save_checkpoint):
@@ -308,7 +311,11 @@ def test_stages_take_as_many_updates_of_as_many_rows(ran):
         for n in (4, 3)
     }
     assert sizes[4] == [7, 5], "select_batch"
-    assert sizes[3] == [3, 1] * 4, "prompts_per_pass"
+    assert sizes[3] == [4] * 4, "all prompts of an update, whatever prompts_per_pass"
+    assert [len(args[2]) for args, _ in ours["loss"]] == [9, 3] * 2 * 4, "prompts_per_pass"
+    grpo_sizes = {len(args[2]) for args, _ in ran["grpo"]["loss"]}
+    assert grpo_sizes == {4} and not ours["prefix"], "completions_per_pass: 4 prompts, 1 response"
+    assert 2 * len(ran["grpo"]["prefix"]) == len(ran["grpo"]["loss"])
     assert max(len(args[1]) for args, _ in ours["respond"]) == 3, "eval_batch"
     assert {args[0].cfg.seed for args, _ in ours["seed"]} == {3}
 
@@ -353,7 +360,9 @@ def test_eq_4_is_the_one_that_was_asked_for(ran):
         cfg = seen.cfg
         parts = math.ceil(cfg.sft_batch / (cfg.prompts_per_pass or cfg.sft_batch))
         passes = [args[1] for args, _ in seen["backward"]][2 * parts :]  # two of the cold start
-        assert len(passes) == len(seen["loss"]) == len(seen["info_nce"])
+        assert len(passes) == len(seen["loss"])
+        # once for each micro-batch, in its last pass
+        assert len(seen["info_nce"]) == (len(seen["prefix"]) or len(passes))
 
 
 def test_the_optimiser_is_the_one_that_was_asked_for(ran):
