@@ -302,11 +302,10 @@ class Config:
             raise ConfigError("corrupt_train: --method sft has no RL whose prompts to corrupt")
         if self.corrupt_share < 1 and not self.corrupt_train:
             raise ConfigError("corrupt_share: say how with --corrupt_train")
-        whole = self.nce_weight and self.nce_feature in ("best", "advantage")
-        if self.completions_per_pass and (whole or self.attention != "sdpa"):
+        if self.completions_per_pass and not self.splits:
             raise ConfigError(
-                "completions_per_pass: give 0 with --nce_feature best or advantage, which are of "
-                "all responses, and with another --attention than sdpa"
+                "completions_per_pass: give 0 with --method ovip, with --nce_feature best or "
+                "advantage, which are of all responses, and with another --attention than sdpa"
             )
         self._check_ovip()
         given = (Path(self.data).stem, Path(self.model).name, f"seed{self.seed}")
@@ -324,10 +323,8 @@ class Config:
         for name in ("caption_reward", "selection", "nce_weight", "corrupt_train", "reward"):
             if getattr(self, name):
                 raise ConfigError(f"{name}: OViP has none; leave it out, or give another --method")
-        if self.iterations > 1 or self.completions_per_pass:
-            raise ConfigError(
-                "iterations, completions_per_pass: OViP takes each pair once; leave them out"
-            )
+        if self.iterations > 1:
+            raise ConfigError("iterations: OViP takes each pair once; leave it out")
         if not (self.image_loss and self.image_weight):
             self.negatives = ""  # online DPO, which needs no images
             return
@@ -354,6 +351,12 @@ class Config:
     def start(self) -> str:
         """The model before the cold start."""
         return self.model or str(Path(self.world) / "policy")
+
+    @property
+    def splits(self) -> bool:
+        """Can the update take the responses in passes?"""
+        whole = self.nce_weight and self.nce_feature in ntk_infonce.OF_ALL_RESPONSES
+        return self.method != "ovip" and self.attention == "sdpa" and not whole
 
     @property
     def reward_weights(self) -> dict[str, float]:

@@ -82,8 +82,8 @@ class Conflict:
         self.is_row = cfg.nce_feature == "hidden_mean" or cfg.nce_sketch > 0  # one per prompt
         self.tables: list[Tensor] | None = None
         if cfg.nce_weight and len(micro_batches) > 1:  # the first one needs the f_i of the last
-            # best and advantage need all branches, the others the last only
-            first = 0 if cfg.nce_feature in ("best", "advantage") else -1
+            # the others need the last branch only
+            first = 0 if cfg.nce_feature in ntk_infonce.OF_ALL_RESPONSES else -1
             with torch.no_grad():
                 scores = (  # one at a time
                     policy(m.inputs, m.branches[:, first:], m.scored_mask[:, first:])

@@ -35,6 +35,7 @@ FEATURES = {  # which y_i (D-51)
     "greedy": "a greedy response",
     "hidden_mean": "no y: the prompt's mean hidden state, which is no gradient (official code)",
 }
+OF_ALL_RESPONSES = ("best", "advantage")
 # two cosines of single precision that are nearer than this may stand in either order
 ROUNDING = 1e-5
 

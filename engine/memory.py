@@ -54,6 +54,7 @@ QUESTION = 100  # tokens of text beside picture or clip
 USABLE = 0.9  # share of a card; the rest is the driver's and the allocator's [choice]
 # what changes memory and not the update
 EXACT = {
+    "completions_per_pass": 2,
     "reference": "cpu",
     "prompts_per_pass": 1,
     "gradient_checkpointing": True,
@@ -173,6 +174,8 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     inputs = tokens * d * size * layers
     kept = inputs if cfg.gradient_checkpointing else one_layer * (layers - 1)
     activations = kept + one_layer + mask + 3 * 4 * 2**26
+    if a_pass < own:  # the gradients of the prompts' keys and values
+        activations += 2 * layers * shape.kv * at_once * prompt * size
     if sharded and not cfg.lora_rank:  # or the gradients outside the layers, before they are shared
         activations = max(activations, outside * (size + 4))
     # sharded: what is outside the layers, and two layers at a time
@@ -245,6 +248,8 @@ def advice(
         batches = (cfg.prompts_per_step, cfg.sft_batch, *[cfg.pairs] * (cfg.method == "ovip"))
         for shards in (1, 2, 4, 8):
             changes = always | {k: v for k, v in EXACT.items() if getattr(cfg, k) != v}
+            if not cfg.splits:
+                changes.pop("completions_per_pass", None)
             if need(changes, shards) > USABLE * card or any(n % shards for n in batches):
                 continue
             for name in [*changes]:  # those that are not needed go

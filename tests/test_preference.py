@@ -642,6 +642,7 @@ def test_a_diffusion_model_that_is_not_there_is_said(samples, tmp_path):
         ({"method": "grpo", "top_p": 0.9}, "temperature, top_p: GRPO samples what it scores"),
         ({"pairs": 0}, "pairs: must be at least 1"),
         ({"iterations": 2}, "iterations: OViP takes each pair once"),
+        ({"completions_per_pass": 2}, "completions_per_pass: give 0 with --method ovip"),
     ],
 )
 def test_options_that_cannot_work(options, says):

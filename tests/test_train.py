@@ -1312,6 +1312,10 @@ def test_the_lenient_rule_is_an_option(world):
             ["--prompts_per_step", "2"],
             "prompts_per_step: Eq. 4 needs a positive and a negative beside a prompt",
         ),
+        (
+            ["--completions_per_pass", "2", "--nce_feature", "best"],
+            "completions_per_pass: give 0 with --method ovip, with --nce_feature best",
+        ),
         (["--min_pixels", "9999999"], "min_pixels: 9999999 is more than max_pixels, 401408"),
         (["--rl_epochs", "-1"], "rl_epochs: must be at least 0, got -1.0"),
         (
