@@ -231,7 +231,8 @@ def memory_lines(
             f"{name}: {memory.advice(cfg, shape, prompt, size, processes, sharded)}"
             for name, size in cards.items()
         ),
-        f"of the machine: {local * whole:.1f} GB, through which weights are loaded",
+        f"of the machine: {local * whole:.1f} GB, through which weights are loaded, and on the "
+        f"first {need['trained'] * 12 / 1e9:.1f} GB while a checkpoint is written",
         f"on disk: {cfg.keep_last + 1} checkpoints of {need['trained'] * 12 / 1e9:.1f} GB, and "
         f"policies of up to {whole:.1f} GB",
     ]
