@@ -359,6 +359,13 @@ class Config:
         return self.method != "ovip" and self.attention == "sdpa" and not whole
 
     @property
+    def staged(self) -> set[str]:
+        """The sets whose reference responses are learnt from and need all four stages."""
+        taught = {"cold_start"} if self.sft_steps or self.sft_epochs else set()
+        taught |= {self.train_set} if self.method == "ovip" else set()
+        return taught if self.four_stage else set()
+
+    @property
     def reward_weights(self) -> dict[str, float]:
         weights = {"accuracy": self.accuracy_weight, "format": self.format_weight}
         if self.caption_reward:

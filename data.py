@@ -40,7 +40,7 @@ import math
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -49,8 +49,8 @@ from typing import Any
 from qwen_vl_utils.vision_process import smart_resize
 
 import reasoning
-from engine import ConfigError, DataError, reason
-from engine.files import read_rows, undecoded
+from engine import ConfigError, DataError, counted, reason
+from engine.files import read_rows, undecoded, whole
 from engine.loader import media_parts
 from engine.media import trace
 from engine.media_check import Checked
@@ -75,17 +75,11 @@ def visual_tokens(sample: Sample, limits) -> int:
     frames in a clip."""
     total = 0
     for size in sample.sizes:
-        height, width = smart_resize(
-            size.height,
-            size.width,
-            min_pixels=limits.min_pixels,
-            max_pixels=limits.max_pixels,
-            factor=28,
-        )
-        is_image = sample.data_type == "image"
-        frames = (
-            1 if is_image else frames_taken(size.frames, size.rate, limits.fps, limits.max_frames)
-        )
+        bounds = {"min_pixels": limits.min_pixels, "max_pixels": limits.max_pixels}
+        height, width = smart_resize(size.height, size.width, factor=28, **bounds)
+        frames = 1
+        if sample.data_type == "video":
+            frames = frames_taken(size.frames, size.rate, limits.fps, limits.max_frames)
         total += math.ceil(frames / 2) * (height // 28) * (width // 28)
     return total
 
@@ -94,18 +88,25 @@ def most_visual_tokens(sets: dict[str, list[Sample]], limits) -> int:
     return max(visual_tokens(s, limits) for rows in sets.values() for s in rows)
 
 
-def load(source: str | Path, on_bad_row: str = "error", say=print) -> dict[str, list[Sample]]:
+def load(
+    source: str | Path, on_bad_row: str = "error", say=print, staged: Container[str] = ()
+) -> dict[str, list[Sample]]:
     """All splits of a dataset folder or hub id, or {"train": rows} of one file.
 
-    Raises DataError, with a line for each of the first ten bad rows, unless `on_bad_row` is "skip":
-    then `say` gets a line for each.
+    staged: the splits whose reference responses need all four stages; without a `cold_start` its
+    rows are those of `train`. Raises DataError, with a line for each of the first ten bad rows,
+    unless `on_bad_row` is "skip": then `say` gets a line for each.
     """
-    samples, problems = _read(source, say)
+    samples, problems = _read(source, say, staged)
     refuse(problems, on_bad_row, say)
-    for name, rows in samples.items():
-        if not rows:
-            raise DataError(f"data: {source}, {name} has no usable row")
+    for line in _empty(samples):
+        raise DataError(f"data: {source}, {line}")
     return samples
+
+
+def _empty(samples: dict[str, list[Sample]]) -> list[str]:
+    what = "has no usable row. Give it rows, or take its file away"
+    return [f"{name} {what}" for name, rows in samples.items() if not rows]
 
 
 def refuse(problems: list[str], on_bad_row: str, say) -> None:
@@ -124,7 +125,9 @@ def refuse(problems: list[str], on_bad_row: str, say) -> None:
         say(f"skipped: {line}")
 
 
-def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
+def _read(
+    source: str | Path, say, staged: Container[str]
+) -> tuple[dict[str, list[Sample]], list[str]]:
     """The splits, and a line for each bad row."""
     tables, root = _tables(source, say)
     if "train" not in tables and not any(name.startswith("test") for name in tables):
@@ -135,13 +138,16 @@ def _read(source: str | Path, say) -> tuple[dict[str, list[Sample]], list[str]]:
     samples, problems = {}, []
     with Checked(source) as checked:
         for name, (label, rows) in tables.items():
-            samples[name], bad = _split(label, rows, root, checked, say)
+            taught = name in staged or (
+                name == "train" and "cold_start" in staged and "cold_start" not in tables
+            )
+            samples[name], bad = _split(label, rows, root, checked, say, taught)
             problems += bad
     return samples, problems
 
 
 def _split(
-    label: str, rows, root: Path | None, checked: Checked, say
+    label: str, rows, root: Path | None, checked: Checked, say, four_stage: bool
 ) -> tuple[list[Sample], list[str]]:
     """`_read` of one split."""
     found, problems, calls, seen, unknown, decided = [], {}, [], Counter(), Counter(), Counter()
@@ -156,7 +162,7 @@ def _split(
         called, choices = columns_of(row), []
         calls.append(called)
         try:
-            sample = read_row(row, root, rows, number, called, choices)
+            sample = read_row(row, root, rows, number, called, choices, four_stage)
             found.append((number, sample))
             unknown.update(set(row) - set(FIELDS) - set(called.values()))
             decided.update(choices)
@@ -178,14 +184,12 @@ def _split(
         else:
             samples.append(replace(sample, sizes=sizes))
     if unknown:
-        counted = ", ".join(f"{field} ({count} rows)" for field, count in sorted(unknown.items()))
-        say(
-            f"data: {label}: fields ignored: {counted}. Is one misspelt? Known: {', '.join(FIELDS)}"
-        )
+        named = ", ".join(f"{field} ({counted(n, 'row')})" for field, n in sorted(unknown.items()))
+        say(f"data: {label}: fields ignored: {named}. Is one misspelt? Known: {', '.join(FIELDS)}")
     if decided:
         say(
             f"data: {label}: assumed where rows leave it open: "
-            + "; ".join(f"{what} ({n} rows)" for what, n in sorted(decided.items()))
+            + "; ".join(f"{what} ({counted(n, 'row')})" for what, n in sorted(decided.items()))
         )
     return samples, [problems[number] for number in sorted(problems)]
 
@@ -246,7 +250,7 @@ def _tables(source: str | Path, say) -> tuple[dict[str, tuple[str, Any]], Path |
             f"data: {path} holds {', '.join(others) or 'no data file'}; expected train.json (and "
             "cold_start.json, test*.json)"
         )
-    return {name: (parts[0].name, read_rows(*parts)) for name, parts in splits.items()}, path
+    return {k: (parts[0].name, read_rows(*whole(parts))) for k, parts in splits.items()}, path
 
 
 def fingerprint(sets: dict[str, list[Sample]]) -> str:
@@ -308,7 +312,7 @@ def picture_of(sample: Sample) -> tuple:
 
 def check(source: str, model: str = "", limits: SimpleNamespace = LIMITS) -> bool:
     """Print what a dataset holds and a line for each bad row; True where no row is bad."""
-    splits, problems = _read(source, print)
+    splits, problems = _read(source, print, ["cold_start"] if limits.four_stage else [])
     count_text = None
     if model:
         longest, tokenizer = _context(model)
@@ -316,10 +320,8 @@ def check(source: str, model: str = "", limits: SimpleNamespace = LIMITS) -> boo
         splits, unfit = fitting(splits, longest, tokenizer, limits)
         problems = [*problems, *unfit]
     for name, rows in splits.items():
-        print(
-            f"{name}: {len(rows)} rows, {sum(bool(s.process) for s in rows)} with a reference "
-            "response"
-        )
+        taught = sum(bool(s.process) for s in rows)
+        print(f"{name}: {counted(len(rows), 'row')}, {taught} with a reference response")
         for (data_type, problem_type), n in sorted(
             Counter((s.data_type, s.problem_type) for s in rows).items()
         ):
@@ -344,29 +346,21 @@ def check(source: str, model: str = "", limits: SimpleNamespace = LIMITS) -> boo
                     f"  {what}: {values[0]:g} to {values[-1]:g}, median "
                     f"{values[len(values) // 2]:g}"
                 )
-    for line in problems:
+    for line in [*problems, *(empty := _empty(splits))]:
         print(f"bad: {line}")
-    print(f"{len(problems)} bad rows" if problems else "no bad row")
-    return not problems
+    print(counted(len(problems), "bad row") if problems else "no bad row")
+    return not problems and not empty
 
 
 def prompt_text_tokens(tokenizer, four_stage: bool = True):
     """Sample -> tokens of its prompt without pictures: the words, and the chat template around
     them."""
-    around = len(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": ""}], add_generation_prompt=True
-        )["input_ids"]
-    )
+    turn = [{"role": "user", "content": ""}]
+    around = len(tokenizer.apply_chat_template(turn, add_generation_prompt=True)["input_ids"])
 
     def count(sample: Sample) -> int:
-        text = prompt_of(sample, four_stage)
-        words = [
-            part["text"]
-            for part in _placed([{"type": "image"}] * len(sample.media), text)
-            if "text" in part
-        ]
-        tokens = sum(len(tokenizer(part).input_ids) for part in words)
+        parts = _placed([{"type": "image"}] * len(sample.media), prompt_of(sample, four_stage))
+        tokens = sum(len(tokenizer(part["text"]).input_ids) for part in parts if "text" in part)
         return around + tokens + 2 * len(sample.media)  # vision_start, vision_end
 
     return count
@@ -443,8 +437,12 @@ if __name__ == "__main__":
     parser.add_argument(
         "--model", default="", help="count prompt tokens, and find what this model cannot be asked"
     )
+    parser.add_argument(
+        "--two_stage", action="store_true", help="for a run with --four_stage false"
+    )
     args = parser.parse_args()
+    asked = SimpleNamespace(**vars(LIMITS) | {"four_stage": not args.two_stage})
     try:
-        sys.exit(0 if check(args.source, args.model) else 1)
+        sys.exit(0 if check(args.source, args.model, asked) else 1)
     except (DataError, ConfigError) as error:
         sys.exit(f"error: {error}")

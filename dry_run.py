@@ -148,7 +148,7 @@ def rows_of(
             said += listed(sizes)
         taught = sizes.get("cold_start", 0) * bool(cfg.sft_steps or cfg.sft_epochs)
         return sizes | {"taught": taught}, longest, said
-    sets = data.load(cfg.data, cfg.on_bad_row)
+    sets = data.load(cfg.data, cfg.on_bad_row, staged=cfg.staged)
     if processor:
         most = config.text_config.max_position_embeddings
         sets = data.fit(sets, most, processor.tokenizer, cfg, cfg.on_bad_row)

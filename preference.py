@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-import negatives
 import ovip
 from caption_reward import Judge, as_one_line
 from engine import ConfigError
@@ -107,13 +106,6 @@ def prefer(
         )
     del reference
     return learner.finish()
-
-
-def check(prompts: list[data.Sample], cfg) -> None:
-    """Raises DataError for rows that cannot be trained on, before anything is loaded."""
-    for sample in filter(has_reference, prompts):
-        reference_response(sample, cfg.four_stage)
-    negatives.check(prompts, cfg)
 
 
 # --- pairs ----------------------------------------------------------------------------------------

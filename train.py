@@ -32,6 +32,7 @@ import corruption
 import data
 import grpo
 import measures
+import negatives
 import ntk_infonce
 import preference
 import report
@@ -277,7 +278,7 @@ def open_data(cfg: Config, run: Run) -> dict[str, list[data.Sample]]:
     if cfg.reward:
         custom_reward(cfg.reward)  # one that is not there is found before any media are opened
     with run.local_main_first():
-        sets = data.load(cfg.data, cfg.on_bad_row, run.say) if cfg.data else None
+        sets = data.load(cfg.data, cfg.on_bad_row, run.say, cfg.staged) if cfg.data else None
     if not (cfg.data and cfg.model and (cfg.judge or cfg.caption_reward in ("", "self"))):
         if run.is_main:
             world.build(Path(cfg.world), cfg.quiet)
@@ -304,13 +305,11 @@ def learnable(sets: dict[str, list], cfg: Config, processes: int) -> dict[str, l
     if cfg.reward:
         try_custom(sets["train"][:2], cfg)
     if cfg.method == "ovip":
-        preference.check(sets["train"], cfg)
+        negatives.check(sets["train"], cfg)
     if cfg.method != "sft":
         keep = cfg.keep if cfg.selection and not cfg.select_within else 1.0
         left = share_of(len(sets["train"]), keep)
         rows_of_update("rl", left, cfg.prompts_per_step, processes, least_prompts(cfg))
-    for sample in taught(sets, cfg):
-        reference_response(sample, cfg.four_stage)
     return sets
 
 

@@ -26,6 +26,11 @@ class DataError(ValueError):
     """Bad data, in one line: which file, row and field, what is wrong, what to do."""
 
 
+def counted(n: int, what: str) -> str:
+    """ "1 row", "2 rows" """
+    return f"{n} {what}{'' if n == 1 else 's'}"
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error that has words: nltk's errors begin with a line of stars, some
     have no text."""

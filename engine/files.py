@@ -3,12 +3,13 @@
 import glob
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from engine import ConfigError, DataError
+from engine import ConfigError, DataError, counted
 
 
 def lock(folder: Path, wait: bool = False) -> FileLock | None:
@@ -79,6 +80,17 @@ def undecoded(table):
             plain = type(inner)(decode=False)
             table = table.cast_column(name, plain if inner is feature else datasets.List(plain))
     return table
+
+
+def whole(parts: list[Path]) -> list[Path]:
+    """The files of a table. DataError where they are parts (NAME-00000-of-00002) and one lacks."""
+    if part := re.fullmatch(r"(.*-)\d+(-of-(\d+))", parts[0].stem):
+        before, of, n = part.groups()
+        names = {f"{before}{i:0{len(n)}}{of}{parts[0].suffix}" for i in range(int(n))}
+        if missing := sorted(names - {file.name for file in parts}):
+            more = f" and {counted(len(missing) - 1, 'more part')}" if missing[1:] else ""
+            raise DataError(f"data: {parts[0].parent} lacks {missing[0]}{more}. Give all parts")
+    return parts
 
 
 def read_rows(file: Path, *more: Path):

@@ -119,10 +119,19 @@ def _missing(value) -> bool:
     return value is None or (isinstance(value, list) and not value)
 
 
-def read_row(row: dict, root: Path | None, table=None, number=0, called=None, decided=None):
+def read_row(
+    row: dict,
+    root: Path | None,
+    table=None,
+    number=0,
+    called=None,
+    decided=None,
+    four_stage: bool = False,
+):
     """One row, checked but for its media; DataError("field: what is wrong. What to do").
 
     called: its `columns_of`. decided: gets a few words for each thing that the row leaves open.
+    four_stage: a reference response needs all four stages; else thinking and answer will do.
     """
     if not isinstance(row, dict):
         raise DataError(f"row: must be an object, got {type(row).__name__}")
@@ -166,11 +175,10 @@ def read_row(row: dict, root: Path | None, table=None, number=0, called=None, de
     process = row.get("process") or row.get("process_and_answer")
     if process is not None and not isinstance(process, str):
         raise DataError(f"process: must be a string, got {type(process).__name__}")
-    if process and not any(
-        reasoning.format_reward(process, four_stage) for four_stage in (True, False)
-    ):
+    if process and not any(reasoning.format_reward(process, four) for four in {True, four_stage}):
         raise DataError(
             "process: lacks a stage, or holds text outside them. Give all four, once each, in order"
+            " (with --four_stage false, <think> and <answer> will do)"
         )
     golds = _golds(row["solution"])
     problem_type, names = _type(row.get("problem_type"), problem, options, golds, decided)

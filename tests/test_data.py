@@ -330,6 +330,28 @@ def test_a_split_of_bad_rows_only_is_an_error_even_when_skipping(media, tmp_path
         data.load(folder, on_bad_row="skip")
 
 
+def test_what_is_taught_needs_all_stages_that_are_asked_for(media, tmp_path, capsys):
+    """Of a reference response, where the cold start learns from it. Check says so too."""
+    two = choice(media, process="<think>a cat</think><answer>B</answer>")
+    rows = [film(media), two]
+    file = write(tmp_path / "set" / "train.json", rows)
+    with pytest.raises(
+        data.DataError, match=r"^train.json row 1 \(cat-1\), process: lacks a stage"
+    ):
+        data.load(file, staged=["cold_start"])
+    assert [len(data.load(file, "skip", staged=["cold_start"])["train"])] == [1]
+    assert len(data.load(file)["train"]) == 2
+    assert not data.check(str(file))
+    assert "bad: train.json row 1 (cat-1), process: lacks a stage" in capsys.readouterr().out
+    assert data.check(
+        str(file), limits=SimpleNamespace(**vars(data.LIMITS) | {"four_stage": False})
+    )
+    write(tmp_path / "set" / "cold_start.json", [film(media)])
+    assert len(data.load(tmp_path / "set", staged=["cold_start"])["train"]) == 2  # it has its own
+    with pytest.raises(data.DataError, match="train.json row 1"):
+        data.load(tmp_path / "set", staged=["cold_start", "train"])
+
+
 # --- bad files and folders ------------------------------------------------------------------------
 
 
@@ -353,6 +375,13 @@ def test_a_file_that_holds_no_rows_is_one_clear_error(tmp_path, name, content, w
     with pytest.raises(data.DataError, match=words) as error:
         data.load(tmp_path / name)
     assert str(tmp_path / name) in str(error.value) and "Traceback" not in str(error.value)
+
+
+def test_check_finds_a_set_without_rows(media, tmp_path, capsys):
+    write(tmp_path / "train.json", [choice(media)])
+    write(tmp_path / "test.json", [])
+    assert not data.check(str(tmp_path))
+    assert "bad: test has no usable row. Give it rows" in capsys.readouterr().out
 
 
 def test_a_missing_folder_or_split_says_what_is_expected(media, tmp_path):
@@ -779,7 +808,7 @@ def test_check_prints_counts_sizes_lengths_and_bad_rows(media, tmp_path, world):
         "  seconds of a clip: 3 to 3, median 3",
         "  media per row: 1 to 2, median 1",
         "bad: train.json row 4 (bad), path: ",
-        "1 bad rows",
+        "1 bad row\n",
     ):
         assert line in done.stdout, done.stdout
     write(tmp_path / "train.json", rows[:-1])
@@ -875,7 +904,7 @@ def test_options_without_letters_get_them_in_order(media, tmp_path, options, sol
     assert sample.options == tuple(f"{a}. {text}" for a, text in zip("ABC", options))
     assert sample.answer == letter
     assert said == [
-        "data: train.json: assumed where rows leave it open: options get letters in their order (1 rows)"
+        "data: train.json: assumed where rows leave it open: options get letters in their order (1 row)"
     ]
 
 
@@ -1033,6 +1062,9 @@ def test_lines_may_be_called_json_and_a_table_lie_in_parts(media, tmp_path):
         "train": list("0123"),
         "validation": ["0", "1"],
     }
+    (tmp_path / "train-00001-of-00002.parquet").unlink()
+    with pytest.raises(data.DataError, match="lacks train-00001-of-00002.parquet. Give all parts"):
+        data.load(tmp_path)
     (tmp_path / "rows.csv").write_text("a,b")
     with pytest.raises(
         data.DataError, match="rows.csv is none of .json, .jsonl, .parquet. Convert it"
@@ -1330,7 +1362,7 @@ def test_rows_of_trl_are_read_and_what_is_decided_is_said(media, tmp_path, capsy
         "numerical by a number as solution (2 rows)",
         "multiple choice by lettered options in the question (4 rows)",
         "      5 image, multiple choice",
-        "multiple choice by a letter as solution (1 rows)",
+        "multiple choice by a letter as solution (1 row)",
         "fields ignored: source (11 rows)",
         "free-form without options, letter or number (4 rows)",
     ):
@@ -1363,7 +1395,7 @@ def test_a_chat_gives_its_question_and_the_places_of_pictures(media, tmp_path):
         "What animal is this?\nOptions:"
     )
     assert layout(placed)[:2] == ["Is ", "[600]"] and layout(placed)[2].startswith(" red?\n")
-    assert len(said) == 1 and "the system's turn is left out (1 rows)" in said[0]
+    assert len(said) == 1 and "the system's turn is left out (1 row)" in said[0]
 
 
 def test_bad_rows_of_trl_are_named_by_their_own_columns(media, tmp_path):
