@@ -33,6 +33,7 @@ MEASURES = {  # of eval/*.json: which way is better (0: neither), and what it is
         1,
         "captions from which the text-only judge answers rightly / captions that it judged",
     ),
+    "no verdict": (0, "captions that the judge gave no verdict on / captions it was to judge"),
     "answerable to itself": (
         1,
         "captions from which the policy itself, without the picture, answers rightly / captions "
@@ -76,6 +77,7 @@ BY_KIND = {  # shown for every category too
 PARTS = {
     "accuracy": lambda r: (r["right"], 1),
     "answerable captions": lambda r: r.get("answerable") is not None and (r["answerable"], 1),
+    "no verdict": lambda r: "answerable" in r and (r["answerable"] is None, 1),
     "answerable to itself": lambda r: (
         r.get("answerable to itself") is not None and (r["answerable to itself"], 1)
     ),

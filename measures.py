@@ -11,6 +11,7 @@ Each row gets one greedy response. All measures are taken of each set and of eac
     format          responses with all their stages
     answerable      captions from which the judge answers right, whatever was rewarded in training;
                     with --caption_reward self also those from which the policy itself does
+    no verdict      captions that the judge gave none on, if any: they are left out above
     right, caption wrong; both right
                     rows with the right answer behind a caption that the judge cannot answer from
                     or that names what is not there; and behind any other caption
@@ -35,7 +36,7 @@ import answers
 import data
 import reasoning
 from caption_reward import CaptionReward
-from engine import vlm
+from engine import counted, vlm
 from engine.judges import PolicyJudge
 from engine.media import gallery_file
 from engine.run import Run
@@ -107,6 +108,14 @@ def evaluate(
         rows = {row["id"]: row for row in run.gather_object(found)}
         in_order = [rows[s.id] for s in samples]
         result[split] = {"metrics": metrics(samples, in_order), "rows": in_order}
+        judged = [v for r in in_order if "answerable" in r for v in all_verdicts(r)]
+        if missing := judged.count(None):
+            errors = run.gather_object([getattr(judge.judge, "last_error", "")])
+            run.say(
+                f"warning: {split}: the judge gave no verdict on {missing} of "
+                f"{counted(len(judged), 'caption')}, which are left out. Its last error: "
+                f"{next(filter(None, errors), 'unknown')}"
+            )
         if samples[0].corruption:
             result[split]["corruption"] = samples[0].corruption[0]
     bar.close()
@@ -170,6 +179,11 @@ def add_sampled(
             "answerable": [None if v != v else bool(v) for v, _ in islice(verdict, len(texts))],
             "entropy": round(entropy, 6),
         }
+
+
+def all_verdicts(row: dict) -> list[bool | None]:
+    """Of the judge on the greedy response's caption, and on those of sampled ones."""
+    return [row["answerable"], *row.get("sampled", {}).get("answerable", ())]
 
 
 def ask_in_parts(judge: CaptionReward, asked: list[tuple]) -> list[tuple[float, str | None]]:
@@ -268,6 +282,9 @@ def metrics(samples: list[data.Sample], rows: list[dict], by_category: bool = Tr
         result["answerable captions"] = rate([r["answerable"] for r in judged])
         for name, wrong in (("right, caption wrong", True), ("both right", False)):
             result[name] = rate([r["right"] and caption_wrong(r) == wrong for r in judged])
+    unjudged = [r["answerable"] is None for r in rows if "answerable" in r]
+    if any(unjudged):
+        result["no verdict"] = rate(unjudged)
     if own := [x for r in rows if (x := r.get("answerable to itself")) is not None]:
         result["answerable to itself"] = rate(own)
     if found := slope([covariance(r) for r in rows if "sampled" in r]):
@@ -389,6 +406,7 @@ def one_line(scored: dict) -> str:
         "accuracy",
         "paired",
         "answerable captions",
+        "no verdict",
         "answerable to itself",
         "right, caption wrong",
         "hallucinated objects",

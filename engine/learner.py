@@ -500,6 +500,7 @@ def readable(metrics: dict[str, float]) -> str:
         "entropy": "entropy {:.3f}",
         "length": "length {:.0f}",
         "tied": "tied {:.0%}",
+        "unknown": "unknown {:.2f}",
         "score": "score {:.1f}",
         "pairs": "pairs a prompt {:.2f}",
         "text_right": "text right {:.0%}",
@@ -510,4 +511,6 @@ def readable(metrics: dict[str, float]) -> str:
     }
     own = {name: name[7:] + " {:.2f}" for name in metrics if name.startswith("reward/")}
     shown = own | shown
+    if not metrics.get("unknown"):
+        del shown["unknown"]
     return "  ".join(f.format(metrics[name]) for name, f in shown.items() if name in metrics)

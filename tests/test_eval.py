@@ -364,6 +364,8 @@ def test_answerable_captions():
     assert [row["answerable"] for row in result["rows"]] == [True, False, None, True, False]
     assert [row["judge"] for row in result["rows"]] == ["A", "B", None, "A", None]
     assert value(result, "answerable captions") == (2 / 4, 4)  # of the four known verdicts
+    assert value(result, "no verdict") == (1 / 5, 5)
+    assert "answerable captions 50.0%  no verdict 20.0%" in measures.one_line(result)
     assert len(asked) == 4  # an empty caption is wrong without a call
     # the judge sees the options
     assert all("A. red" in prompt and "B. green" in prompt for prompt in asked)
@@ -625,6 +627,25 @@ def test_captions_are_judged_where_none_was_rewarded(world, tmp_path, monkeypatc
             right if four_stage else [None] * len(right)
         )
     assert bool(asked) is four_stage
+
+
+def test_a_judge_that_dies_is_said_at_an_evaluation(world, tmp_path, monkeypatch, capsys):
+    class Dying:
+        last_error = "503 gone"
+
+        def __call__(self, prompts):
+            return ["A"] * (len(prompts) - 3) + [None] * 3
+
+    def respond(policy, samples, *_):
+        return [response("A", f"see {s.id}") for s in samples]
+
+    monkeypatch.setattr(measures, "respond", respond)
+    cfg = train.Config(world=str(world), output_dir=str(tmp_path / "run"), eval_responses=0)
+    sets, policy = {"test": data.load(world / "data")["test"]}, str(world / "policy")
+    train.evaluate("before", policy, sets, CaptionReward(Dying()), cfg, Run(cfg))
+    said = capsys.readouterr().out
+    assert "warning: test: the judge gave no verdict on 3 of 10 captions" in said
+    assert "Its last error: 503 gone" in said and "no verdict 30.0%" in said
 
 
 def test_rows_that_the_model_cannot_be_asked_are_refused_first(world, tmp_path, monkeypatch):

@@ -1066,6 +1066,11 @@ def test_a_prompt_without_verdicts_is_not_ranked_and_said_so(scoring, tmp_path, 
     )
 
 
+def test_unknown_verdicts_are_in_the_line_of_an_update():
+    assert learner.readable({"reward/caption": 1.0, "unknown": 0.5}) == "caption 1.00  unknown 0.50"
+    assert learner.readable({"reward/caption": 1.0, "unknown": 0.0}) == "caption 1.00"
+
+
 def test_unknown_verdicts_leave_the_variance_of_the_others(world):
     """The mean in their place would: here of 8 responses two captions are known, one of them
     answerable."""
