@@ -7,7 +7,7 @@ needs. A failed call is unknown, not wrong: NaN leaves the group's statistics (`
 where the official code scores 0 and so punishes the caption for a time-out (departure D-15). An
 empty caption is wrong without a call (D-14). The judge's reply is read after its thought
 (<think>...</think>), and leniently ("The answer is B."): it is not what is trained. A reply that
-breaks off is unknown too, as is a thought with nothing behind it.
+breaks off is unknown too, as is an empty one, or a thought with nothing behind it.
 
 A judge is any callable from a list of prompts to a list of replies, None where it failed
 (engine/judges.py: a local causal LM, or an OpenAI-compatible server).

@@ -31,8 +31,9 @@ class LocalJudge:
     (`caption_reward.Judge`).
 
     What its tokenizer calls special is taken out of prompts and replies: no caption can write a
-    turn. A reply that max_new_tokens cuts off, or that ends inside its thought or right after it,
-    is None. Raises ValueError, or what transformers raises, for a checkpoint that cannot be asked.
+    turn. A reply that is empty, that max_new_tokens cuts off, or that ends inside its thought or
+    right after it, is None. Raises ValueError, or what transformers raises, for a checkpoint that
+    cannot be asked.
     """
 
     def __init__(
@@ -119,7 +120,9 @@ class LocalJudge:
             what = f"was cut off at {self.max_new_tokens} tokens" if end is None else inside
             self.last_error = f"its reply {what}: raise --judge_max_tokens"
             return None
-        return self.special.sub(" ", text).strip()
+        if not (text := self.special.sub(" ", text).strip()):
+            self.last_error = "its reply is empty"
+        return text or None
 
 
 class PolicyJudge:
@@ -169,7 +172,8 @@ class EndpointJudge:
     At most `concurrency` calls at a time. The client tries a failed one again, `retries` times with
     back-off; `timeout` seconds bound each silence of the server, `deadline` seconds all calls of a
     batch together: what is not there by then is None, like a call that failed every time, and is
-    given up. A reply that ends otherwise than by itself (max_tokens, a filter, an error) is None.
+    given up. A reply that ends otherwise than by itself (max_tokens, a filter, an error) is None,
+    and so is an empty one.
     max_tokens, temperature or seed, where the server refuses it by name, is left out from then on
     (max_tokens: under its newer name); without temperature or seed replies may differ from call to
     call.
@@ -326,8 +330,9 @@ def _text_of(completion) -> str:
             else f"its reply has no text (finish_reason {finish})"
         )
     text = after_thought(text)
-    if text == "" and thought:
-        raise ValueError(f"its reply has nothing after its thought (finish_reason {finish})")
+    if text == "":
+        what = "has nothing after its thought" if thought else "is empty"
+        raise ValueError(f"its reply {what} (finish_reason {finish})")
     if text is None:
         raise ValueError(
             "its reply breaks off inside its thought or right after it, or is too long for an "

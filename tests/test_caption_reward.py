@@ -161,7 +161,8 @@ def test_a_failed_pair_is_nan_for_every_response_with_it():
     assert (reward.asked, reward.failed) == (1, 1)
 
 
-def test_an_empty_reply_is_a_wrong_answer_and_not_a_failure():
+def test_a_policy_that_says_nothing_of_its_caption_is_wrong():
+    """'' is what `PolicyJudge` makes of no reply. Of another judge that is None."""
     judge = CountingJudge({"red": ""})
     reward = CaptionReward(judge)
     assert reward([item("red")]) == reward([item("red")]) == [(0.0, "")]
@@ -805,6 +806,7 @@ NO_ANSWER = (
     "its reply breaks off inside its thought or right after it, or is too long for an answer"
 )
 BEHIND = "its reply has nothing after its thought (finish_reason stop)"
+EMPTY = "its reply is empty (finish_reason stop)"
 BROKEN_OFF = "content_filter model_length error abort insufficient_system_resource SAFETY tool_calls load x".split()
 
 
@@ -815,7 +817,8 @@ BROKEN_OFF = "content_filter model_length error abort insufficient_system_resour
         ("<think>so A</think>\n\nA<|im_end|>", "stop", {"reasoning_content": None}, "A", ""),
         ("A", "stop", {"reasoning_content": "so B?"}, "A", ""),
         ([{"type": "thinking", "thinking": []}, {"type": "text", "text": "A"}], "stop", {}, "A", ""),
-        ("", "stop", {}, "", ""),  # an answer, and a wrong one
+        ("", "stop", {}, None, EMPTY),
+        ("<|im_end|>", "stop", {}, None, EMPTY),
         ("A because the", "length", {}, None, CUT_OFF),
         ("<think>so", "length", {}, None, CUT_OFF),
         (None, "length", {"reasoning_content": "so"}, None, CUT_OFF),
@@ -829,7 +832,7 @@ BROKEN_OFF = "content_filter model_length error abort insufficient_system_resour
         (" \n", "stop", {"reasoning": "so A"}, None, BEHIND),
         ("", "stop", {"reasoning_details": [{"type": "reasoning.text", "text": "so A"}]}, None, BEHIND),
         ([{"type": "thinking", "thinking": []}], "stop", {}, None, BEHIND),
-        ("", "stop", {"reasoning_content": "\n", "reasoning": None}, "", ""),  # no thought at all
+        ("", "stop", {"reasoning_content": "\n", "reasoning": None}, None, EMPTY),  # no thought at all
         (None, "stop", {}, None, "its reply has no text (finish_reason stop)"),
         (None, "stop", {"refusal": "I can't\nhelp."}, None, "it refused: I can't help."),
     ],
@@ -1056,6 +1059,11 @@ def test_a_local_reply_that_ends_inside_its_thought_is_unknown(scripted):
             judge.last_error
             == "its reply ends inside its thought or right after it: raise --judge_max_tokens"
         )
+
+
+def test_an_empty_local_reply_is_unknown(scripted):
+    judge = judges.LocalJudge(scripted("<|im_end|>"))
+    assert judge(["red"]) == [None] and judge.last_error == "its reply is empty"
 
 
 @pytest.mark.parametrize("special", [True, False])
