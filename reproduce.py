@@ -209,6 +209,10 @@ def main() -> None:
                 ok = run(jobs, args.workers, args.results)
         except Timeout:
             sys.exit(f"error: another reproduce.py is at work in {folder}")
+    elif not page.read(args.results):
+        sys.exit(
+            f"error: {args.results} holds no results (ARM-seed0.json). Give --results a folder"
+        )
     written = page.write(args.results, args.results.with_suffix(".md"), list(ARMS))
     print(written.read_text() if args.write else f"wrote {written}")
     if not ok:

@@ -348,6 +348,15 @@ def test_bad_options_are_one_line(options, says, monkeypatch, capsys):
     assert says in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_no_page_is_written_of_a_folder_without_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(
+        sys, "argv", ["reproduce.py", "--write", "--results", str(tmp_path / "typo")]
+    )
+    with pytest.raises(SystemExit, match="error: .*typo holds no results"):
+        reproduce.main()
+    assert not any(tmp_path.iterdir())
+
+
 # --- what is kept of an arm -----------------------------------------------------------------------
 
 
