@@ -31,6 +31,7 @@ from benchmarks import results as benchmark_results
 from benchmarks import run as benchmark_run
 from caption_reward import MAX_TOKENS, CaptionReward, Judge
 from engine import ConfigError, DataError
+from engine.files import try_rewrite
 from engine.judges import open_judge
 from engine.pretrained import open_policy
 from engine.run import Run, stop
@@ -153,8 +154,8 @@ class RunWithoutFolder(Run):
 
 
 def on_own_rows(args: argparse.Namespace) -> None:
-    if args.out and not args.out.parent.is_dir():
-        raise ConfigError(f"out: the folder {args.out.parent} does not exist")
+    if args.out:
+        try_rewrite("out", args.out)  # before the evaluation, which would be lost
     cfg = settings_of(args)
     run = RunWithoutFolder(cfg)
     with run.local_main_first():

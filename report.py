@@ -724,13 +724,12 @@ def main() -> None:
                 f"error: {folder} is not a run folder: it has no config.yaml. Give the "
                 "--output_dir of train.py"
             )
-    if len(folders) == 1:
-        page = write(folders[0])
-        print(table(folders[0]))
-    else:
-        both = contrast_of(*folders)
-        page = contrast(both)
-        print(table_of(both))
+    both = contrast_of(*folders) if len(folders) == 2 else None
+    print(table_of(both) if both else table(folders[0]))
+    try:
+        page = contrast(both) if both else write(folders[0])
+    except OSError as error:
+        sys.exit(f"error: the report cannot be written: {error}")
     print(f"\nReport: {page}")
 
 

@@ -44,6 +44,20 @@ def lock(folder: Path, wait: bool = False) -> FileLock | None:
     return held
 
 
+def try_rewrite(option: str, file: Path) -> None:
+    """Raises ConfigError where `rewrite` could not write an option's file, and writes nothing."""
+    temporary = file.with_name(f".{file.name}.unfinished")
+    try:
+        temporary.touch()
+        temporary.unlink(missing_ok=True)  # another process may try it too
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: cannot write {file}: {error.strerror}. Give another file"
+        ) from error
+    if file.is_dir():
+        raise ConfigError(f"{option}: cannot write {file}: it is a folder. Give a file in it")
+
+
 def rewrite(file: Path, text: str) -> None:
     """Replace a file's content, whole or not at all."""
     temporary = file.with_name(f".{file.name}.unfinished")

@@ -671,6 +671,15 @@ def test_rows_that_the_model_cannot_be_asked_are_refused_first(world, tmp_path, 
         evaluate(*options)
 
 
+@pytest.mark.parametrize("out", [".", "none/x.json", "file/x.json"])
+def test_a_file_that_cannot_be_written_is_refused_first(world, tmp_path, monkeypatch, out):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(data, "load", None)
+    options = ["--model", world / "policy", "--data", world / "data", "--out", tmp_path / out]
+    with pytest.raises(SystemExit, match="error: out: cannot write .*. Give a"):
+        evaluate(*options)
+
+
 def test_a_missing_data_folder_is_one_line_without_a_traceback(world, tmp_path):
     options = ["--model", world / "policy", "--data", tmp_path / "nowhere"]
     done = commands.launch(*options, script="eval.py", check=False)

@@ -470,6 +470,14 @@ def test_command(run):
     )
 
 
+def test_a_report_that_cannot_be_written_is_one_line(run):
+    (run / "report.html").mkdir()
+    command = [sys.executable, report.__file__, run]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 1 and "+37.5" in done.stdout
+    assert done.stderr.startswith("error: the report cannot") and done.stderr.count("\n") == 1
+
+
 def test_a_category_that_selection_nearly_loses_is_warned_about():
     """With the option that helps, where it can help; not for a handful, and not where all is
     tied."""
