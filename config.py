@@ -67,7 +67,7 @@ class Config:
         "1; OViP]")
     four_stage: bool | None = option(None, help=
         "planning and caption stages too; default by --method [paper, Table 2]")
-    caption_reward: str | None = option(None, choices=("", *KINDS), help=
+    caption_reward: str | None = option(None, choices=("", *KINDS, "false"), help=
         "external, self, gain, shared or false; default by --method [paper, Table 2; Vision-SR1, "
         "CaR, CapRL]")
     selection: bool | None = option(None, help=
@@ -342,9 +342,12 @@ class Config:
 
     @staticmethod
     def in_words(values: dict[str, Any]) -> dict[str, Any]:
-        """The values, with words for a --caption_reward of true or false."""
+        """The values as a run keeps them: --caption_reward true or false by its kind, and folders
+        without a slash at their end."""
         said = values.get("caption_reward")
         kinds = {"true": "external", "false": ""}
+        folders = [k for k in ("model", "data", "judge", "world", "share") if values.get(k)]
+        values = values | {k: str(values[k]).rstrip("/") or "/" for k in folders}
         return values | {"caption_reward": kinds.get(str(said).lower(), said)}
 
     @property

@@ -240,7 +240,9 @@ def test_the_words_for_on_and_off():
         assert train.parse_config([f"--caption_reward={word}"]).caption_reward == kind
     assert train.Config(caption_reward=True).caption_reward == "external"
     assert train.Config(caption_reward=False).caption_reward == ""
-    with pytest.raises(ConfigError, match="'other' is not one of external, self, gain, shared"):
+    with pytest.raises(
+        ConfigError, match="'other' is not one of external, self, gain, shared, false"
+    ):
         train.Config(caption_reward="other")
     with pytest.raises(ConfigError, match="select_class: with --reward"):
         train.Config(reward="a.py:b", select_class="easy")

@@ -69,6 +69,16 @@ def test_a_run_from_before_an_option_had_its_default(tmp_path):
     run_of(tmp_path)
 
 
+def test_a_folder_is_the_same_with_a_slash_at_its_end(tmp_path):
+    run_of(tmp_path, data="mine/")
+    (tmp_path / "sft").mkdir()
+    run_of(tmp_path, data="mine")
+    file = tmp_path / "config.yaml"  # of a run that kept the slash
+    file.write_text(file.read_text().replace("data: mine", "data: mine/"))
+    run_of(tmp_path, data="mine")
+    assert config.Config(data="/").data == "/"
+
+
 def test_only_the_same_judge_may_move_to_another_address(tmp_path):
     """The same judge may move to another address. No other judge may."""
     run_of(tmp_path, judge="http://one/v1", judge_model="m")
