@@ -86,7 +86,8 @@ def settings_of(args: argparse.Namespace) -> Settings:
     }
     return Settings(
         output_dir=str(args.output_dir or folder),
-        model=str(model),
+        # "./x" is a folder, and "x" may be on the hub
+        model=str(model) if trained else args.model,
         asked="template" if template else "direct" if args.direct else stages,
         template=template,
         sample=args.sample,

@@ -196,6 +196,11 @@ def compare(first: Path, second: Path) -> None:
     DataError if the rows are not the same.
     """
     folders = [f / "benchmarks" if (f / "benchmarks").is_dir() else f for f in (first, second)]
+    for folder in folders:
+        if not (folder / "scores.json").is_file():
+            raise DataError(
+                f"compare: {folder} has no scores.json. Give what eval.py --benchmarks has written"
+            )
     scores, counts = (
         [json.loads((folder / f"{name}.json").read_text()) for folder in folders]
         for name in ("scores", "counts")

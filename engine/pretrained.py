@@ -195,9 +195,20 @@ def opened(
     holds. only_here: nothing is fetched, and the weights may be missing."""
     base, adapter = _base_of(path)
     it = f"its base {base}" if adapter else "it"
-    if Path(base).is_dir() and not (Path(base) / "config.json").exists():
-        raise ValueError(f"{it} holds no model (config.json)")
-    config = AutoConfig.from_pretrained(base, local_files_only=only_here)
+    here = Path(base)
+    if not here.exists() and (base.startswith((".", "/", "~")) or base.count("/") > 1):
+        raise FileNotFoundError(f"there is no folder {base}")
+    if here.is_dir() and not (here / "config.json").exists():
+        policies = [each for stage in ("rl", "sft") if (each := here / stage / "policy").is_dir()]
+        run = f", it is a run folder. Give {policies[0]}" if policies else ""
+        raise ValueError(f"{it} holds no model (config.json){run}")
+    try:
+        config = AutoConfig.from_pretrained(base, local_files_only=only_here)
+    except OSError as error:
+        if here.exists() or here.parent == Path() or not here.parent.is_dir():
+            raise
+        why = f"there is no folder {base}, and the hub gave no model of that name"
+        raise FileNotFoundError(why) from error
     if config.model_type != "qwen2_5_vl":
         raise ValueError(
             f"{it} is a {config.model_type} model, and only Qwen2.5-VL (qwen2_5_vl) is supported"

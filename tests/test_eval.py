@@ -1159,6 +1159,30 @@ def test_two_runs_are_compared_row_by_row(benchmarked, tmp_path, capsys):
         results.compare(folder, tmp_path / "other")
 
 
+def test_a_folder_without_scores_is_not_compared(tmp_path):
+    with pytest.raises(SystemExit, match=f"error: compare: {tmp_path} has no scores.json. Give"):
+        evaluate("--compare", tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("model", ["runs/typo", "./typo", "/no/typo", "runs/a/typo"])
+def test_a_mistyped_run_folder_is_said_to_be_missing(world, tmp_path, monkeypatch, model):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        evaluate("--model", model, "--data", world / "data")
+    told = f"error: model: cannot load {model}: there is no folder {model}"
+    assert str(stopped.value).startswith(told) and len(str(stopped.value)) < 200
+
+
+def test_a_run_folder_is_no_model_and_says_what_is(tmp_path):
+    (tmp_path / "sft/policy").mkdir(parents=True)
+    with pytest.raises(ValueError, match="it is a run folder. Give .*sft/policy"):
+        pretrained.context(str(tmp_path))
+    (tmp_path / "rl/policy").mkdir(parents=True)
+    with pytest.raises(ValueError, match="it is a run folder. Give .*rl/policy"):
+        pretrained.context(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
