@@ -121,6 +121,8 @@ def read_rows(file: Path, *more: Path):
         return [row for part in (file, *more) for row in read_rows(part)]
     try:
         text = file.read_bytes().decode("utf-8-sig")
+        if not text.strip() and file.suffix == ".json":
+            raise ValueError("it is empty. Write its rows, or take it away")
         if "\0" in text:  # UTF-16 without a byte order mark
             raise ValueError("it is not in UTF-8. Save it as UTF-8")
         rows = json_lines(text) if file.suffix == ".jsonl" else json_or_lines(text)

@@ -21,6 +21,8 @@ from engine import DataError
 # opens other things.
 PICTURES = "JPEG PNG WEBP GIF BMP TIFF JPEG2000 PPM AVIF".split()
 NOTHING = (-9999, -32767, -32768)  # stand in depth and height maps where nothing was measured
+# what may be base64 that was cut off, or a path without a dot
+BASE64 = re.compile(r"[A-Za-z0-9+/_=\r\n-]{64,}")
 UPRIGHT = {  # EXIF orientation: what turns the picture upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,6 +87,12 @@ def medium_of(cell, root: Path | None, embedded: Embedded) -> Media:
     if _is_data(cell) or (_is_base64(cell) and not os.path.isfile((root or Path()) / cell)):
         return embedded
     name = _short(cell)
+    if BASE64.fullmatch(cell) and not os.path.exists((root or Path()) / cell):
+        start = name if len(cell) <= 200 else f"{cell[:40]}..."
+        raise DataError(
+            f"path: {start} does not exist, and is no whole base64 ({len(cell)} characters). Give "
+            "a path, or all of the picture"
+        )
     if re.match(r"(?!file:)[a-z][a-z0-9+.-]+://", cell, re.IGNORECASE):
         raise DataError(
             f"path: {name} is a web address. Download it, and give the path of the file"

@@ -165,7 +165,8 @@ def read_row(
         if value is not None and not (
             isinstance(value, list) and all(isinstance(v, str) for v in value)
         ):
-            raise DataError(f'{name}: must be a list of strings such as ["A. red", "B. green"]')
+            such = '["A. red", "B. green"]' if name == "options" else '["cat", "dog"]'
+            raise DataError(f"{name}: must be a list of strings such as {such}")
     cells = row["path"] if isinstance(row["path"], list) else [row["path"]]
     if row["data_type"] == "video" and len(cells) > 1:
         raise DataError("path: a row has one clip. Give one path")

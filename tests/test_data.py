@@ -193,7 +193,12 @@ BAD = {
     "options that are numbers": (dict(options=[1, 2]), "options", ""),
     "a path that is a number": (dict(path=7), "path", ""),
     "a null in the list of paths": (dict(path=["MEDIA/chelsea.png", None]), "path", ""),
-    "objects that are one string": (dict(objects="a cat"), "objects", ""),
+    "objects that are one string": (dict(objects="a cat"), "objects", '["cat", "dog"]'),
+    "base64 that breaks off": (
+        dict(path="iVBORw0KGgo" * 90 + "abc"),
+        "path",
+        "iVBORw0... does not exist, and is no whole base64 (993 characters). Give a path, or all",
+    ),
     "a clip of one frame": (
         dict(path="MEDIA/one-frame.mp4", data_type="video"),
         "path",
@@ -359,7 +364,7 @@ def test_what_is_taught_needs_all_stages_that_are_asked_for(media, tmp_path, cap
     ("name", "content", "words"),
     [
         ("a.json", b'[{"problem": "Wh', "cannot read"),
-        ("a.json", b"", "cannot read"),
+        ("a.json", b"", "cannot read .*: it is empty. Write its rows"),
         ("a.json", b"\xff\xfe\x00", "cannot read"),
         ("a.jsonl", b'{"problem": "What?"}\n{"problem": ', "cannot read"),
         ("a.parquet", b"not a parquet file", "cannot read"),
