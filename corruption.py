@@ -307,7 +307,10 @@ def corrupt(
             found.append(_corrupted(row, kind, seed, pool, shown.get(row.id)))
         except ValueError as error:
             left_out[str(error).removeprefix(f"{row.id}: ")].append(row.id)
-    notes = [f"{len(i)} rows left out: {why} ({', '.join(i[:3])})" for why, i in left_out.items()]
+    notes = [
+        f"{len(i)} row{'s' * (len(i) > 1)} left out: {why} ({', '.join(i[:3])})"
+        for why, i in left_out.items()
+    ]
     if kind == "remove_text" and (bare := sum(bool(r.corruption) and not r.problem for r in found)):
         notes.append(f"{bare} rows have no words of their own left")
     return found, notes

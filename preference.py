@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import ovip
 from caption_reward import Judge, as_one_line
-from engine import ConfigError
+from engine import ConfigError, counted
 from engine.files import read_jsonl
 from engine.learner import Learner, Reference, updates
 from engine.run import Run
@@ -95,8 +95,8 @@ def prefer(
         show(run, cfg, step, metrics["truncated"], first.samples[0], first.text[0][0])
     if buffer:
         run.say(
-            f"{len(buffer)} pairs are left in the buffer, not trained on: fewer than --pairs "
-            f"{cfg.pairs}"
+            f"{counted(len(buffer), 'pair')} left in the buffer, not trained on: fewer than "
+            f"--pairs {cfg.pairs}"
         )
     lines = run.from_main(lambda: read_jsonl(learner.folder / "metrics.jsonl", repair=False))
     if not any(line.get("updates") for line in lines):

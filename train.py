@@ -41,7 +41,7 @@ import world
 from caption_reward import CaptionReward, Judge
 from config import Config, parse_config
 from conflict import Conflict
-from engine import ConfigError, DataError, is_out_of_memory, judges, memory, reason
+from engine import ConfigError, DataError, counted, is_out_of_memory, judges, memory, reason
 from engine.learner import Diverged, Learner, Reference, batch_size, rows_of_update, updates
 from engine.pretrained import open_policy
 from engine.run import Run, stop
@@ -341,7 +341,7 @@ def with_corrupted(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) ->
             sets["train"], cfg.corrupt_train, cfg.seed, cfg.corrupt_share, data.picture_of
         )
         count = sum(s.corruption is not None for s in made["train"])
-        run.say("; ".join([f"train: {count} rows with {cfg.corrupt_train}", *notes]))
+        run.say("; ".join([f"train: {counted(count, 'row')} with {cfg.corrupt_train}", *notes]))
         if not made["train"]:
             raise DataError(f"corrupt_train: no row of train can have {cfg.corrupt_train}")
     tests = {name: rows for name, rows in sets.items() if name.startswith("test")}
@@ -366,12 +366,12 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     run.accelerator.wait_for_everyone()  # all have read what there was before one writes
     asked, few = CaptionReward(judge, journal), sets["train"][: 4 * JUDGE_TRIAL : 4]
     floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
+    tried = counted(len(few), "question")
     if floor is None:
         raise ConfigError(
-            f"judge: {judge} answered none of {len(few)} questions. Its last error: "
-            f"{judge.last_error}"
+            f"judge: {judge} answered none of {tried}. Its last error: {judge.last_error}"
         )
-    run.say(f"judge: {name}, right on {floor:.0%} of {len(few)} questions without a caption")
+    run.say(f"judge: {name}, right on {floor:.0%} of {tried} without a caption")
     if scores:
         preference.try_scores(judge, few[:4])
     if refused := getattr(judge, "refused", None):

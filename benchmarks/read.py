@@ -10,7 +10,7 @@ import data
 from benchmarks.base import Benchmark, Row
 from benchmarks.files import InZip, Source, sources
 from benchmarks.table import TABLE
-from engine import DataError
+from engine import DataError, counted
 from engine.media import Media, Size
 from engine.media_check import Checked
 
@@ -31,7 +31,7 @@ def read(
     if not rows:
         raise DataError(f"{name}: {path} has no usable row")
     if len(rows) != TABLE[name].rows:
-        say(f"{name}: {len(rows)} rows; the published set has {TABLE[name].rows}")
+        say(f"{name}: {counted(len(rows), 'row')}; the published set has {TABLE[name].rows}")
     return rows
 
 

@@ -27,7 +27,7 @@ from benchmarks.score import PROTOCOLS, Judge, Score, score
 from benchmarks.table import TABLE
 from caption_reward import without_control_tokens
 from corruption import corrupt
-from engine import DataError
+from engine import DataError, counted
 from engine.files import rewrite, to_jsonl
 from engine.judges import Journal
 from engine.pretrained import open_policy
@@ -57,7 +57,9 @@ def open_rows(
         # a pair, or a question with its rotations, is not cut in two
         sets[name] = [row for row in some if not row.group or begun[row.group] == sizes[row.group]]
         if not sets[name]:
-            raise DataError(f"limit: {cfg.limit} rows of {name} hold no whole pair or question")
+            raise DataError(
+                f"limit: the first {counted(cfg.limit, 'row')} of {name}: no whole pair or question"
+            )
     samples = {name: [sample(name, row) for row in rows] for name, rows in sets.items()}
     fit = data.fit_to_model(samples, cfg.model, cfg, on_bad_row, run.say)
     ids = {name: {s.id for s in of} for name, of in fit.items()}

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from engine import ConfigError
+from engine import ConfigError, counted
 from engine.files import rewrite
 from engine.run import Run
 
@@ -42,8 +42,8 @@ def load(
             if there != set(like):
                 odd = sorted(there ^ set(like))
                 raise ConfigError(
-                    f"checkpoint: {folder} is of another model ({len(odd)} weights, as {odd[0]}). "
-                    f"{again}"
+                    f"checkpoint: {folder} is of another model ({counted(len(odd), 'weight')}, as "
+                    f"{odd[0]}). {again}"
                 )
             tensors = {}
             for key in file.keys():  # noqa: SIM118

@@ -17,7 +17,7 @@ from huggingface_hub.errors import HFValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, BatchFeature, GenerationConfig
 
 from caption_reward import MAX_TOKENS, after_thought
-from engine import ConfigError, reason
+from engine import ConfigError, counted, reason
 from engine.files import read_jsonl, to_jsonl
 from engine.vlm import VLM, end_token_ids
 
@@ -72,7 +72,7 @@ class LocalJudge:
                 raise
             raise ValueError("it is no text-only causal LM") from error
         if missing := sorted(loaded["missing_keys"]):
-            raise ValueError(f"its files lack {len(missing)} weights ({missing[0]})")
+            raise ValueError(f"its files lack {counted(len(missing), 'weight')} ({missing[0]})")
         self.model.to(device).eval()
         ends = {*end_token_ids(self.model, self.tokenizer), self.tokenizer.pad_token_id}
         self.model.generation_config = GenerationConfig(  # in place of what the checkpoint ships

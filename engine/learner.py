@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import BatchFeature
 
-from engine import ConfigError, DataError, checkpoint
+from engine import ConfigError, DataError, checkpoint, counted
 from engine.files import read_jsonl
 from engine.loader import read_ahead
 from engine.pretrained import open_policy
@@ -52,7 +52,7 @@ def rows_of_update(stage: str, rows: int, asked: int, processes: int, at_least: 
         other = ", or fewer processes" if processes > 1 else ""
         other += ", or --nce_weight 0" if needed > processes else ""
         raise DataError(
-            f"{stage}: {rows} rows are too few. An update on {processes} process(es) needs at "
+            f"{stage}: too few rows ({rows}). An update on {processes} process(es) needs at "
             f"least {needed}. Give more rows{other}"
         )
     return size
@@ -128,7 +128,8 @@ class Learner:
         size = rows_of_update(self.stage, len(samples), size, run.processes, at_least)
         if size < asked:
             run.say(
-                f"warning: {self.stage} has {len(samples)} rows: an update sees {size}, not {asked}"
+                f"warning: {self.stage} has {counted(len(samples), 'row')}: an update sees {size}, "
+                f"not {asked}"
             )
         if self.size not in (None, size):
             raise ConfigError(
@@ -241,8 +242,8 @@ class Learner:
         if self.left_out and self.skipped + 1 >= cfg.max_skipped:
             again = f"--model {self.base} --sft_steps 0 " if self.stage == "rl" else ""
             raise Diverged(
-                f"{self.stage}: {self.skipped + 1} updates in a row had a non-finite loss or "
-                f"gradient; their rows are in {file}. Give a lower --{self.stage}_lr or "
+                f"{self.stage}: {counted(self.skipped + 1, 'update')} in a row had a non-finite "
+                f"loss or gradient; their rows are in {file}. Give a lower --{self.stage}_lr or "
                 f"--max_grad_norm, or other rows, and another folder: {again}--output_dir NEW. "
                 "The last checkpoint is from before them"
             )

@@ -30,7 +30,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from engine import ConfigError, is_out_of_memory, reason
+from engine import ConfigError, counted, is_out_of_memory, reason
 from engine.vlm import REFERENCE, VLM
 
 # the language model's linears, never the vision's
@@ -339,7 +339,7 @@ def refuse_part(loaded: dict) -> None:
     """ValueError where a checkpoint's weights and a model's places are not one to one, sizes
     included. A head that is the embedding (tied) is not missed."""
     missing, unexpected = sorted(loaded["missing_keys"]), sorted(loaded["unexpected_keys"])
-    told = [f"lack {len(missing)} weights ({missing[0]})"] if missing else []
+    told = [f"lack {counted(len(missing), 'weight')} ({missing[0]})"] if missing else []
     told += (
         [f"hold {len(unexpected)} that the model has no place for ({unexpected[0]})"]
         if unexpected

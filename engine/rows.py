@@ -16,7 +16,7 @@ from typing import Any
 
 import answers
 import reasoning
-from engine import DataError
+from engine import DataError, counted
 from engine.media import Embedded, Media, Size, medium_of
 
 FIELDS = (
@@ -287,8 +287,8 @@ def _marked(texts: list[str], row: dict, count: int) -> list[str]:
     marks = [mark for text in texts for mark in MARK.findall(text)]
     if marks and len(marks) != count:
         raise DataError(
-            f"problem: {len(marks)} marks {marks[0]} for {count} in `path`. Give one for each, or "
-            "none"
+            f"problem: {counted(len(marks), 'mark')} {marks[0]} for {count} in `path`. Give one "
+            "for each, or none"
         )
     if "<video>" in marks and row["data_type"] == "image":
         raise DataError("problem: holds the mark <video>, and the row has a picture. Write <image>")

@@ -1642,7 +1642,7 @@ def test_bad_rows_are_counted_and_named_and_the_rest_is_read(tmp_path):
         "random/1"
     ]
     assert len([line for line in heard if line.startswith("skipped: ")]) == 9
-    assert heard[-1] == "pope: 1 rows; the published set has 9000"
+    assert heard[-1] == "pope: 1 row; the published set has 9000"
 
 
 def test_a_torn_zip_and_a_row_without_a_picture_are_named(tmp_path):

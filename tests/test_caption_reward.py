@@ -1141,7 +1141,7 @@ def broken(folder, how):
         ),
         ("deaf", "its chat template leaves out what is asked"),
         ("vision", "it is no text-only causal LM"),
-        ("part", "its files lack 1 weights (lm_head.weight)"),
+        ("part", "its files lack 1 weight (lm_head.weight)"),
     ],
 )
 def test_a_checkpoint_that_cannot_be_asked_is_refused(scripted, how, words):

@@ -1283,7 +1283,7 @@ def test_a_mark_before_all_words_changes_nothing(media, tmp_path):
             dict(problem="<image> or <image>?"),
             "2 marks <image> for 1 in `path`. Give one for each, or none",
         ),
-        (dict(problem="<image>?", path=["MEDIA/coffee.png"] * 2), "1 marks <image> for 2"),
+        (dict(problem="<image>?", path=["MEDIA/coffee.png"] * 2), "1 mark <image> for 2"),
         (dict(problem="What?", options=["A. <image>", "B. <image>"]), "2 marks <image> for 1"),
         (dict(problem="<video>What?"), "holds the mark <video>, and the row has a picture"),
         (dict(problem="<image>\n"), "holds no words"),

@@ -179,7 +179,7 @@ def test_rows_that_no_stage_can_learn_from_are_refused(here, world, tmp_path):
 
     rows = json.loads((here / "data/train.json").read_text())
     (here / "data/cold_start.json").unlink()
-    refused("rl: 1 rows are too few.* at least 2", rows[:2])
+    refused("rl: too few rows .1.. .* at least 2", rows[:2])
     refused("no two rows of train share theirs", rows[:6], "--caption_reward", "shared")
     bad = rows[0] | {"process": "<think>red</think><answer>red</answer>"}
     refused("lacks a stage", [bad, *rows[1:]])

@@ -528,7 +528,7 @@ def test_an_update_of_few_prompts_says_what_eq_4_makes_of_them(world, tmp_path, 
         cfg = train.Config(output_dir=f"{tmp_path}/{weight} {size}", **options)
         stage = f"{world}/policy", rows[:size], {}, None, cfg, run.Run(cfg)
         if size == 1:
-            with pytest.raises(train.DataError, match="rl: 1 rows are too few.* at least 2"):
+            with pytest.raises(train.DataError, match="rl: too few rows .1.. .* at least 2"):
                 train.reinforce(*stage)
             continue
         capsys.readouterr()

@@ -1383,7 +1383,7 @@ def damaged(policy, folder, how):
         ("quantised", "it is quantised (awq); give the unquantised checkpoint"),
         (
             "part",
-            "its files lack 1 weights (lm_head.weight); give a whole checkpoint, with any LoRA "
+            "its files lack 1 weight (lm_head.weight); give a whole checkpoint, with any LoRA "
             "merged",
         ),
         (

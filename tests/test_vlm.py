@@ -1360,8 +1360,8 @@ QUERY = "model.layers.0.self_attn.q_proj.weight"  # as the file calls it
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (lambda w: {k: v for k, v in w.items() if k != QUERY}, r"lack 1 weights \(.*0.self_attn.q_proj.weight\);"),
-        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, r"lack 1 weights \(lm_head.weight\);"),
+        (lambda w: {k: v for k, v in w.items() if k != QUERY}, r"lack 1 weight \(.*0.self_attn.q_proj.weight\);"),
+        (lambda w: {k: v for k, v in w.items() if k != "lm_head.weight"}, r"lack 1 weight \(lm_head.weight\);"),
         (lambda w: {k: v for k, v in w.items() if "visual" not in k}, r"lack 30 weights \(model.visual."),
         (lambda w: w | {"foo.bar": torch.zeros(2)}, r"files hold 1 that the model has no place for \(foo.bar\);"),
         (lambda w: {f"module.{k}": v for k, v in w.items()}, r"lack 81 .* and hold 81 .* \(module.lm_head.weight\);"),
