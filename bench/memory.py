@@ -23,7 +23,7 @@ LAUNCH = 7e-6  # a guess: Python and torch need so long to start one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("presets", nargs="+", type=Path)
     parser.add_argument(
         "--shards",

@@ -214,3 +214,7 @@ def trl(model, processor, pairs: list[tuple], work: dict, steps: int, **options)
 def medians(steps: list[dict]) -> dict[str, float]:
     """The median of each part's seconds."""
     return {name: statistics.median(step[name] for step in steps) for name in steps[0]}
+
+
+if __name__ == "__main__":
+    print("one_step is what is timed. Run python -m bench.step, bench.scaling or bench.gpu")

@@ -49,7 +49,7 @@ def point(folder: Path, what: str, value: int, steps: int, passes: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--vary", nargs="+", choices=VARIED, default=list(VARIED), help="quantities [default all]"
     )

@@ -319,7 +319,7 @@ def plot(results: dict, file: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument(
         "--visual", type=int, nargs="+", default=[144, 576], help="visual tokens a prompt"
     )

@@ -145,3 +145,15 @@ def test_missing_and_old_packages_are_named(monkeypatch):
     there = {"torch": "2.11.0+cu130", "transformers": "4.57.1", "av": "15"}
     pyproject = (ROOT / "pyproject.toml").read_text()
     assert gpu.too_old(there, pyproject) == ["transformers 4.57.1 (at least 5.5.4 is needed)"]
+
+
+@pytest.mark.parametrize("name, says", [
+    ("memory", "memory by part, floors of time."),
+    ("scaling", "the prompts and the processes."),
+    ("step", "completion length and loss."),
+    ("one_step", "Run python -m bench.step"),
+])  # fmt: skip
+def test_the_help_of_a_benchmark_is_whole(name, says):
+    command = [sys.executable, "-m", f"bench.{name}", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert says in " ".join(done.stdout.split())
