@@ -21,7 +21,7 @@ import report
 import variance_select
 from caption_reward import CaptionReward
 from config import SHARED, Config
-from engine import ConfigError, DataError
+from engine import ConfigError, DataError, counted
 from engine.files import read_jsonl, rewrite, to_jsonl
 from engine.loader import read_ahead
 from engine.pretrained import open_policy
@@ -64,6 +64,12 @@ def select_prompts(
     found = run.from_main(lambda: json.loads(chosen.read_text()))
     kept = set(found["kept"])
     run.say(f"selection: {len(kept)} of {len(samples)} prompts kept")
+    wanted = variance_select.share_of(found["of"] - found.get("unjudged", 0), cfg.keep)
+    if len(kept) < wanted:
+        run.say(
+            f"  --keep {cfg.keep:g} stands for {wanted}, but all responses to "
+            f"{counted(found['tied'], 'prompt')} earn the same, which teaches nothing"
+        )
     for line in filter(None, report.selected_by_category(found)):
         run.say(f"  {line}")
     return [s for s in samples if s.id in kept]

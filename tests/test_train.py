@@ -1099,6 +1099,16 @@ def test_a_caption_of_weight_0_needs_no_judge_for_selection(scoring, tmp_path):
     assert up == away and up[0]
 
 
+def test_selection_says_why_it_kept_fewer_than_asked(scoring, tmp_path, capsys):
+    samples, select = scoring
+    for sample in samples[2:]:
+        object.__setattr__(sample, "answer", "?")
+    select(tmp_path, Judge(), keep=0.5, caption_weight=0.0)
+    said = capsys.readouterr().out
+    assert "selection: 2 of 12 prompts kept" in said
+    assert "--keep 0.5 stands for 6, but all responses to 10 prompts earn the same" in said
+
+
 def test_selection_says_by_category_what_it_kept(scoring, tmp_path, capsys):
     """The answers of all categories but one vary; by variance alone that one is lost. Selection can
     keep some of each."""
