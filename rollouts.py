@@ -200,9 +200,14 @@ def explore(
     if n < len(batch):  # prompts of a length together
         batch = sorted(batch, key=lambda sample: sample.length)
     feature = cfg.nce_feature if cfg.nce_weight else ""
-    rolled = run.micro_batches(batch, 0, roll_out, policy, cfg, learner.step, 0, feature)
-    micro_batches = [part for m in rolled for part in m.split(n)]
-    micro_batches = learner.in_passes(micro_batches, refer, reference)
+
+    def explored(some: list[data.Sample]) -> list[Rollouts]:
+        parts = roll_out(some, policy, cfg, learner.step, feature=feature).split(n)
+        refer(parts, reference)
+        return parts
+
+    rolled = run.micro_batches(batch, 0, explored)
+    micro_batches = [part for parts in rolled for part in parts]
     found = reward(micro_batches, reward_judge(judge, policy, cfg), cfg)
     for m, (rewards, replies) in zip(micro_batches, found):
         m.rewards, m.replies = rewards, replies  # accuracy, format, caption   [B, G] each

@@ -184,6 +184,7 @@ def policy_gradient(micro_batches: list[Rollouts], learner: Learner, options: di
         if prefix:
             prefix.backward()
         m.collect(passes)
+        scores = prefix = part = None  # before the next prompts run
 
 
 def prefer(

@@ -1,8 +1,7 @@
 """What step.py, scaling.py and gpu.py time: one update of ours and of TRL's trainer on the same
 prompts, and the arithmetic and the bytes that an update cannot do without.
 
-`work` names its size: prompts, group (completions a prompt), length (tokens a completion), and
-completions_per_pass of the update, where that is not all.
+`work` names its size: prompts, group (completions a prompt), length (tokens a completion).
 """
 
 import statistics
@@ -78,37 +77,24 @@ def ours(
         answer, answer_mask = policy.encode_responses(["<answer>A</answer>"] * n)
         pad = (0, length - answer.shape[-1])
         with nullcontext() if last else getattr(model, "no_sync", nullcontext)():
-            ids, mask = roll.ids, roll.mask
             if nce:
-                ids = torch.cat([ids, F.pad(answer, pad)], 1)
-                mask = torch.cat([mask, F.pad(answer_mask, pad)], 1)
-            starts = range(0, group, work.get("completions_per_pass") or group)
-            prefix = None
-            if len(starts) > 1:
-                states, prefix = policy.prefix(x)
-                prefix.cut(states)
-            adv = grpo.group_advantages(torch.rand(n, group)).to(device)
-            for at in map(slice, starts, [*starts[1:], ids.shape[1]]):
-                scores = model(x, ids[:, at], mask[:, at], prefix)
-                own, ref_own = (
-                    x[:, at].flatten(0, 1) for x in (roll.mask, ref.unflatten(0, (n, group)))
+                branches = torch.cat([roll.ids, F.pad(answer, pad)], 1)
+                scores = model(x, branches, torch.cat([roll.mask, F.pad(answer_mask, pad)], 1))
+            else:
+                scores = model(x, roll.ids, roll.mask)
+            logp, mask = scores.logp[:, :group].flatten(0, 1), roll.mask.flatten(0, 1)
+            adv = grpo.group_advantages(torch.rand(n, group)).flatten().to(device)
+            loss, _ = grpo.grpo_loss(logp, logp.detach(), adv, mask, ref, BETA, **count)
+            if nce:
+                where = F.pad(answer_mask[:, 0], pad)
+                segment = torch.arange(n, device=device)[:, None].expand_as(where)[where]
+                hidden, (weight, bias) = scores.hidden[:, -1][where], policy.head()
+                targets = F.pad(answer, pad)[:, 0][where]
+                cosine = ntk_infonce.gradient_cosine(
+                    hidden, hidden @ weight.T + bias, targets, segment, n
                 )
-                logp = scores.logp[:, : len(own) // n].flatten(0, 1)
-                loss, _ = grpo.grpo_loss(
-                    logp, logp.detach(), adv[:, at].flatten(), own, ref_own, BETA, **count
-                )
-                if nce and at.stop > group:
-                    where = F.pad(answer_mask[:, 0], pad)
-                    segment = torch.arange(n, device=device)[:, None].expand_as(where)[where]
-                    hidden, (weight, bias) = scores.hidden[:, -1][where], policy.head()
-                    targets = F.pad(answer, pad)[:, 0][where]
-                    cosine = ntk_infonce.gradient_cosine(
-                        hidden, hidden @ weight.T + bias, targets, segment, n
-                    )
-                    loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
-                loss.backward()
-            if prefix:
-                prefix.backward()
+                loss = loss + 0.01 * ntk_infonce.info_nce(cosine)[0]
+            loss.backward()
     # the optimiser's, which may be float32 copies
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(trained, 1.0)

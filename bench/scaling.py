@@ -1,7 +1,7 @@
 """How the cost of a step grows: with the prompt, the group, the completions, the prompts and the
 processes.
 
-    python -m bench.scaling --out bench-scaling    # two CPU cores, 8 to 30 minutes
+    python -m bench.scaling --out bench-scaling    # two CPU cores, 8 to 40 minutes
 
 One step of ours (see step.py for the model and what is timed) from a middle point, one quantity
 varied at a time; every point in a process of its own. The column for a quantity's doubling is the
@@ -36,9 +36,8 @@ NAMES = {
 }
 
 
-def point(folder: Path, what: str, value: int, steps: int, passes: int) -> dict:
+def point(folder: Path, what: str, value: int, steps: int) -> dict:
     work = MIDDLE | ({} if what == "processes" else {what: value})
-    work |= {"completions_per_pass": passes} if passes else {}
     processes = value if what == "processes" else 1
     os.environ["OMP_NUM_THREADS"] = "1" if what == "processes" else str(os.cpu_count())
     found = step.measure("ours", folder, steps, processes, size=work["prompts"], **work)
@@ -57,12 +56,6 @@ def main() -> None:
         "--steps", type=int, default=3, help="steps a point, the first is warm-up [default 3]"
     )
     parser.add_argument(
-        "--completions_per_pass",
-        type=int,
-        default=0,
-        help="of the update, behind a prompt that runs once [default 0: all in one pass]",
-    )
-    parser.add_argument(
         "--out", type=Path, default=Path("bench-scaling"), help="folder for scaling.json and .png"
     )
     args = parser.parse_args()
@@ -78,7 +71,7 @@ def main() -> None:
             values = VARIED[what]
             for value in values:
                 found = results.setdefault(what, {})[value] = point(
-                    Path(folder), what, value, args.steps, args.completions_per_pass
+                    Path(folder), what, value, args.steps
                 )
                 before = [v for v in values if v < value]
                 slope = ""

@@ -6,41 +6,42 @@ import os
 import re
 import socket
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import IO
 
 from engine import ConfigError, DataError, counted
 
 
-def lock(folder: Path, wait: bool = False) -> FileLock | None:
-    """Keep other processes out of a folder, which is made if needed, for as long as what is
-    returned is kept, at most until this process ends, however it ends. wait: for another process
-    that is there. A disk that knows no locks gives None.
+def lock(folder: Path, wait: bool = False) -> IO[str] | None:
+    """Keep other processes out of a folder, which is made if needed, until what is returned is
+    closed or this process ends, however it ends. wait: for another process that is there. A disk
+    or a system that knows no such locks gives None.
 
     Raises ConfigError, which names the other process, and where nothing can be written."""
-    owner = folder / ".process"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # in one process it can be had more than once
-        held = FileLock(folder / ".lock", is_singleton=True)
-        try:
-            held.acquire(timeout=0)
-        except Timeout:
-            there = owner.read_text() if owner.exists() else "unknown"
-            busy = f"{folder} is in use by another process ({there})"
-            if not wait:
-                raise ConfigError(
-                    f"{busy}. Wait until it has ended, or end it, or give another folder"
-                ) from None
-            print(f"{busy}: waiting", flush=True)
-            held.acquire()
-        owner.write_text(f"{os.getpid()} on {socket.gethostname()}")
-    except NotImplementedError:
-        return None
+        held = (folder / ".lock").open("a+", encoding="utf-8")
     except OSError as error:
         raise ConfigError(
             f"cannot write in {folder}: {error.strerror}. Give another folder"
         ) from error
+    try:
+        import fcntl  # which Windows has not
+
+        # lockf: a worker that is forked does not hold it
+        fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        held.seek(0)
+        busy = f"{folder} is in use by another process ({held.read() or 'unknown'})"
+        if not wait:
+            raise ConfigError(
+                f"{busy}. Wait until it has ended, or end it, or give another folder"
+            ) from None
+        print(f"{busy}: waiting", flush=True)
+        fcntl.lockf(held, fcntl.LOCK_EX)
+    except (ImportError, OSError):
+        return None
+    held.truncate(0)
+    print(f"{os.getpid()} on {socket.gethostname()}", end="", file=held, flush=True)
     return held
 
 

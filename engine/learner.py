@@ -175,17 +175,11 @@ class Learner:
         return min(self.cfg.prompts_per_pass or rows, self.limit)
 
     def accumulate(self, micro_batches: list, work: Callable, *args) -> list:
-        """The gradient of an update: `in_passes` of a work that calls `backward`."""
-        micro_batches = self.in_passes(micro_batches, work, *args)
-        self.run.average_gradients(self._slots())
-        return micro_batches
-
-    def in_passes(self, micro_batches: list, work: Callable, *args) -> list:
-        """work(micro_batches, *args) goes through them all, one after the other. Returns the
-        micro-batches that it was done in.
+        """The gradient of an update: work(micro_batches, *args) goes through them all and calls
+        `backward`. Returns the micro-batches that it was done in.
 
         If memory runs out on any rank, all begin again with micro-batches of half as many prompts.
-        The results are the same up to rounding. Each attempt has copies of the micro-batches, which
+        The gradient is the same up to rounding. Each attempt has copies of the micro-batches, which
         are anything that can be sliced, and leaves nothing behind.
         """
         run = self.run
@@ -201,6 +195,7 @@ class Learner:
                 f"time ({why}); trying {n}"
             )
             micro_batches = [m[i : i + n] for m in micro_batches for i in range(0, len(m), n)]
+        run.average_gradients(self._slots())
         return tried
 
     def prefix(self, inputs: BatchFeature) -> Prefix:
@@ -285,7 +280,7 @@ class Learner:
         policy, cfg = self.policy, self.cfg
         adapters = getattr(policy.model, "peft_config", {})
         # of an adapter that `load` merged in no folder holds the base
-        merged = (Path(self.base) / "adapter_config.json").exists() and REFERENCE not in adapters
+        merged = (Path(self.base) / "adapter_config.json").exists() and not self._of_adapter()
         merge = merged or cfg.merge and self.stage == ("sft" if cfg.method == "sft" else "rl")
         if weights:  # this rank holds a shard of them only
             policy = open_policy(self.base, cfg, "cpu", trainable=True)
@@ -304,6 +299,10 @@ class Learner:
         parameters = dict(self.policy.named_parameters())
         return {name: parameters[name] for name in self.names}
 
+    def _of_adapter(self) -> bool:
+        """Is what is trained the adapter that the stage began with?"""
+        return REFERENCE in getattr(self.policy.model, "peft_config", {})
+
     def _slots(self) -> list[Tensor]:
         """What the optimiser changes, in the order of `names`."""
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -320,7 +319,7 @@ class Learner:
         schedule = {k: v for k, v in self.schedule.state_dict().items() if k != "lr_lambdas"}
         state = {"stage": self.stage, "step": self.step, "size": self.size, "schedule": schedule}
         state |= {"micro_batch_limit": self.run.micro_batch_limit, "limit": self.limit}
-        state |= {"extra": self.extra}
+        state |= {"extra": self.extra, "of_adapter": self._of_adapter()}
         checkpoint.save(self.run, self.folder / f"checkpoint-{self.step}", state, tensors)
         for old in self.checkpoints()[: -self.cfg.keep_last]:
             self.run.remove(old)
@@ -331,6 +330,11 @@ class Learner:
         weights = self._weights()
         needed = ("size", "micro_batch_limit", "schedule")
         state, tensors = checkpoint.load(self.run, folder, weights, needed)
+        if state.get("of_adapter", False) != self._of_adapter():
+            raise ConfigError(
+                f"checkpoint: {folder} is of an earlier version, which merged the adapter that the "
+                "run began with. Give another --output_dir"
+            )
         self.step, self.size = state["step"], state["size"]
         self.run.micro_batch_limit = state["micro_batch_limit"]
         self.limit = state.get("limit", sys.maxsize)
@@ -441,8 +445,7 @@ class Reference:
         self.needed = (always or cfg.beta > 0) and not learner.finished
         if self.needed and not cfg.lora_rank:
             device, offload = learner.run.device, cfg.reference == "cpu"
-            # merged, as full fine-tuning starts from it
-            self.frozen = open_policy(start, cfg, "cpu" if offload else device, merge=True)
+            self.frozen = open_policy(start, cfg, "cpu" if offload else device)
             if offload:  # the head stays on the device: it is used without being called
                 cpu_offload(self.frozen.core.model, device)
                 self.frozen.core.lm_head.to(device)

@@ -143,8 +143,9 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     if cfg.lora_rank:
         # in + out of the seven linears, about
         trained = layers * cfg.lora_rank * (4 * d + width + 3 * (d + shape.inner))
-        # weights, gradient and moments; after a cold start its adapter too, as the reference
-        numbers = 5 if cfg.sft_steps or cfg.sft_epochs else 4
+        # weights, gradient and moments; where training goes on with one also that, the reference
+        begun = cfg.model and Path(cfg.model, "adapter_config.json").exists()
+        numbers = 5 if begun or cfg.sft_steps or cfg.sft_epochs else 4
         training["adapter and AdamW"] = optimizer = trained * 4 * numbers / shards
     else:
         # moments, and a copy of half-precision weights

@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -44,17 +45,16 @@ def load(
     *,
     dtype: str = "float32",
     attention: str = "sdpa",
-    lora_rank: int = 0,
+    lora_rank: int | None = None,
     trainable: bool = True,
-    merge: bool = False,
     **options,
 ) -> VLM:
     """A Qwen2.5-VL checkpoint (folder or hub id), or an adapter of one (folder). options: those of
     `as_policy`.
 
     Merged into half-precision weights, a small change is rounded away. So an adapter as `as_policy`
-    makes it, of rank `lora_rank` where it is trained, stays one. Any other is merged in first, and
-    with `merge` or full fine-tuning all are.
+    makes it stays one, if its rank is `lora_rank`. Others are merged in first, and with lora_rank 0
+    all are. None: any rank, and full fine-tuning where it is trainable.
 
     Raises ValueError or OSError for what `context` refuses, and where a weight has no place or a
     place no weight.
@@ -73,24 +73,24 @@ def load(
     if adapter:
         model = with_adapter(model, adapter)
         model.peft_config["default"].base_model_name_or_path = base
-        full = trainable and not lora_rank
-        if merge or full or not stays(model, lora_rank if trainable else 0):
+        full = trainable and not lora_rank or lora_rank == 0
+        if full or not stays(model, lora_rank):
             if dtype != "float32":
                 warnings.warn(
                     f"{path} is merged into {dtype} weights, which rounds small changes away",
                     stacklevel=2,
                 )
             model = model.merge_and_unload()
-    options |= {"lora_rank": lora_rank, "trainable": trainable}
+    options |= {"lora_rank": lora_rank or 0, "trainable": trainable}
     return as_policy(model, processor, attention=attention, **options)
 
 
-def stays(model: PeftModel, rank: int) -> bool:
-    """Is the adapter LoRA on the language model's linears alone, of this rank (0: of any)? The head
+def stays(model: PeftModel, rank: int | None) -> bool:
+    """Is the adapter LoRA on the language model's linears alone, of this rank if any? The head
     and the embedding are used by their weights, which an adapter of theirs would not reach."""
     for name, weight in get_peft_model_state_dict(model).items():
         found = re.fullmatch(LORA_TARGETS + r"\.lora_(A|B)\.weight", name)
-        if not found or rank not in (0, weight.shape["AB".index(found[2])]):
+        if not found or rank not in (None, weight.shape["AB".index(found[2])]):
             return False
     return True
 
@@ -131,7 +131,9 @@ def as_policy(
         with quiet_peft():
             if adapted:
                 core.requires_grad_(False)
-                model.add_adapter(REFERENCE, model.peft_config["default"])
+                # some ways of beginning an adapter change the weights below it
+                plain = {"init_lora_weights": True, "lora_dropout": 0.0}
+                model.add_adapter(REFERENCE, replace(model.peft_config["default"], **plain))
                 weights = dict(model.named_parameters())
                 for name, p in weights.items():
                     if f".{REFERENCE}." in name:
@@ -144,13 +146,7 @@ def as_policy(
     return policy.train(trainable)
 
 
-def open_policy(
-    model: str | VLM,
-    cfg,
-    device: str | torch.device,
-    trainable: bool = False,
-    merge: bool = False,
-) -> VLM:
+def open_policy(model: str | VLM, cfg, device: str | torch.device, trainable: bool = False) -> VLM:
     """`load` with the options of the same names in `cfg`, on `device`. Raises ConfigError where it
     cannot be loaded. One that is open (a dry run's) is returned as it is."""
     if isinstance(model, VLM):
@@ -159,7 +155,7 @@ def open_policy(
     names += ("lora_rank", "train_vision", "gradient_checkpointing")
     options = {name: getattr(cfg, name) for name in names if hasattr(cfg, name)}
     try:
-        return load(model, **options, trainable=trainable, merge=merge).to(device)
+        return load(model, **options, trainable=trainable).to(device)
     except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
         if is_out_of_memory(error):
             raise  # out of memory says nothing about the checkpoint

@@ -186,7 +186,8 @@ def branch_mask(
     if attention != "shared_prefix" or length == p and prefix is None:
         return additive(at, at)
     of_prompt = at[:, :p]
-    prompt = None if prompt_mask.all() else additive(of_prompt, of_prompt)
+    has_run = prefix is not None and length > p
+    prompt = None if has_run or prompt_mask.all() else additive(of_prompt, of_prompt)
     if length == p:
         return Branches(prompt, None, at[:0], at[0, :0], prefix)
     n = math.ceil((length - p) / (GROUP * p))

@@ -151,6 +151,7 @@ def test_missing_and_old_packages_are_named(monkeypatch):
     ("memory", "memory by part, floors of time."),
     ("scaling", "the prompts and the processes."),
     ("step", "completion length and loss."),
+    ("passes", "above the loaded model."),
     ("one_step", "Run python -m bench.step"),
 ])  # fmt: skip
 def test_the_help_of_a_benchmark_is_whole(name, says):

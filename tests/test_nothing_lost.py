@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from test_processes import accelerate
 
 import train
-from engine import checkpoint, run
+from engine import checkpoint, pretrained, run
 
 ROOT = Path(__file__).parent.parent
 SMALL = (
@@ -517,6 +517,25 @@ def test_another_size_of_the_batch_is_refused(world, tmp_path):
     learner.size = 4
     with pytest.raises(run.ConfigError, match="took 4 .*the earlier number of processes"):
         next(learner.batches(train.data.load(world / "data")["train"], 3))
+
+
+def test_a_checkpoint_on_top_of_a_merged_adapter_is_refused(world, tmp_path):
+    """Earlier versions merged the adapter that a run began with. Theirs would take its place."""
+    start = tmp_path / "start"
+    torch.manual_seed(0)
+    pretrained.load(f"{world}/policy", lora_rank=2).save(start, merge=False)
+    options = {"output_dir": str(tmp_path / "run"), "lora_rank": 2, "world": str(world)}
+    cfg = train.Config(**options, quiet=True, held_out_rows=0)
+    stage = "rl", str(start), 3, 1e-4, cfg, run.Run(cfg)
+    learner = train.Learner(*stage)
+    learner._save_checkpoint()
+    train.Learner(*stage)
+    file = tmp_path / "run/rl/checkpoint-0/state.json"
+    state = json.loads(file.read_text())
+    assert state.pop("of_adapter")
+    file.write_text(json.dumps(state))
+    with pytest.raises(run.ConfigError, match="is of an earlier version, which merged the adapter"):
+        train.Learner(*stage)
 
 
 def test_an_update_of_few_prompts_says_what_eq_4_makes_of_them(world, tmp_path, capsys):

@@ -4,6 +4,8 @@ and counts.
 Several processes are in test_processes.py, kills and checkpoints in test_nothing_lost.py.
 """
 
+import errno
+import fcntl
 import json
 import random
 import subprocess
@@ -124,7 +126,15 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
             run_of(tmp_path)
         assert unfinished.exists() and not (tmp_path / "config.yaml").exists()
     first, second = run_of(tmp_path), run_of(tmp_path)  # in one process: one after the other
-    assert not unfinished.exists() and first.lock is second.lock
+    assert not unfinished.exists() and first.lock and second.lock
+
+
+def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert run_of(tmp_path).lock is None and (tmp_path / "config.yaml").exists()
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):

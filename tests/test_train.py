@@ -517,9 +517,9 @@ def test_sampling_takes_all_prompts_and_an_update_its_passes(world, tmp_path, mo
         pixels.append("pixel_values" in inputs)
         return originals[0](policy, inputs, *args, **options)
 
-    def forward(policy, inputs, ids, mask=None):
+    def forward(policy, inputs, ids, *rest):
         scored.append((len(ids), torch.is_grad_enabled()))
-        return originals[1](policy, inputs, ids, mask)
+        return originals[1](policy, inputs, ids, *rest)
 
     originals = VLM.generate, VLM.forward
     monkeypatch.setattr(VLM, "generate", generate)
@@ -537,6 +537,32 @@ def test_sampling_takes_all_prompts_and_an_update_its_passes(world, tmp_path, mo
     assert sampled == [5, 5] and texts[0] == texts[1] and not any(pixels)
     assert [rows for rows, _ in scored] == [5, 5, 2, 2, 1, 2, 2, 1]  # reference, then the update
     assert [grad for _, grad in scored] == [False, True, *[False] * 3, *[True] * 3]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_memory_for_the_reference_is_found_with_fewer_prompts(
+    world, tmp_path, monkeypatch, sharded
+):
+    """Where it scores nothing is communicated, so that FSDP2 is no obstacle."""
+
+    def logp(reference, inputs, ids, mask):
+        if len(ids) > 2:
+            raise RuntimeError(OUT_OF_MEMORY)
+        scored.append(len(ids))
+        return torch.zeros(mask.shape).flatten(0, 1)
+
+    monkeypatch.setattr(train.Reference, "logp", logp)
+    scored, rows = [], data.load(world / "data")["train"][:5]
+    cfg = train.Config(output_dir=str(tmp_path / "run"), max_new_tokens=4, group_size=2, quiet=True)
+    cfg.nce_weight, cfg.caption_reward, cfg.world = 0.0, "", str(world)
+    run = train.Run(cfg)
+    learner = train.Learner("rl", f"{world}/policy", 1, 1e-4, cfg, run)
+    run.sharded = sharded
+    reference = object.__new__(train.Reference)
+    parts = rollouts.explore(rows, learner, reference, None)
+    assert scored == [2, 1, 2] or scored == [2, 2, 1], scored
+    assert sorted(s.id for part in parts for s in part.samples) == sorted(s.id for s in rows)
+    assert learner.limit == sys.maxsize
 
 
 def test_a_part_of_rollouts_has_its_own_rows(policy, world, tmp_path):
@@ -610,11 +636,11 @@ def test_one_prompt_that_does_not_fit_ends_the_run_with_advice(tmp_path, monkeyp
 
     tried = []
     with pytest.raises(RuntimeError, match="^CUDA out of memory. Tried to allocate 2.00 GiB.$"):
-        train.Learner.in_passes(learner, [[1, 2, 3], [4]], fail)
+        train.Learner.accumulate(learner, [[1, 2, 3], [4]], fail)
     assert tried == [[3, 1], [2, 1, 1], [1, 1, 1, 1]]
     run.sharded = True
     with pytest.raises(RuntimeError, match="out of memory.*Under FSDP2") as caught:
-        train.Learner.in_passes(learner, [[1, 2]], fail)
+        train.Learner.accumulate(learner, [[1, 2]], fail)
     monkeypatch.setattr(train, "main", lambda cfg: (_ for _ in ()).throw(caught.value))
     monkeypatch.setattr(sys, "argv", ["train.py", "--output_dir", str(tmp_path)])
     with pytest.raises(SystemExit, match="error: out of memory .*FSDP2.*--prompts_per_pass"):

@@ -1625,12 +1625,33 @@ def test_an_adapter_stays_one_and_is_the_reference(faint, tmp_path):
         assert torch.equal(later(inputs, ids).logp, after)
 
 
+@pytest.mark.parametrize("config", [{"lora_dropout": 0.3}, {"init_lora_weights": "pissa"}])
+def test_the_reference_adapter_is_a_plain_copy(lora, tmp_path, config):
+    """No dropout, and no second start: PiSSA's changes the weights below the adapter."""
+    folder, ids = adapter_alone(lora, tmp_path, **config), ragged(6)
+    seen = pretrained.load(str(folder), trainable=False)
+    policy = pretrained.load(str(folder), lora_rank=4)
+    assert policy.training
+    inputs = seen.encode([prompts()["a picture"]])
+    with torch.no_grad():
+        before = seen(inputs, ids).logp
+        assert torch.equal(policy(inputs, ids).logp, before)
+        with policy.base():
+            assert torch.equal(policy(inputs, ids).logp, before)
+
+
 def test_an_adapter_merged_in_half_precision_is_said(faint, lora, tmp_path, recwarn):
     """An adapter of another rank, or full fine-tuning: merged in, and with what that costs."""
     faint.save(tmp_path / "half", merge=False)
     lora.save(tmp_path / "single", merge=False)
     inputs, ids = faint.encode([prompts()["a picture"]]), ragged(6)
-    for options in ({"lora_rank": 8}, {}, {"trainable": False, "merge": True}):
+    evaluated = {"trainable": False}  # in the same run, as its training begins
+    for options in (
+        {"lora_rank": 8},
+        {},
+        {"lora_rank": 8} | evaluated,
+        {"lora_rank": 0} | evaluated,
+    ):
         with pytest.warns(match="half is merged into bfloat16 weights, which rounds small changes"):
             policy = pretrained.load(str(tmp_path / "half"), dtype="bfloat16", **options)
         with torch.no_grad():

@@ -11,6 +11,8 @@ evaluates on them knows only files on disk.
 
 import json
 import shutil
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from engine import ConfigError
@@ -34,7 +36,12 @@ def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
     }
     if all((folder / name).exists() for name in ("world.json", *parts)):
         return folder
-    held = lock(folder, wait=True)  # another process may be building it
+    with lock(folder, wait=True) or nullcontext():  # another process may be building it
+        _build(folder, seed, parts, quiet)
+    return folder
+
+
+def _build(folder: Path, seed: int, parts: dict[str, Callable], quiet: bool) -> None:
     rewrite(folder / "world.json", json.dumps(_identity(folder, seed)))
     for number, (name, make) in enumerate(parts.items(), 1):
         if (folder / name).exists():
@@ -50,8 +57,6 @@ def build(folder: Path, quiet: bool = False, seed: int | None = None) -> Path:
         unfinished.mkdir(parents=True)
         make(unfinished)
         unfinished.rename(folder / name)
-    del held
-    return folder
 
 
 def _identity(folder: Path, seed: int | None) -> dict[str, int]:

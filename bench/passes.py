@@ -1,0 +1,89 @@
+"""What `--completions_per_pass` costs and saves in an update: CPU seconds of one thread, and memory
+above the loaded model.
+
+    python -m bench.passes    # 20 minutes of one core
+
+The model is that of step.py, completions have 48 tokens, and each point has a process of its own.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench import one_step, step
+from engine import pretrained
+
+LENGTH = 48
+# prompts, visual tokens of each, completions, and how many of these a pass takes (0: all)
+POINTS = [(4, 144, group, of) for group in (8, 16, 32, 64) for of in (0, 8, 4) if of < group]
+POINTS += [(1, visual, 8, of) for visual in (576, 1296, 4096) for of in (0, 4, 2)]
+
+
+def measure(folder: Path, prompts: int, visual: int, group: int, of: int) -> dict:
+    torch.set_num_threads(1)
+    policy = pretrained.load(str(folder), max_pixels=one_step.PIXELS)
+    inputs = policy.encode(one_step.chats(one_step.prompts(visual, prompts)))
+    torch.manual_seed(0)
+    ids = torch.randint(100, 30_000, (prompts, group, LENGTH))
+    weight = torch.randn(ids.shape)
+
+    def update() -> None:
+        prefix = None
+        if of:
+            hidden, prefix = policy.prefix(inputs)
+            prefix.cut(hidden)
+        for start in range(0, group, of or group):
+            at = slice(start, start + (of or group))
+            (policy(inputs, ids[:, at], None, prefix).logp * weight[:, at]).sum().backward()
+        if prefix:
+            prefix.backward()
+        policy.zero_grad(set_to_none=False)
+
+    Path("/proc/self/clear_refs").write_text("5")  # Linux's highest resident set begins anew
+    loaded = highest()
+    update()
+    found, seconds = {"MB": highest() - loaded}, []
+    for _ in range(2):
+        begun = time.process_time()
+        update()
+        seconds.append(time.process_time() - begun)
+    return found | {"seconds": min(seconds)}
+
+
+def highest() -> float:
+    """The highest resident set, in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) / 1024
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.point:
+        print(json.dumps(measure(*json.loads(args.point))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        step.write_model(Path(folder))
+        print("| prompts | visual tokens | completions | a pass | CPU s | MB |")
+        print("|---|---|---|---|---|---|")
+        for point in POINTS:
+            command = [sys.executable, "-m", "bench.passes", "--point"]
+            done = subprocess.run(
+                [*command, json.dumps([folder, *point])], capture_output=True, text=True
+            )
+            if done.returncode:
+                raise SystemExit(f"error: {point} failed\n{done.stderr[-2000:]}")
+            found = json.loads(done.stdout.splitlines()[-1])
+            shown = [*point[:3], point[3] or "all", f"{found['seconds']:.2f}", f"{found['MB']:.0f}"]
+            print(f"| {' | '.join(map(str, shown))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
