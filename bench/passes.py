@@ -3,7 +3,7 @@ above the loaded model.
 
     python -m bench.passes    # 20 minutes of one core
 
-The model is that of step.py, completions have 48 tokens, and each point has a process of its own.
+The model is that of step.py. Each point has a process of its own.
 """
 
 import argparse
@@ -19,18 +19,24 @@ import torch
 from bench import one_step, step
 from engine import pretrained
 
-LENGTH = 48
-# prompts, visual tokens of each, completions, and how many of these a pass takes (0: all)
-POINTS = [(4, 144, group, of) for group in (8, 16, 32, 64) for of in (0, 8, 4) if of < group]
-POINTS += [(1, visual, 8, of) for visual in (576, 1296, 4096) for of in (0, 4, 2)]
+# prompts, visual tokens of each, completions, their tokens, gradient checkpointing, and how many
+# completions a pass takes (0: all)
+POINTS = [(4, 144, n, 48, False, of) for n in (8, 16, 32, 64) for of in (0, 8, 4) if of < n]
+POINTS += [(1, visual, 8, 48, False, of) for visual in (576, 1296, 4096) for of in (0, 4, 2)]
+POINTS += [(1, 144, 8, 512, False, of) for of in (0, 2)]
+POINTS += [(4, 144, 32, 48, True, of) for of in (0, 8, 4)]
 
 
-def measure(folder: Path, prompts: int, visual: int, group: int, of: int) -> dict:
+def measure(
+    folder: Path, prompts: int, visual: int, group: int, length: int, checkpointing: bool, of: int
+) -> dict:
     torch.set_num_threads(1)
-    policy = pretrained.load(str(folder), max_pixels=one_step.PIXELS)
+    policy = pretrained.load(
+        str(folder), max_pixels=one_step.PIXELS, gradient_checkpointing=checkpointing
+    )
     inputs = policy.encode(one_step.chats(one_step.prompts(visual, prompts)))
     torch.manual_seed(0)
-    ids = torch.randint(100, 30_000, (prompts, group, LENGTH))
+    ids = torch.randint(100, 30_000, (prompts, group, length))
     weight = torch.randn(ids.shape)
 
     def update() -> None:
@@ -71,8 +77,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         step.write_model(Path(folder))
-        print("| prompts | visual tokens | completions | a pass | CPU s | MB |")
-        print("|---|---|---|---|---|---|")
+        print(
+            "| prompts | visual tokens | completions | tokens | checkpointing | a pass | s | MB |"
+        )
+        print("|---|---|---|---|---|---|---|---|")
         for point in POINTS:
             command = [sys.executable, "-m", "bench.passes", "--point"]
             done = subprocess.run(
@@ -81,7 +89,12 @@ def main() -> None:
             if done.returncode:
                 raise SystemExit(f"error: {point} failed\n{done.stderr[-2000:]}")
             found = json.loads(done.stdout.splitlines()[-1])
-            shown = [*point[:3], point[3] or "all", f"{found['seconds']:.2f}", f"{found['MB']:.0f}"]
+            shown = [
+                *point[:-1],
+                point[-1] or "all",
+                f"{found['seconds']:.2f}",
+                f"{found['MB']:.0f}",
+            ]
             print(f"| {' | '.join(map(str, shown))} |", flush=True)
 
 
