@@ -171,7 +171,7 @@ FAULTS = [
     Fault("tau on a pair's cosine", "ntk_infonce", "((pairs[k] + pairs[k + 1]) / 2)", "pairs[k]", "rounding or quantile"),
     Fault("equal cosines are parted", "ntk_infonce", ".masked_fill(gaps <= ROUNDING, torch.inf)", "", "equal_but_for"),
     Fault("no token, no sketch", "ntk_infonce", "if not len(hidden):", "if len(hidden):", "sketch"),
-    Fault("an adapter is always merged", "engine/pretrained", "if merge or full or not stays(", "if True or not stays(", "stays_one", "vlm"),
+    Fault("an adapter is always merged", "engine/pretrained", "if full or not stays(", "if True or not stays(", "stays_one", "vlm"),
     Fault("the reference of LoRA is always the base", "engine/vlm", "if REFERENCE in adapters:", "if False:", "stays_one", "vlm"),
     Fault("every part has the first pictures", "engine/vlm", "sum(tokens[: rows.start]), sum(tokens[rows])", "0, sum(tokens[rows])", "rows_of_a_batch", "vlm"),
     Fault("the prompt's part of the gradient is lost", "train", "            prefix.backward()", "            pass", "written_out", "train"),

@@ -146,13 +146,13 @@ class Variant:
         found = ORIGINAL["negatives"](maker, pairs, *args)
         return [None if int(p.id[-2:]) % 3 == 0 else m for p, m in zip(pairs, found, strict=True)]
 
-    def roll_out(self, batch, *args):
+    def roll_out(self, batch, *args, **named):
         if rank() == 1 and len(batch) > int(self.faults.get("MEMORY", 10**9)):
             raise RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate "
                 "9 bytes"
             )
-        part = ORIGINAL["roll_out"](batch, *args)
+        part = ORIGINAL["roll_out"](batch, *args, **named)
         if "JUDGE" in self.faults:  # an untrained policy writes no captions
             form = (
                 "<prethink>x</prethink><caption>{} {}</caption><think>y</think><answer>A</answer>"
