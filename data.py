@@ -346,9 +346,11 @@ def check(source: str, model: str = "", limits: SimpleNamespace = LIMITS) -> boo
                     f"  {what}: {values[0]:g} to {values[-1]:g}, median "
                     f"{values[len(values) // 2]:g}"
                 )
-    for line in [*problems, *(empty := _empty(splits))]:
+    empty = _empty(splits)
+    for line in [*problems, *empty]:
         print(f"bad: {line}")
-    print(counted(len(problems), "bad row") if problems else "no bad row")
+    if problems or not empty:
+        print(counted(len(problems), "bad row") if problems else "no bad row")
     return not problems and not empty
 
 

@@ -171,7 +171,7 @@ def stages(cfg: Config, sizes: dict[str, int], processes: int = 1) -> dict[str, 
     why = "no row has a reference response in `process`"
     why = why if cfg.sft_steps or cfg.sft_epochs else "--sft_steps 0"
     found["cold start"] = (
-        f"{n:,} updates of {size} of {taught:,} rows" if taught else f"none: {why}"
+        f"{n:,} update{'s' * (n != 1)} of {size} of {taught:,} rows" if taught else f"none: {why}"
     )
     scored = drawn = steps = 0
     if cfg.selection:
@@ -220,6 +220,9 @@ def memory_lines(
         cards = {f"{here.name}, {here.total_memory / 1e9:.0f} GB": here.total_memory}
     whole = (shape.text + shape.vision) * getattr(torch, cfg.dtype).itemsize / 1e9
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * (1 + (cfg.reference == "cpu"))
+    begun = cfg.model and Path(cfg.model, "adapter_config.json").exists()
+    is_adapter = cfg.lora_rank and not (cfg.merge or begun)
+    policy = need["trained"] * 4 / 1e9 if is_adapter else whole
     left_out = [name for name in (cfg.judge, cfg.diffusion) if memory.beside(name) is None]
     return [
         f"of each GPU, computed and not measured, for prompts of up to {prompt:,} tokens: "
@@ -234,7 +237,7 @@ def memory_lines(
         f"of the machine: {local * whole:.1f} GB, through which weights are loaded, and on the "
         f"first {need['trained'] * 12 / 1e9:.1f} GB while a checkpoint is written",
         f"on disk: {cfg.keep_last + 1} checkpoints of {need['trained'] * 12 / 1e9:.1f} GB, and "
-        f"policies of up to {whole:.1f} GB",
+        f"policies of up to {policy:.1f} GB",
     ]
 
 

@@ -477,7 +477,7 @@ def model_card(stage: str, base: str, steps: int, cfg) -> str:
 # {Path(cfg.model).name or "The embedded world's policy"} after {how[stage]}
 
 Trained with the reference implementation of *Ground What You See* (arXiv 2601.06224).
-This stage had {steps} updates.
+This stage had {counted(steps, "update")}.
 {of if base else ""}
 ```python
 from transformers import AutoModelForImageTextToText, AutoProcessor

@@ -77,7 +77,8 @@ def load(
         if full or not stays(model, lora_rank):
             if dtype != "float32":
                 warnings.warn(
-                    f"{path} is merged into {dtype} weights, which rounds small changes away",
+                    f"{path} is merged into {dtype} weights, which rounds small changes away. "
+                    "Give its rank as --lora_rank, or --dtype float32",
                     stacklevel=2,
                 )
             model = model.merge_and_unload()

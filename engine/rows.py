@@ -178,8 +178,8 @@ def read_row(
         raise DataError(f"process: must be a string, got {type(process).__name__}")
     if process and not any(reasoning.format_reward(process, four) for four in {True, four_stage}):
         raise DataError(
-            "process: lacks a stage, or holds text outside them. Give all four, once each, in order"
-            " (with --four_stage false, <think> and <answer> will do)"
+            "process: lacks a stage, or holds text outside them. Give all four"
+            f"{'' if four_stage else ', or <think> and <answer> alone'}, once each, in order"
         )
     golds = _golds(row["solution"])
     problem_type, names = _type(row.get("problem_type"), problem, options, golds, decided)

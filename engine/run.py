@@ -511,6 +511,9 @@ def has_begun(folder: Path, cfg) -> bool:
     """Does the folder hold results of this run? Raises ConfigError where they are of another
     configuration, or no run's."""
     file, now = folder / "config.yaml", dict(vars(cfg))
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ConfigError(f"output_dir: cannot write in {there}. Give another --output_dir")
     # a run that was stopped before its first result may be replaced
     claims = (".", "config.yaml", "data.json")
     here = folder.iterdir() if folder.is_dir() else ()

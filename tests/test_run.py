@@ -140,7 +140,7 @@ def test_a_disk_without_locks_is_no_reason_to_stop(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(run.ConfigError, match="output_dir: cannot write in .*another folder"):
+        with pytest.raises(run.ConfigError, match="output_dir: cannot write in .*Give another"):
             run_of(folder)
 
 
