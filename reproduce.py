@@ -21,14 +21,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from transformers.utils import logging as transformers_logging
 
 import world
 from engine import ConfigError
+from engine.files import lock
 from replication import arms, page
 from replication.arms import ARMS, FIGURES, QUICK, ROOT, TABLES, Job, code, fingerprint
 from replication.collect import collect, spent
@@ -195,7 +196,6 @@ def main() -> None:
         every = [Job(arm, seed) for arm in chosen for seed in seeds]
         jobs = to_do(every, args.results)
         folder = arms.RUNS / code()
-        folder.mkdir(parents=True, exist_ok=True)
         left = sum(job.minutes for job in jobs) / args.workers
         there = sum(job.result(args.results).exists() for job in every)
         print(
@@ -205,10 +205,11 @@ def main() -> None:
             flush=True,
         )
         try:
-            with FileLock(folder / "lock", timeout=0):
-                ok = run(jobs, args.workers, args.results)
-        except Timeout:
-            sys.exit(f"error: another reproduce.py is at work in {folder}")
+            held = lock(folder)
+        except ConfigError as error:
+            sys.exit(f"error: {error}")
+        with held or nullcontext():
+            ok = run(jobs, args.workers, args.results)
     elif not page.read(args.results):
         sys.exit(
             f"error: {args.results} holds no results (ARM-seed0.json). Give --results a folder"

@@ -59,7 +59,6 @@ NEEDED = {  # what is imported: its package
     "av": "av",
     "PIL": "pillow",
     "yaml": "pyyaml",
-    "filelock": "filelock",
     "tqdm": "tqdm",
 }
 FOR_TRL = {name: name for name in "trl datasets dill multiprocess xxhash pyarrow pandas".split()}

@@ -158,6 +158,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     share, pairs = (math.ceil(n / processes) for n in (cfg.prompts_per_step, cfg.pairs))
     at_once = min(cfg.prompts_per_pass or share, share)
     own = cfg.group_size * t
+    key = 2 * layers * shape.kv * size  # and value, of a token in all layers
     a_pass = min(cfg.completions_per_pass or cfg.group_size, cfg.group_size) * t
     together = min(a_pass, max(t, GROUP * prompt))  # tokens of branches in a group
     tokens = at_once * (prompt + a_pass)
@@ -176,7 +177,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     kept = inputs if cfg.gradient_checkpointing else one_layer * (layers - 1)
     activations = kept + one_layer + mask + 3 * 4 * 2**26
     if a_pass < own:  # the gradients of the prompts' keys and values
-        activations += 2 * layers * shape.kv * at_once * prompt * size
+        activations += key * at_once * prompt
     if sharded and not cfg.lora_rank:  # or the gradients outside the layers, before they are shared
         activations = max(activations, outside * (size + 4))
     # sharded: what is outside the layers, and two layers at a time
@@ -187,7 +188,6 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
         other["diffusion"] = beside(cfg.diffusion) or 0.0
     parts = {"weights": outermost + frozen if sharded else whole, **training}
     parts |= {"reference": reference, "activations": activations, **other}
-    key = 2 * layers * shape.kv * size
 
     def cache(prompts: int, responses: int) -> float:
         return key * prompts * (prompt * 4 // size + responses * t)

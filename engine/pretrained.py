@@ -73,7 +73,7 @@ def load(
     if adapter:
         model = with_adapter(model, adapter)
         model.peft_config["default"].base_model_name_or_path = base
-        full = trainable and not lora_rank or lora_rank == 0
+        full = lora_rank == 0 or trainable and lora_rank is None
         if full or not stays(model, lora_rank):
             if dtype != "float32":
                 warnings.warn(
