@@ -3,7 +3,7 @@
 Bytes: weights, gradients, AdamW's two moments (in float32, with a float32 copy of half-precision
 weights), the reference where full fine-tuning needs a copy (with --reference cpu its head alone),
 the activations of one pass (with checkpointing: every layer's input, and one layer in full), keys
-and values of generation (the prompt's in float32), the weights of a local judge and of OViP's
+and values of generation (in float32), the weights of a local judge and of OViP's
 diffusion model. A reference response of the cold start is taken to be as long as --max_new_tokens.
 Not counted: what the allocator takes on top, and the vision tower's activations (--train_vision).
 """
@@ -61,7 +61,7 @@ EXACT = {
     "select_batch": 1,
 }
 # that a token launches in bfloat16, counted: in a layer without and with LoRA, and outside
-KERNELS, KERNELS_OUTSIDE = (55, 97), 71
+KERNELS, KERNELS_OUTSIDE = (53, 95), 71
 RANK = 16  # of the LoRA that is proposed
 
 
@@ -190,7 +190,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     parts |= {"reference": reference, "activations": activations, **other}
 
     def cache(prompts: int, responses: int) -> float:
-        return key * prompts * (prompt * 4 // size + responses * t)
+        return key * max(1, 4 / size) * prompts * (prompt + responses * t)
 
     generation = [
         # of one prompt: sampling takes all that a process has, and fewer where they do not fit
@@ -208,7 +208,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
         "generation": whole + max(generation),
         "trained": trained,
         "flops": 2 * step * passes * shape.linears + 2 * step * (4 + 1) * shape.head,
-        "read": t * ((shape.linears + shape.head) * size + cache(share, cfg.group_size) / 2),
+        "read": t * ((shape.linears + shape.head) * size + cache(share, cfg.group_size / 2)),
         "launches": t * (layers * KERNELS[bool(cfg.lora_rank)] + KERNELS_OUTSIDE),
     }
 

@@ -257,7 +257,8 @@ def branch_attention(
     """SDPA that knows which tokens share a prompt. Registered with transformers as
     "shared_prefix"."""
     if hasattr(key, "branches"):  # a new token in every completion
-        return decode_attention(at_least_float32(query) * scaling, key, value)[:, None], None
+        out = decode_attention(at_least_float32(query) * scaling, key, value)
+        return out[:, None].to(query.dtype), None
     if not isinstance(mask, Branches):
         return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
     p, n = key.shape[2] - len(mask.back), len(mask.place)  # p = 0: the prompt has run
@@ -294,7 +295,9 @@ def branch_attention(
 class BranchCache(DynamicLayer):
     """The cache of one layer: the prompts' keys and values once, and room for those of n
     completions of each, which are written in place where the plain layer copies all there is at
-    every token. at [1]: the place of the next token, where every step has one shape."""
+    every token. In float32 at least: scores in half precision would be off by percents, and the
+    distribution sampled not the one scored. at [1]: the place of the next token, where every step
+    has one shape."""
 
     is_croppable = False
 
@@ -302,15 +305,11 @@ class BranchCache(DynamicLayer):
         self, prompt: DynamicLayer, valid: Tensor, n: int, room: int, at: Tensor | None = None
     ):
         super().__init__()
-        # wide: scores in half precision would be off by percents, and the distribution sampled not
-        # the one scored
         self.prompt = (at_least_float32(prompt.keys), at_least_float32(prompt.values))
         self.filled, self.at = 0, at
         self.is_initialized = True
         b, heads, self.before, d = prompt.keys.shape
-        self.keys, self.values = (
-            x.new_zeros(b * n, heads, room, d) for x in (prompt.keys, prompt.values)
-        )
+        self.keys, self.values = (x.new_zeros(b * n, heads, room, d) for x in self.prompt)
         hidden = valid[:, None, None] == 0
         self.hidden = hidden if hidden.any() else None  # the padding [B, 1, 1, P]
 
@@ -324,8 +323,8 @@ class BranchCache(DynamicLayer):
             self.filled = end
         else:
             end = None
-            self.keys.index_copy_(2, self.at, key_states)
-            self.values.index_copy_(2, self.at, value_states)
+            self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
+            self.values.index_copy_(2, self.at, value_states.to(self.values.dtype))
         keys = self.keys[..., :end, :]
         keys.branches = self  # what `branch_attention` needs beside them
         return keys, self.values[..., :end, :]
@@ -358,14 +357,14 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     shared = by_prompt(query) @ k.mT
     if hidden is not None:
         shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
-    own = query @ at_least_float32(key).mT
+    own = query @ key.mT
     if (at := key.branches.at) is not None:
         to_come = torch.arange(own.shape[-1], device=own.device) > at
         own = own.masked_fill(to_come, torch.finfo(own.dtype).min)
     weights = torch.cat([shared, by_prompt(own)], -1).softmax(-1)
-    own = by_completion(weights[..., p:]) @ at_least_float32(value)
+    own = by_completion(weights[..., p:]) @ value
     out = by_completion(weights[..., :p] @ v) + own
-    return out.reshape(rows, heads, d).to(value.dtype)
+    return out.reshape(rows, heads, d)
 
 
 AttentionInterface.register("shared_prefix", branch_attention)

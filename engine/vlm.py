@@ -276,6 +276,7 @@ class VLM(nn.Module):
         branches.layers = [
             BranchCache(layer, valid[:, :-1], n, max_new_tokens, at) for layer in prefill.layers
         ]
+        del prefill  # of half precision `branches` has a wide copy
 
         ids = torch.full(
             (b, n, max_new_tokens), self.processor.tokenizer.pad_token_id, device=device

@@ -101,7 +101,7 @@ FAULTS = [
     Fault("the wrong cache rows leave", "engine/vlm", "layer.keep(rows.flatten())", "layer.keep(rows.flatten().flip(0))", "same_numbers"),
     Fault("numbers stay when completions leave", "engine/vlm", "draws.gather(1, kept[..., None].expand_as(draws[:, :left]))", "draws[:, :left]", "same_numbers"),
     Fault("positions of the leaving", "engine/vlm", "delta.repeat_interleave(left)", "delta.repeat(left)", "same_numbers"),
-    Fault("weights of the prompt for own tokens", "engine/shared_prefix", "by_completion(weights[..., p:]) @ at_least_float32(value)", "by_completion(weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ at_least_float32(value)", "greedy", "vlm"),
+    Fault("weights of the prompt for own tokens", "engine/shared_prefix", "by_completion(weights[..., p:]) @ value", "by_completion(weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ value", "greedy", "vlm"),
     Fault("plain rows start one early", "engine/vlm", "hidden[:, p - 1 : -1].unflatten", "hidden[:, p - 2 : -2].unflatten", "4_d"),
     # how train.py puts them together
     Fault("targets shifted by one", "conflict", "rollouts.branches[:, -scored:][where]", "rollouts.branches.roll(1, -1)[:, -scored:][where]", "autograd_gradient", "train"),
