@@ -336,7 +336,7 @@ def describe(policy: VLM, cfg: Config) -> str:
         f"{count:,.0f} million random parameters on {policy.device}, about "
         f"{bytes_of / 1e9 + 1:.0f} GB and up to two minutes; 3 small pictures or clips, "
         f"{cfg.group_size} responses of {cfg.max_new_tokens} tokens to each; embedding and head "
-        "are one table, not trained"
+        "are one table, not trained; rewards are made up"
     )
 
 

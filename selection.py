@@ -152,6 +152,8 @@ def shared_options(cfg: Config) -> dict:
             f"share: {source} is not a run folder with a finished cold start (sft/policy)"
         )
     there = Config.in_words(yaml.safe_load(file.read_text()))
+    if there.get("merge") and there["method"] == "sft":
+        raise ConfigError(f"share: {source} has merged the adapter that RL would go on with")
     differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
     if differ:
         raise ConfigError(f"share: {source} has another cold start: {', '.join(differ)}")

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -55,6 +57,23 @@ def launch(
     if check:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
+
+
+@contextmanager
+def another_process_in(folder: Path, busy: str = "time.sleep(600)") -> Iterator[int]:
+    """A process that holds the lock of a folder and works there. Its pid. It is killed with the
+    block."""
+    held = "import os, sys, time; from pathlib import Path; from engine.files import lock"
+    held += f"; os.chdir({str(folder)!r}); kept = lock(Path('.')); print('held', flush=True)"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", f"{held}; {busy}"], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert holder.stdout.readline() == "held\n"
+    try:
+        yield holder.pid
+    finally:
+        holder.kill()
+        holder.wait()
 
 
 def places(processes: int) -> list[dict[str, str]]:

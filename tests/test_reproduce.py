@@ -357,6 +357,18 @@ def test_no_page_is_written_of_a_folder_without_results(monkeypatch, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_a_second_reproduction_beside_a_first_is_refused(monkeypatch, tmp_path):
+    """Both would work at the same arms."""
+    monkeypatch.setattr(arms, "RUNS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "--quick", "--results", str(tmp_path / "r")])
+    monkeypatch.setattr(reproduce, "run", lambda *_: pytest.fail("it began"))
+    folder = tmp_path / reproduce.code()
+    folder.mkdir()
+    with commands.another_process_in(folder) as pid:
+        with pytest.raises(SystemExit, match=f"error: .*in use by another process .{pid} on "):
+            reproduce.main()
+
+
 # --- what is kept of an arm -----------------------------------------------------------------------
 
 

@@ -8,11 +8,9 @@ import errno
 import fcntl
 import json
 import random
-import subprocess
-import sys
-from contextlib import contextmanager
 from types import SimpleNamespace
 
+import commands
 import pytest
 import torch
 
@@ -103,24 +101,10 @@ def test_what_a_killed_process_was_writing_goes_and_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "rl").iterdir()] == ["checkpoint-4"]
 
 
-@contextmanager
-def another_process_in(folder):
-    """Its pid. It ends with the block, killed."""
-    held = "import sys, time; from engine.files import lock; from pathlib import Path"
-    held += f"; kept = lock(Path({str(folder)!r})); print('held', flush=True); time.sleep(600)"
-    holder = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
-    assert holder.stdout.readline() == "held\n"
-    try:
-        yield holder.pid
-    finally:
-        holder.kill()
-        holder.wait()
-
-
 def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path):
     """A second process in a run folder would mix its lines with the first one's."""
     unfinished = tmp_path / ".data.json.unfinished"
-    with another_process_in(tmp_path) as pid:
+    with commands.another_process_in(tmp_path) as pid:
         unfinished.write_text("{")  # what the other one is writing
         with pytest.raises(run.ConfigError, match=f"in use by another process .{pid} on .*end it"):
             run_of(tmp_path)

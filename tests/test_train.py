@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from commands import launch
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, get_cosine_schedule_with_warmup
@@ -1658,6 +1659,15 @@ def test_another_cold_start_is_not_shared(finished, world, tmp_path, options, sa
     done = launch(*line, check=False)
     assert done.returncode == 1 and says in done.stderr and "Traceback" not in done.stderr
     assert not (tmp_path / "arm" / "sft").exists()
+
+
+def test_a_cold_start_whose_adapter_was_merged_is_not_shared(tmp_path):
+    """RL goes on with the adapter of its cold start, and here would put a new one beside it."""
+    there = train.Config(method="sft", lora_rank=4, merge=True)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(there)))
+    (tmp_path / "sft" / "policy").mkdir(parents=True)
+    with pytest.raises(train.ConfigError, match="has merged the adapter that RL would go on with"):
+        selection.shared_options(train.Config(lora_rank=4, share=str(tmp_path)))
 
 
 def test_only_prompts_of_the_class_are_kept(world, tmp_path):

@@ -4,14 +4,13 @@ nothing of its scenes."""
 import itertools
 import json
 import random
-import subprocess
-import sys
 import unicodedata
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import av
+import commands
 import numpy as np
 import pytest
 import torch
@@ -758,18 +757,11 @@ def test_a_folder_of_another_world_is_refused(workshop, tmp_path, there):
 
 def test_a_world_that_another_process_builds_is_waited_for(workshop, tmp_path, capfd):
     """Two runs that are started at once build one world, once."""
-    held = f"""
-import time; from pathlib import Path; from engine.files import lock
-kept = lock(Path({str(tmp_path)!r}))
-Path({str(tmp_path)!r}, "world.json").write_text({MADE!r})
-print("held", flush=True); time.sleep(2)
-for name in ("data", "judge", "policy"): Path({str(tmp_path)!r}, name).mkdir()
-"""
-    other = subprocess.Popen([sys.executable, "-c", held], stdout=subprocess.PIPE, text=True)
-    assert other.stdout.readline() == "held\n"
-    world.build(tmp_path, quiet=True)
+    (tmp_path / "world.json").write_text(MADE)
+    build = 'time.sleep(2); [Path(name).mkdir() for name in ("data", "judge", "policy")]'
+    with commands.another_process_in(tmp_path, build):
+        world.build(tmp_path, quiet=True)
     assert workshop[0] == [] and "in use by another process" in capfd.readouterr().out
-    other.wait()
 
 
 def test_a_world_of_any_seed_is_taken_where_none_is_asked_for(workshop, tmp_path):
