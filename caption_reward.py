@@ -3,14 +3,14 @@
     r_caption = 1 if judge(question, caption) is right, 0 if it is wrong, NaN if the judge failed
 
 The judge never sees the picture, so it can only be right when the caption carries what the question
-needs. A failed call is unknown, not wrong: NaN leaves the group's statistics (`grpo.total_reward`),
-where the official code scores 0 and so punishes the caption for a time-out (departure D-15). An
-empty caption is wrong without a call (D-14). The judge's reply is read after its thought
-(<think>...</think>), and leniently ("The answer is B."): it is not what is trained. A reply that
-breaks off is unknown too, as is an empty one, or a thought with nothing behind it.
+needs. A failed call is unknown, not wrong: NaN takes the group's mean (`grpo.total_reward`), where
+the official code scores 0 and so punishes the caption for a time-out (departure D-15). An empty
+caption is wrong without a call (D-14). The judge's reply is read after its thought
+(<think>...</think>), and leniently ("The answer is B."): it is not what is trained. A thought with
+nothing behind it is unknown too.
 
-A judge is any callable from a list of prompts to a list of replies, None where it failed
-(engine/judges.py: a local causal LM, or an OpenAI-compatible server).
+A judge is any callable from a list of prompts to a list of replies, None where it failed, broke off
+or said nothing (engine/judges.py: a local causal LM, or an OpenAI-compatible server).
 
 Other papers reward captions in the same way, with another judge or on other questions (KINDS):
 
@@ -156,18 +156,17 @@ class CaptionReward:
             return float("nan"), None
         return float(_is_right(question, reply, solution, problem_type)), reply
 
-    def floor(self, items: list[tuple[str, str, str]]) -> float | None:
-        """The share of the answered (question, solution, problem type) that the judge gets right
-        without a caption: the floor of the reward. None where it answered none."""
+    def floor(self, items: list[tuple[str, str, str]]) -> list[bool]:
+        """Is the judge right without a caption, for each (question, solution, problem type) that it
+        answers? The mean is the floor of the reward."""
         replies = map(
             _answer_of, self.judge([judge_prompt(question, "") for question, _, _ in items])
         )
-        right = [
+        return [
             _is_right(question, reply, solution, problem_type)
             for reply, (question, solution, problem_type) in zip(replies, items, strict=True)
             if reply is not None
         ]
-        return sum(right) / len(right) if right else None
 
 
 def _answer_of(reply: str | None) -> str | None:

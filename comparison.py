@@ -42,9 +42,9 @@ MEASURES = {  # of eval/*.json: which way is better (0: neither), and what it is
     "right, caption wrong": (
         -1,
         "right answers behind a caption that the judge cannot answer from or that names what is "
-        "not there / questions",
+        "not there / questions, without those that it gave no verdict on",
     ),
-    "both right": (1, "right answers behind any other caption / questions"),
+    "both right": (1, "right answers behind any other caption / the same questions"),
     "slope": (
         0,
         "slope of right on answerable within the sampled responses of a question, times 100: how "

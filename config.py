@@ -26,7 +26,7 @@ from engine.judges import is_url, url_problem
 from engine.options import check_field, option, parse
 from engine.run import COLLECTIVE_TIMEOUT
 
-MECHANISMS = {  # what --method stands for; each switch can be set by itself
+MECHANISMS = {  # what --method stands for; but for ovip each switch can be set by itself
     # fmt: off
     "ours": {"four_stage": True, "caption_reward": KINDS[0], "selection": True, "nce_weight": 0.01},
     "grpo": {"four_stage": False, "caption_reward": "", "selection": False, "nce_weight": 0.0},
@@ -54,7 +54,7 @@ SHARED = (  # what decides a cold start and its responses: runs that share them 
     "sft_epochs sft_batch sft_lr warmup weight_decay max_grad_norm responses max_new_tokens "
     "lenient eval_responses"
 ).split()
-MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 2  # a judge may be asked twice while other ranks wait
+MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 4  # while other ranks wait: held_out_reward, `gain`
 
 
 @dataclass

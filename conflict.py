@@ -2,7 +2,7 @@
 
     f_i = d log pi(y_i | x_i) / d head,   cos(f_i, f_j) among all prompts of the global batch
 
-`reference_branch` chooses y_i, `feature_tokens` finds the tokens of f_i in a scored micro-batch,
+`feature_branch` chooses y_i, `feature_tokens` finds the tokens of f_i in a scored micro-batch,
 and `Conflict.cosine` hands those of all prompts to `ntk_infonce`, which has the mathematics.
 
 Shapes: B prompts and G responses each in a micro-batch, T tokens, d hidden size, n prompts in the
@@ -22,7 +22,7 @@ from engine import vlm
 DENSE_LOGITS = 2**26  # numbers; with more, Eq. 4 takes the vocabulary in chunks
 
 
-def reference_branch(
+def feature_branch(
     feature: str,
     policy: vlm.VLM,
     rolls: vlm.Completions,
@@ -57,8 +57,8 @@ def feature_tokens(rollouts, scores: vlm.TokenScores, feature: str) -> tuple[Ten
         segment = prompts[:, None].expand_as(where)[where]
         return scores.prompt[where], torch.ones_like(segment), segment, segment
     mask = rollouts.mask.unflatten(0, (len(prompts), -1))
-    scored = scores.logp.shape[1]  # all branches, or the reference branch only
-    weights = ntk_infonce.feature_weights(feature, mask, rollouts.adv, rollouts.reference_mask)
+    scored = scores.logp.shape[1]  # all branches, or the last one only
+    weights = ntk_infonce.feature_weights(feature, mask, rollouts.adv, rollouts.feature_mask)
     weights = weights[:, : rollouts.branches.shape[1]][:, -scored:]
     where = weights != 0
     segment = prompts[:, None, None].expand_as(where)[where]

@@ -7,9 +7,9 @@ usual. The paper (arXiv 2604.03179) takes away one modality at a time:
     RI  `random_media`  the picture is another sample's
     TR  `remove_text`   the text has lost its conditions and its question
 
-`blur`, `occlude`, `mislead` and `mismatch` are not the paper's. A second note on it names such
-corruptions, and they are common elsewhere. `corrupt` does any of them to rows of a dataset:
-train.py --corrupt_train trains on them, and eval.py --stress tests on them.
+`blur`, `occlude` and `mislead` are not the paper's. A second note on it names such corruptions, and
+they are common elsewhere. `corrupt` does any of them to rows of a dataset: train.py --corrupt_train
+trains on them, and eval.py --stress tests on them.
 
 Media are PIL images, a clip is a list of them. Draws are a function of (seed, id) and the pool that
 is drawn from, so a sample is corrupted alike in every epoch and on every process. Inputs are never
@@ -29,7 +29,6 @@ from PIL import Image, ImageFilter
 import answers
 
 Media = Image.Image | list[Image.Image]
-Other = TypeVar("Other")
 Row = TypeVar("Row")  # engine.rows.Sample
 
 KINDS = ("blank", "random_media", "remove_text", "blur", "occlude", "mislead")
@@ -56,16 +55,19 @@ def blank(media: Media) -> Media:
     return _each(media, lambda image: Image.new("RGB", image.size, GREY))
 
 
-def random_media(media: Media, pool: Sequence[tuple[str, Media]], seed: int, id: str) -> Media:
-    """RI: the media of another sample, at their own size; for a clip those of a clip.
+def random_media(pool: Sequence[tuple[Hashable, Row]], own: Hashable, seed: int, id: str) -> Row:
+    """RI: the row whose media this one is shown.
 
-    pool: (id, media) of the samples to draw from, this one among them or not, in any order. Raises
-    ValueError where it holds no other sample of this kind.
+    pool: (what a row shows, row) of those with as many media of this kind, in a fixed order. From a
+    drawn place on, the first that shows another thing than `own` is taken. Raises ValueError where
+    there is none.
     """
-    clip = isinstance(media, list)
-    some = [(name, other) for name, other in pool if isinstance(other, list) == clip]
-    what = "no other sample with a " + ("clip" if clip else "picture")
-    return _another(sorted(some, key=_name), seed, id, what, lambda name, _: name == id)
+    start = _rng(seed, id, "another").randrange(len(pool)) if pool else 0
+    for k in range(len(pool)):
+        shown, row = pool[(start + k) % len(pool)]
+        if shown != own:
+            return row
+    raise ValueError(f"{id}: there are no other media of its kind")
 
 
 def remove_text(problem: str) -> str:
@@ -240,37 +242,6 @@ def _same(one: str, two: str) -> bool:
     )
 
 
-def mismatch(pool: Sequence[tuple[str, Other]], seed: int, id: str) -> Other:
-    """The question of another sample (whatever the pool of (id, question) holds for one), to be
-    asked about this sample's media. Raises ValueError where there is no other sample.
-
-    It joins foreign questions and media, as `random_media` does from the other side. So `corrupt`
-    has no kind of this name.
-    """
-    what = "no other sample with a question"
-    return _another(sorted(pool, key=_name), seed, id, what, lambda name, _: name == id)
-
-
-def _name(entry: tuple[str, Other]) -> str:
-    return entry[0]
-
-
-def _another(
-    pool: Sequence[tuple[str, Other]],
-    seed: int,
-    id: str,
-    what: str,
-    is_own: Callable[[str, Other], bool],
-) -> Other:
-    """One of a sorted pool that is not the sample's own: the first such from a drawn place on."""
-    start = _rng(seed, id, "another").randrange(len(pool)) if pool else 0
-    for k in range(len(pool)):
-        name, other = pool[(start + k) % len(pool)]
-        if not is_own(name, other):
-            return other
-    raise ValueError(f"{id}: the pool holds {what}")
-
-
 # --- rows of a dataset ----------------------------------------------------------------------------
 
 BLUR = 0.05  # sigma, of the shorter side of a picture
@@ -293,18 +264,21 @@ def corrupt(
     """
     if kind not in (*KINDS, NO_MEDIA):
         raise ValueError(f"{kind!r} is none of {', '.join(KINDS)}")
+
+    def media_of(row: Row) -> tuple[str, int]:
+        return row.data_type, len(row.media)
+
     pools = defaultdict(list)  # rows that could lend each other their media
     shown = {row.id: picture(row) for row in rows} if kind == "random_media" else {}
     for row in sorted(rows, key=lambda row: row.id) if shown else ():
-        pools[row.data_type, len(row.media)].append((shown[row.id], row))
+        pools[media_of(row)].append((shown[row.id], row))
     found, left_out = [], defaultdict(list)
     for row in rows:
         if share < 1 and _rng(seed, row.id, "share").random() >= share:
             found.append(row)
             continue
         try:
-            pool = pools[row.data_type, len(row.media)]
-            found.append(_corrupted(row, kind, seed, pool, shown.get(row.id)))
+            found.append(_corrupted(row, kind, seed, pools[media_of(row)], shown.get(row.id)))
         except ValueError as error:
             left_out[str(error).removeprefix(f"{row.id}: ")].append(row.id)
     notes = [
@@ -327,8 +301,7 @@ def _corrupted(row: Row, kind: str, seed: int, pool: list, own: Hashable) -> Row
             raise ValueError(f"{row.id}: the rule finds nothing to remove in its text")
         return replace(row, problem=problem)
     if kind == "random_media":
-        what = "no other media of its kind"
-        other = _another(pool, seed, row.id, what, lambda shown, _: shown == own)
+        other = random_media(pool, own, seed, row.id)
         # what a caption can name is what is shown
         shown = {"media": other.media, "sizes": other.sizes, "objects": other.objects}
         return replace(row, **shown, relevant=None)

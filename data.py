@@ -54,7 +54,6 @@ from engine.files import read_rows, undecoded, whole
 from engine.loader import media_parts
 from engine.media import trace
 from engine.media_check import Checked
-from engine.media_check import check_media as _check_media  # noqa: F401, to check one file
 from engine.rows import FIELDS, MARK, Sample, columns_of, read_row
 from engine.video import frames_taken
 
@@ -65,7 +64,7 @@ LIMITS = SimpleNamespace(  # of `check`; the defaults of config.Config
     fps=2.0,
     max_frames=16,
     max_prompt_tokens=0,
-    max_new_tokens=0,
+    max_new_tokens=40,
 )
 SUFFIXES = (".json", ".jsonl", ".parquet")
 

@@ -222,7 +222,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "prompt for thinking and answer only (default for such a run)")
     add("--limit", type=int, default=0, help="first rows of each benchmark only (0: all)")
     add("--sample", action="store_true", help="sample at T = 1 instead of greedy responses")
-    add("--seed", type=int, default=0, help="of --sample")
+    add("--seed", type=int, default=0, help="of --sample and --responses")
     add("--judge", help=
         "causal LM, or URL: captions (--data), or what no rule decides (--benchmarks)")
     add("--judge_model", default="", help=

@@ -26,7 +26,8 @@ def total_reward(components: dict[str, Tensor], weights: dict[str, float]) -> Te
     """r = sum_c w_c r_c, weights by name (D-13).   dict of [B, G] -> [B, G]
 
     NaN is "unknown": it takes that component's mean over the group, so that it neither rewards nor
-    punishes. Where a component is unknown for a whole group it adds nothing.
+    punishes, and the response keeps its other components (D-15). Where a component is unknown for a
+    whole group it adds nothing.
     """
     total = 0.0
     for name, reward in components.items():

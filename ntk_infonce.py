@@ -99,12 +99,12 @@ def learning_dynamics(
 # --- f_i and their cosines ------------------------------------------------------------------------
 
 
-def feature_weights(choice: str, mask: Tensor, adv: Tensor, reference_mask: Tensor) -> Tensor:
+def feature_weights(choice: str, mask: Tensor, adv: Tensor, own_mask: Tensor) -> Tensor:
     """w of f_i = sum_gt w_igt grad_W log pi(y_igt | x_i), for a choice of y_i in FEATURES.
     [B, G, T], [B, G], [B, T] -> [B, G + 1, T]
 
-    mask: the tokens of the G responses. reference_mask: those of the reference branch, which holds
-    the reference answer or the greedy response and gets the last weights. f is linear in h, so
+    mask: the tokens of the G responses. own_mask: those of a y_i that is none of them (the
+    reference answer or the greedy response), which gets the last weights. f is linear in h, so
     `gradient_cosine` of w h in place of h gives the weighted gradient; the chunked form takes w as
     `scale`. The first of equally good responses is `best`. A tied group has no `advantage` feature:
     all its weights are 0.
@@ -113,22 +113,22 @@ def feature_weights(choice: str, mask: Tensor, adv: Tensor, reference_mask: Tens
     if choice not in choices:
         raise ValueError(f"choice must be one of {', '.join(choices)}, got {choice!r}")
     fits = mask.ndim == 3 and mask.shape[:2] == adv.shape and mask.shape[1] > 0
-    if not fits or reference_mask.shape != mask.shape[::2]:
+    if not fits or own_mask.shape != mask.shape[::2]:
         raise ValueError(
             f"mask [B, G, T] {tuple(mask.shape)}, adv [B, G] {tuple(adv.shape)} and "
-            f"reference_mask [B, T] {tuple(reference_mask.shape)} do not fit together, or G is 0"
+            f"own_mask [B, T] {tuple(own_mask.shape)} do not fit together, or G is 0"
         )
     # of the *mean* log-prob of a response
     per_token = mask / mask.sum(-1, keepdim=True).clamp_min(1)
-    weights, reference = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])
+    weights, own = torch.zeros_like(per_token), torch.zeros_like(per_token[:, 0])
     if choice == "best":
         best = adv.argmax(1)[:, None, None].expand(-1, 1, mask.shape[2])
         weights = weights.scatter(1, best, per_token.gather(1, best))
     elif choice == "advantage":
         weights = adv[..., None] * per_token
     else:
-        reference = reference_mask / reference_mask.sum(-1, keepdim=True).clamp_min(1)
-    return torch.cat([weights, reference[:, None].to(weights)], 1)
+        own = own_mask / own_mask.sum(-1, keepdim=True).clamp_min(1)
+    return torch.cat([weights, own[:, None].to(weights)], 1)
 
 
 def gradient_cosine(
@@ -194,10 +194,10 @@ def gradient_cosine_chunked(
     ).logsumexp(0)
     norm = torch.logaddexp(others, (hidden * weight[targets]).sum(-1) + bias[targets])
     rest = (others - norm).exp()  # 1 - pi_y
-    grams = [
+    grams = (  # one at a time
         checkpoint(gram, hidden, w, b, norm, rest, first, use_reentrant=False)
         for w, b, first in chunks
-    ]
+    )
     return _normalised(sum(grams), hidden if scale is None else hidden * scale[:, None], segment, n)
 
 

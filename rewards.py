@@ -34,7 +34,8 @@ NAMES: dict[str, Iterable[str]] = {}  # of the rewards of --reward, after its fi
 def reward(
     micro_batches: list, judge: CaptionReward | None, cfg
 ) -> list[tuple[dict[str, Tensor], list]]:
-    """For each micro-batch the rewards of every response, by name [B, G], and the judge's replies.
+    """For each micro-batch (its samples and text) the rewards of every response, by name [B, G],
+    and the judge's replies.
 
     accuracy, format and, with the Caption Reward, caption and leak (D-14), and those of --reward.
     The judge is asked once for all.
@@ -171,7 +172,6 @@ def _rewards(m, stages: list, verdicts: list, cfg) -> tuple[dict[str, Tensor], l
         rewards["leak"] = 0.0 - torch.tensor(leaks).float().view(shape)
     if cfg.reward:
         rewards |= _custom_rewards(m, cfg)
-    rewards = {name: table.to(m.mask.device) for name, table in rewards.items()}
     return rewards, [replies[i : i + n] for i in range(0, len(replies), n)]
 
 

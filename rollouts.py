@@ -17,7 +17,7 @@ import data
 import grpo
 import reasoning
 from caption_reward import CaptionReward
-from conflict import reference_branch
+from conflict import feature_branch
 from engine import ConfigError, vlm
 from engine.learner import Learner, Reference
 from engine.run import Run
@@ -29,9 +29,9 @@ from rewards import reward, reward_judge, rewards_as_json, total
 class Rollouts:
     """B prompts of one micro-batch with their G responses, and what training adds to them.
 
-    branches [B, G + 1, T]: the ids of the responses and, last, of the reference branch of Eq. 4 (no
-    such branch where f_i needs none), right-padded. mask [B * G, T] and reference_mask [B, T]: the
-    tokens that count. old_logp, ref_logp [B * G, T]. numbers: (sum, count) of each metric, by name.
+    branches [B, G + 1, T]: the ids of the responses and, last, of the y_i of Eq. 4 (no such branch
+    where y_i is a response), right-padded. mask [B * G, T] and feature_mask [B, T]: the tokens that
+    count. old_logp, ref_logp [B * G, T]. numbers: (sum, count) of each metric, by name.
     inputs: the prompts [B, P] with their media. `rollouts[rows]`: those of some of its prompts.
     """
 
@@ -41,7 +41,7 @@ class Rollouts:
     ended: Tensor
     branches: Tensor
     mask: Tensor
-    reference_mask: Tensor
+    feature_mask: Tensor
     ref_logp: Tensor | None = None
     old_logp: Tensor | None = None
     rewards: dict[str, Tensor] = field(default_factory=dict)
@@ -74,8 +74,8 @@ class Rollouts:
     @property
     def scored_mask(self) -> Tensor:
         """The tokens of `branches` that count [B, G + 1, T]."""
-        reference = self.reference_mask[:, None][:, : self.branches.shape[1] - self.adv.shape[1]]
-        return torch.cat([self.mask.unflatten(0, self.adv.shape), reference], 1)
+        last = self.feature_mask[:, None][:, : self.branches.shape[1] - self.adv.shape[1]]
+        return torch.cat([self.mask.unflatten(0, self.adv.shape), last], 1)
 
     def passes(self, n: int) -> list["Rollouts"]:
         """With n responses of each prompt at a time (0: all); y_i is in the last."""
@@ -154,8 +154,8 @@ def roll_out(
 ) -> Rollouts:
     """Sample n responses (0: G) to each prompt, at T = 1 but in OViP.
 
-    The draws follow from (seed, step, prompt) alone. feature: of Eq. 4, where it is on; the
-    reference branch is its.
+    The draws follow from (seed, step, prompt) alone. feature: --nce_feature where Eq. 4 is on. It
+    says what y_i is, and so what the last branch holds.
     """
     n, length = n or cfg.group_size, cfg.max_new_tokens
 
@@ -167,7 +167,7 @@ def roll_out(
     rolls = policy.generate(
         inputs, n, length, draws=draws, temperature=cfg.temperature, top_p=cfg.top_p
     )
-    branch = reference_branch(feature, policy, rolls, inputs, samples, length)
+    branch = feature_branch(feature, policy, rolls, inputs, samples, length)
     longest = max(rolls.ids.shape[-1], branch[0].shape[-1])
     ids, mask, branch_ids, branch_mask = (
         pad(x, (0, longest - x.shape[-1])) for x in (rolls.ids, rolls.mask, *branch)
@@ -179,7 +179,7 @@ def roll_out(
         ended=rolls.ended,
         branches=torch.cat([ids, branch_ids], 1),
         mask=mask.flatten(0, 1),
-        reference_mask=branch_mask[:, 0],
+        feature_mask=branch_mask[:, 0],
     )
 
 
@@ -193,8 +193,8 @@ def refer(micro_batches: list[Rollouts], reference: Reference) -> None:
 def explore(
     batch: list[data.Sample], learner: Learner, reference: Reference, judge: CaptionReward | None
 ) -> list[Rollouts]:
-    """G responses to each prompt, their rewards and advantages: to all prompts at a time, or as
-    many as fit, in the micro-batches of the update."""
+    """G responses to each prompt with rewards and advantages, in the micro-batches of the update.
+    All prompts are sampled at a time, or as many as fit."""
     cfg, run, policy = learner.cfg, learner.run, learner.policy
     n = learner.rows_at_once(len(batch))
     if n < len(batch):  # prompts of a length together
@@ -211,7 +211,7 @@ def explore(
     found = reward(micro_batches, reward_judge(judge, policy, cfg), cfg)
     for m, (rewards, replies) in zip(micro_batches, found):
         m.rewards, m.replies = rewards, replies  # accuracy, format, caption   [B, G] each
-        m.adv = grpo.group_advantages(total(m.rewards, cfg))
+        m.adv = grpo.group_advantages(total(m.rewards, cfg)).to(m.mask.device)
     return micro_batches
 
 

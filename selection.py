@@ -135,7 +135,7 @@ def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Con
             "id": sample.id,
             "known": int(stats.count[i]),
             "mean": round(stats.mean[i].nan_to_num(0.0).item(), 6),
-            "variance": round(stats.variance[i].item(), 6),
+            "variance": float(f"{stats.variance[i].item():.6g}"),
             "class": variance_select.classify(stats.mean[i].item(), stats.variance[i].item(), best),
             **rewards_as_json(rewards, i),
         }
@@ -152,7 +152,7 @@ def shared_options(cfg: Config) -> dict:
             f"share: {source} is not a run folder with a finished cold start (sft/policy)"
         )
     there = Config.in_words(yaml.safe_load(file.read_text()))
-    if there.get("merge") and there["method"] == "sft":
+    if there.get("merge") and there["lora_rank"] and there["method"] == "sft":
         raise ConfigError(f"share: {source} has merged the adapter that RL would go on with")
     differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
     if differ:

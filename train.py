@@ -232,7 +232,7 @@ def held_out_reward(
         said = measures.respond(
             policy, some, cfg.four_stage, cfg.max_new_tokens, cfg.fps, cfg.max_frames
         )
-        return SimpleNamespace(samples=some, text=[[text] for text in said], mask=torch.zeros(1))
+        return SimpleNamespace(samples=some, text=[[text] for text in said])
 
     micro_batches = run.local_micro_batches(run.shard(rows), cfg.eval_batch, respond)
     judge = reward_judge(judge, policy, cfg)
@@ -366,13 +366,15 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     journal = judges.Journal(run.folder / "judge" / f"{run.rank}.jsonl", name)
     run.accelerator.wait_for_everyone()  # all have read what there was before one writes
     asked, few = CaptionReward(judge, journal), sets["train"][: 4 * JUDGE_TRIAL : 4]
-    floor = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
-    tried = counted(len(few), "question")
-    if floor is None:
+    right = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
+    tried, lost = counted(len(few), "question"), len(few) - len(right)
+    if not right:
         raise ConfigError(
             f"judge: {judge} answered none of {tried}. Its last error: {judge.last_error}"
         )
-    run.say(f"judge: {name}, right on {floor:.0%} of {tried} without a caption")
+    but = f". It answered all but {lost}. Its last error: {judge.last_error}" if lost else ""
+    floor = sum(right) / len(right)
+    run.say(f"judge: {name}, right on {floor:.0%} of {tried} without a caption{but}")
     if scores:
         preference.try_scores(judge, few[:4])
     if refused := getattr(judge, "refused", None):

@@ -6,12 +6,14 @@ checkpoint      the state of a stage, complete or absent
 vlm             Qwen2.5-VL: encode, generate, score
 pretrained      what a model folder or hub id holds, checked and loaded
 shared_prefix   the prompt once for all its responses, exactly
+static_decode   decoding in steps of one shape, which a GPU can record
 judges          a text-only LLM: local, or behind a URL
 media, video    pictures and clips, read as they are seen
 memory          what a run needs of each GPU, computed
 media_check     every file opened once, before any model is loaded
 loader          the media of rows, read ahead by worker processes
 rows            one row of a dataset, checked
+options         a dataclass as a command line
 files           tables, JSON lines, atomic writes
 """
 

@@ -81,8 +81,8 @@ class Learner:
         self.result = self.folder / "policy"
         self.finished = run.from_main(self.result.exists)
         self.step, self.size, self.losses = 0, None, []
-        # skipped updates in a row before this one, and in this one
-        self.skipped = self.left_out = 0
+        # updates in a row before this one, and iterations of this one
+        self.skipped_before = self.skipped = 0
         self.extra: dict[str, Any] = {}  # what else the rest of the stage depends on, as JSON
         self.gradient_norm = self.rate = math.nan  # of the last update
         self.policy = None
@@ -144,17 +144,13 @@ class Learner:
         shards = read_ahead([run.shard(batch) for batch in left], self.cfg)
         for batch, shard in zip(left, shards):
             self.step += 1
-            self.skipped, self.left_out = self.skipped + 1 if self.left_out else 0, 0
+            self.skipped_before, self.skipped = self.skipped_before + 1 if self.skipped else 0, 0
             self.ids = [sample.id for sample in batch]
             self.gradient_norm = self.rate = math.nan  # until an update
             run.reseed(self.stage, self.step)
             yield self.step, shard
             self.bar.update()
-            if (
-                self.step % self.cfg.save_every == 0
-                and self.step < self.steps
-                and not self.left_out
-            ):
+            if self.step % self.cfg.save_every == 0 and self.step < self.steps and not self.skipped:
                 self._save_checkpoint()
 
     def _rows(self, n: int, size: int) -> Iterator[int]:
@@ -224,7 +220,7 @@ class Learner:
         if run.all_reduce(torch.tensor(bad, device=run.device)) == 0:
             self.optimizer.step()
         else:
-            self.left_out += 1
+            self.skipped += 1
             run.append(file, [{"step": self.step, "ids": self.ids}])
             run.say(
                 f"{self.stage} {self.step}: non-finite loss or gradient; update skipped, its rows "
@@ -234,10 +230,11 @@ class Learner:
             self.schedule.step()
         self.optimizer.zero_grad()
         self.losses = []
-        if self.left_out and self.skipped + 1 >= cfg.max_skipped:
+        in_a_row = self.skipped_before + 1
+        if self.skipped and in_a_row >= cfg.max_skipped:
             again = f"--model {self.base} --sft_steps 0 " if self.stage == "rl" else ""
             raise Diverged(
-                f"{self.stage}: {counted(self.skipped + 1, 'update')} in a row had a non-finite "
+                f"{self.stage}: {counted(in_a_row, 'update')} in a row had a non-finite "
                 f"loss or gradient; their rows are in {file}. Give a lower --{self.stage}_lr or "
                 f"--max_grad_norm, or other rows, and another folder: {again}--output_dir NEW. "
                 "The last checkpoint is from before them"
@@ -248,7 +245,7 @@ class Learner:
         screen."""
         metrics = self.run.average(numbers) | {"grad_norm": self.gradient_norm, "lr": self.rate}
         metrics = {"step": self.step, **finite(metrics)}
-        metrics |= {"skipped": self.left_out} if self.left_out else {}
+        metrics |= {"skipped": self.skipped} if self.skipped else {}
         self.run.append(self.folder / "metrics.jsonl", [metrics])
         self.run.track(self.stage, metrics, self.step)
         if show:

@@ -1,4 +1,4 @@
-"""One run: its processes, its folder and its screen. The only file that reads launch files.
+"""One run: its processes, its folder and its screen. What a launch file says is read here.
 
 `accelerate launch` (configs/accelerate/) decides how the processes share the work. A step is the
 same code everywhere:
@@ -52,7 +52,7 @@ from engine import ConfigError, is_out_of_memory, reason
 from engine.files import lock, read_jsonl, rewrite, to_jsonl
 from engine.judges import is_url
 
-# at least twice the judge's deadline, for which other ranks wait
+# other ranks wait for one that asks a judge: for up to four times its deadline
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 

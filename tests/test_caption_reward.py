@@ -9,6 +9,7 @@ import math
 import os
 import signal
 import socket
+import statistics
 import threading
 import time
 from collections import Counter
@@ -307,9 +308,9 @@ def test_a_reply_cut_off_at_its_thought_is_unknown(reply):
     table["red"] = "A"
     assert reward([item("red")]) == [(1.0, "A")]  # asked again
     judge.table = {"red": reply, "blue": "A"}
-    assert reward.floor([("red?", "A", "OCR"), ("blue?", "A", "OCR")]) == 1.0
+    assert reward.floor([("red?", "A", "OCR"), ("blue?", "A", "OCR")]) == [True]
     judge.table = {"red": reply}
-    assert reward.floor([("red?", "A", "OCR")]) is None
+    assert reward.floor([("red?", "A", "OCR")]) == []
 
 
 @pytest.mark.parametrize(
@@ -456,8 +457,8 @@ def test_the_floor_is_what_the_judge_knows_without_a_caption():
         ("Lost?", "A", "OCR"),
     ]
     judge = CountingJudge({"Is it red?": "A.", "Is it blue?": "B"})
-    assert CaptionReward(judge).floor(items) == 0.5
-    assert CaptionReward(CountingJudge({})).floor(items) is None
+    assert statistics.mean(CaptionReward(judge).floor(items)) == 0.5
+    assert CaptionReward(CountingJudge({})).floor(items) == []
 
 
 # --- a real server that speaks the OpenAI chat-completions API ------------------------------------
@@ -597,7 +598,7 @@ def test_a_late_server_gives_none_in_time(server):
 def test_at_the_deadline_what_is_there_is_kept(server):
     """What is there at the deadline is kept. The rest is given up."""
     server.answer = lambda prompt: (
-        time.sleep(3 if prompt == "slow" else 0)
+        time.sleep(8 if prompt == "slow" else 0)
         or (
             200,
             "application/json",
@@ -605,12 +606,12 @@ def test_at_the_deadline_what_is_there_is_kept(server):
         )
     )
     start = time.monotonic()
-    assert judges.EndpointJudge(server.url, "m", deadline=0.7)(["a", "slow", "b"]) == [
+    assert judges.EndpointJudge(server.url, "m", deadline=3)(["a", "slow", "b"]) == [
         "a",
         None,
         "b",
     ]
-    assert time.monotonic() - start < 2
+    assert time.monotonic() - start < 7
 
 
 def test_no_more_calls_at_a_time_than_asked_for(server):
@@ -1206,6 +1207,14 @@ def test_a_judge_that_answers_nothing_ends_a_run_with_its_error(server, opened):
         str(caught.value)
         == f"judge: m at {server.url} answered none of 2 questions. Its last error: {words}"
     )
+
+
+def test_a_judge_that_answers_some_says_how_many_and_why(server, opened):
+    replies = iter([(200, "application/json", completion("B")), (404, "text/plain", "gone")])
+    opened(lambda prompt: next(replies), judge_concurrency=1)
+    [said] = opened.said
+    assert said.startswith("judge: m, right on 0% of 2 questions without a caption. ")
+    assert "It answered all but 1. Its last error: 404 gone" in said
 
 
 def test_one_option_bounds_what_any_judge_says(server, opened, scripted):

@@ -120,7 +120,7 @@ def test_rows_about_one_picture_do_not_lend_it_to_each_other():
     lend = partial(corruption.corrupt, kind="random_media", seed=0, picture=data.picture_of)
     found, notes = lend(alike)
     assert not found
-    assert notes == ["4 rows left out: the pool holds no other media of its kind (0, 1, 2)"]
+    assert notes == ["4 rows left out: there are no other media of its kind (0, 1, 2)"]
     assert len(lend([*alike, rows(2)[1]])[0]) == 5
 
 

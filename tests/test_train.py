@@ -718,7 +718,7 @@ def test_the_passes_of_a_batch_add_up_for_every_choice_of_f(world, feature, sket
             part = rollouts.roll_out(batch[rows], policy, cfg, feature=feature)
             part.branches, part.adv = whole.branches[rows], adv[rows]
             part.mask = whole.mask.unflatten(0, (5, 3))[rows].flatten(0, 1)
-            part.reference_mask = whole.reference_mask[rows]
+            part.feature_mask = whole.feature_mask[rows]
             parts, start = [*parts, part], start + size
         policy.zero_grad()
         conflict = train.Conflict(parts, policy, cfg)
@@ -1447,11 +1447,11 @@ def test_options_may_be_spelt_with_hyphens():
 
 
 def test_defaults_are_the_same_wherever_they_stand():
-    """data.py check and eval.py have the defaults of training, but for the longest response."""
-    defaults = train.Config()
-    for values in (vars(data.LIMITS), evaluation.INHERITED):
-        shared = {name: value for name, value in values.items() if name != "max_new_tokens"}
-        assert shared == {name: getattr(defaults, name) for name in shared}
+    """data.py check and eval.py have the defaults of training, eval.py but for the longest
+    response."""
+    evaluated = {**evaluation.INHERITED, "max_new_tokens": train.Config.max_new_tokens}
+    for values in (vars(data.LIMITS), evaluated):
+        assert values == {name: getattr(train.Config(), name) for name in values}
 
 
 def test_a_loader_s_error_is_one_line_unless_memory_is_short(monkeypatch):
