@@ -161,17 +161,14 @@ def policy_gradient(micro_batches: list[Rollouts], learner: Learner, options: di
     cfg = learner.cfg
     conflict = Conflict(micro_batches, learner.policy, cfg, learner.run, learner.step)
     for i, m in enumerate(micro_batches):
-        passes = m.passes(cfg.completions_per_pass)
-        prefix = learner.prefix(m.inputs) if len(passes) > 1 else None
-        for part in passes:
-            scores = learner.model(m.inputs, part.branches, part.scored_mask, prefix)
+        for part, scores, is_last in learner.passes(m):
             logp = scores.logp[:, : part.adv.shape[1]].flatten(0, 1)  # [B * G, T]
             part.old_logp = logp.detach() if part.old_logp is None else part.old_logp
             loss, part.stats = grpo.grpo_loss(  # Eq. 1
                 logp, part.old_logp, part.adv.flatten(), part.mask, part.ref_logp, **options
             )
             nce = loss.new_zeros(())
-            if cfg.nce_weight and part is passes[-1]:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head
+            if cfg.nce_weight and is_last:  # Eq. 4, f_i = d log pi(y_i | x_i) / d head
                 cosine = conflict.cosine(i, scores)  # among all prompts of the global batch
                 tau = cfg.tau
                 if cfg.tau_quantile:
@@ -181,10 +178,7 @@ def policy_gradient(micro_batches: list[Rollouts], learner: Learner, options: di
                 )
             learner.backward(loss + cfg.nce_weight * nce)
             part.record(scores, loss, nce)
-        if prefix:
-            prefix.backward()
-        m.collect(passes)
-        scores = prefix = part = None  # before the next prompts run
+        part = scores = None  # before the next prompts run
 
 
 def prefer(

@@ -24,8 +24,7 @@ from engine.files import read_jsonl
 from engine.loader import read_ahead
 from engine.pretrained import open_policy
 from engine.run import Run, finite
-from engine.shared_prefix import Prefix
-from engine.vlm import REFERENCE, VLM
+from engine.vlm import REFERENCE, VLM, TokenScores
 
 
 class Diverged(RuntimeError):
@@ -194,11 +193,20 @@ class Learner:
         run.average_gradients(self._slots())
         return tried
 
-    def prefix(self, inputs: BatchFeature) -> Prefix:
-        """The prompts, run once for several passes; its `backward` comes after theirs."""
-        hidden, found = self.model.prefix(inputs)
-        found.cut(hidden)
-        return found
+    def passes(self, rollouts) -> Iterator[tuple[Any, TokenScores, bool]]:
+        """A micro-batch with its scores, and whether it is the last: all of it, or
+        --completions_per_pass responses at a time behind prompts that run once. Each is to call
+        `backward`."""
+        parts, prefix = rollouts.passes(self.cfg.completions_per_pass), None
+        if len(parts) > 1:
+            hidden, prefix = self.model.prefix(rollouts.inputs)
+            prefix.cut(hidden)
+        for part in parts:
+            scores = self.model(rollouts.inputs, part.branches, part.scored_mask, prefix)
+            yield part, scores, part is parts[-1]
+        if prefix:
+            prefix.backward()
+        rollouts.collect(parts)
 
     def backward(self, loss: Tensor) -> None:
         """Add to the gradients. `loss` is this rank's part of the loss of the global batch;

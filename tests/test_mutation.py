@@ -174,7 +174,7 @@ FAULTS = [
     Fault("an adapter is always merged", "engine/pretrained", "if full or not stays(", "if True or not stays(", "stays_one", "vlm"),
     Fault("the reference of LoRA is always the base", "engine/vlm", "if REFERENCE in adapters:", "if False:", "stays_one", "vlm"),
     Fault("every part has the first pictures", "engine/vlm", "sum(tokens[: rows.start]), sum(tokens[rows])", "0, sum(tokens[rows])", "rows_of_a_batch", "vlm"),
-    Fault("the prompt's part of the gradient is lost", "train", "            prefix.backward()", "            pass", "written_out", "train"),
+    Fault("the prompt's part of the gradient is lost", "engine/learner", "            prefix.backward()", "            pass", "written_out", "train"),
     Fault("Eq. 4 in every pass", "train", " and part is passes[-1]", "", "written_out", "train"),
     Fault("two processes in a run folder", "engine/run", "if refused := self.from_main(self._lock):", "if refused := None:", "folder_in_use", "run"),
     Fault("LoRA's scale is 1", "engine/pretrained", "lora_alpha=2 * lora_rank", "lora_alpha=lora_rank", "adapter_adds", "vlm"),
