@@ -60,7 +60,7 @@ def dry_run(cfg: Config) -> None:
     begun = time.time()
     processes, sharded, of_launch = launch_of(cfg)
     resumes = has_begun(Path(cfg.output_dir), cfg)
-    if cfg.share:
+    if cfg.share and not resumes:
         shared_options(cfg)
     config, processor, of_model = model_of(cfg)
     sizes, prompt, of_data = rows_of(cfg, config, processor, processes)

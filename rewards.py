@@ -134,7 +134,7 @@ def _custom_rewards(m, cfg) -> dict[str, Tensor]:
             f"({Path(line.filename).name}, line {line.lineno})"
         ) from error
     try:
-        tables = {name: torch.as_tensor(table).float() for name, table in found.items()}
+        tables = {name: torch.as_tensor(table).float().cpu() for name, table in found.items()}
     except (AttributeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"reward: {cfg.reward} must return a dict of names to [B, G] numbers ({error})"

@@ -124,7 +124,8 @@ def _selected(
 def score_lines(samples: list[data.Sample], rewards: dict[str, Tensor], cfg: Config) -> list[dict]:
     """Lines of select/scores.jsonl, one per prompt: statistics of the total reward, class, every
     reward."""
-    reward = total(rewards, cfg)
+    # in double precision, so that round-off parts no prompts of equal variance
+    reward = total({name: table.double() for name, table in rewards.items()}, cfg)
     # a mean in place of an unknown one would lower the variance
     if cfg.reward_weights.get("caption"):
         reward = reward.masked_fill(rewards["caption"].isnan(), math.nan)
@@ -152,7 +153,8 @@ def shared_options(cfg: Config) -> dict:
             f"share: {source} is not a run folder with a finished cold start (sft/policy)"
         )
     there = Config.in_words(yaml.safe_load(file.read_text()))
-    if there.get("merge") and there["lora_rank"] and there["method"] == "sft":
+    merged = there.get("merge") and there["lora_rank"] and there["method"] == "sft"
+    if merged and cfg.method != "sft":
         raise ConfigError(f"share: {source} has merged the adapter that RL would go on with")
     differ = [f"{k}: {there.get(k)!r}" for k in SHARED if there.get(k) != getattr(cfg, k)]
     if differ:

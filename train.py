@@ -361,13 +361,14 @@ def open_judge(sets: dict[str, list[data.Sample]], cfg: Config, run: Run) -> Cap
     run.accelerator.wait_for_everyone()  # all have read what there was before one writes
     asked, few = CaptionReward(judge, journal), sets["train"][: 4 * JUDGE_TRIAL : 4]
     right = asked.floor([(s.question, s.answer, s.problem_type) for s in few])
-    tried, lost = counted(len(few), "question"), len(few) - len(right)
     if not right:
         raise ConfigError(
-            f"judge: {judge} answered none of {tried}. Its last error: {judge.last_error}"
+            f"judge: {judge} answered none of {counted(len(few), 'question')}. "
+            f"Its last error: {judge.last_error}"
         )
-    but = f". It answered all but {lost}. Its last error: {judge.last_error}" if lost else ""
-    floor = sum(right) / len(right)
+    floor, tried = sum(right) / len(right), counted(len(right), "question")
+    lost = len(few) - len(right)
+    but = f". It did not answer {lost} more. Its last error: {judge.last_error}" if lost else ""
     run.say(f"judge: {name}, right on {floor:.0%} of {tried} without a caption{but}")
     if scores:
         preference.try_scores(judge, few[:4])

@@ -3,7 +3,7 @@
 Bytes: weights, gradients, AdamW's two moments (in float32, with a float32 copy of half-precision
 weights), the reference where full fine-tuning needs a copy (with --reference cpu its head alone),
 the activations of one pass (with checkpointing: every layer's input, and one layer in full), keys
-and values of generation (in float32), the weights of a local judge and of OViP's
+and values of generation (the prompt's in float32), the weights of a local judge and of OViP's
 diffusion model. A reference response of the cold start is taken to be as long as --max_new_tokens.
 Not counted: what the allocator takes on top, and the vision tower's activations (--train_vision).
 """
@@ -61,7 +61,7 @@ EXACT = {
     "select_batch": 1,
 }
 # that a token launches in bfloat16, counted: in a layer without and with LoRA, and outside
-KERNELS, KERNELS_OUTSIDE = (53, 95), 71
+KERNELS, KERNELS_OUTSIDE = (55, 97), 71
 RANK = 16  # of the LoRA that is proposed
 
 
@@ -134,7 +134,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     that decoding reads and kernels that it launches. prompt: tokens of the longest."""
     size = 2 if cfg.dtype == "bfloat16" else 4 if cfg.dtype == "float32" else 8
     d, layers, t = shape.hidden, shape.layers, cfg.max_new_tokens
-    shards, is_ovip = processes if sharded else 1, cfg.method == "ovip"
+    shards, is_ovip, static = processes if sharded else 1, cfg.method == "ovip", cfg.static_decoding
     width = 2 * d + 2 * shape.kv  # of q, k, v, o together
     trained = shape.text + cfg.train_vision * shape.vision
     whole = (shape.text + shape.vision) * size  # what sampling needs in any case
@@ -159,6 +159,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     at_once = min(cfg.prompts_per_pass or share, share)
     own = cfg.group_size * t
     key = 2 * layers * shape.kv * size  # and value, of a token in all layers
+    wide = max(1, 4 / size)  # in float32
     a_pass = min(cfg.completions_per_pass or cfg.group_size, cfg.group_size) * t
     together = min(a_pass, max(t, GROUP * prompt))  # tokens of branches in a group
     tokens = at_once * (prompt + a_pass)
@@ -190,7 +191,11 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
     parts |= {"reference": reference, "activations": activations, **other}
 
     def cache(prompts: int, responses: int) -> float:
-        return key * max(1, 4 / size) * prompts * (prompt + responses * t)
+        return key * prompts * (prompt * wide + responses * t * (wide if static else 1))
+
+    # what a token reads: the prompts, and of its own half the room on average, in half precision
+    # also written and read in float32; or all of the room
+    reads = prompt * wide + own * (wide if static else 0.5 + wide * (wide > 1))
 
     generation = [
         # of one prompt: sampling takes all that a process has, and fewer where they do not fit
@@ -208,7 +213,7 @@ def needs(cfg, shape: Shape, prompt: int, processes: int = 1, sharded: bool = Fa
         "generation": whole + max(generation),
         "trained": trained,
         "flops": 2 * step * passes * shape.linears + 2 * step * (4 + 1) * shape.head,
-        "read": t * ((shape.linears + shape.head) * size + cache(share, cfg.group_size / 2)),
+        "read": t * ((shape.linears + shape.head) * size + key * share * reads),
         "launches": t * (layers * KERNELS[bool(cfg.lora_rank)] + KERNELS_OUTSIDE),
     }
 

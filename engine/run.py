@@ -52,7 +52,7 @@ from engine import ConfigError, is_out_of_memory, reason
 from engine.files import lock, read_jsonl, rewrite, to_jsonl
 from engine.judges import is_url
 
-# other ranks wait for one that asks a judge: for up to four times its deadline
+# other ranks wait for one that asks a judge: held_out_reward for up to four deadlines
 COLLECTIVE_TIMEOUT = timedelta(hours=2)
 
 

@@ -295,9 +295,7 @@ def branch_attention(
 class BranchCache(DynamicLayer):
     """The cache of one layer: the prompts' keys and values once, and room for those of n
     completions of each, which are written in place where the plain layer copies all there is at
-    every token. In float32 at least: scores in half precision would be off by percents, and the
-    distribution sampled not the one scored. at [1]: the place of the next token, where every step
-    has one shape."""
+    every token. at [1]: the place of the next token, where every step has one shape."""
 
     is_croppable = False
 
@@ -305,11 +303,17 @@ class BranchCache(DynamicLayer):
         self, prompt: DynamicLayer, valid: Tensor, n: int, room: int, at: Tensor | None = None
     ):
         super().__init__()
+        # wide: scores in half precision would be off by percents, and the distribution sampled not
+        # the one scored
         self.prompt = (at_least_float32(prompt.keys), at_least_float32(prompt.values))
         self.filled, self.at = 0, at
         self.is_initialized = True
         b, heads, self.before, d = prompt.keys.shape
-        self.keys, self.values = (x.new_zeros(b * n, heads, room, d) for x in self.prompt)
+        # half of the memory, widened as they are read; but steps of one shape read all of the room
+        dtype = prompt.keys.dtype if at is None else self.prompt[0].dtype
+        self.keys, self.values = (
+            x.new_zeros(b * n, heads, room, d, dtype=dtype) for x in self.prompt
+        )
         hidden = valid[:, None, None] == 0
         self.hidden = hidden if hidden.any() else None  # the padding [B, 1, 1, P]
 
@@ -357,12 +361,12 @@ def decode_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     shared = by_prompt(query) @ k.mT
     if hidden is not None:
         shared = shared.masked_fill(hidden, torch.finfo(shared.dtype).min)
-    own = query @ key.mT
+    own = query @ at_least_float32(key).mT
     if (at := key.branches.at) is not None:
         to_come = torch.arange(own.shape[-1], device=own.device) > at
         own = own.masked_fill(to_come, torch.finfo(own.dtype).min)
     weights = torch.cat([shared, by_prompt(own)], -1).softmax(-1)
-    own = by_completion(weights[..., p:]) @ value
+    own = by_completion(weights[..., p:]) @ at_least_float32(value)
     out = by_completion(weights[..., :p] @ v) + own
     return out.reshape(rows, heads, d)
 

@@ -209,11 +209,12 @@ def judge_floor(job: Job) -> dict[str, float]:
     cfg = config_of(job)
     asked = CaptionReward(judge_of(cfg, "cpu")[0])
     sets = data.load(Path(cfg.world) / "data")
-    return {
-        name: round(asked.floor([(s.question, s.answer, s.problem_type) for s in rows]), 5)
+    right = {
+        name: asked.floor([(s.question, s.answer, s.problem_type) for s in rows])
         for name, rows in sets.items()
         if name.startswith("test")
     }
+    return {name: round(sum(each) / len(each), 5) for name, each in right.items()}
 
 
 def provenance(job: Job, threads: int) -> dict:

@@ -1213,8 +1213,8 @@ def test_a_judge_that_answers_some_says_how_many_and_why(server, opened):
     replies = iter([(200, "application/json", completion("B")), (404, "text/plain", "gone")])
     opened(lambda prompt: next(replies), judge_concurrency=1)
     [said] = opened.said
-    assert said.startswith("judge: m, right on 0% of 2 questions without a caption. ")
-    assert "It answered all but 1. Its last error: 404 gone" in said
+    assert said.startswith("judge: m, right on 0% of 1 question without a caption. ")
+    assert "It did not answer 1 more. Its last error: 404 gone" in said
 
 
 def test_one_option_bounds_what_any_judge_says(server, opened, scripted):

@@ -101,7 +101,7 @@ FAULTS = [
     Fault("the wrong cache rows leave", "engine/vlm", "layer.keep(rows.flatten())", "layer.keep(rows.flatten().flip(0))", "same_numbers"),
     Fault("numbers stay when completions leave", "engine/vlm", "draws.gather(1, kept[..., None].expand_as(draws[:, :left]))", "draws[:, :left]", "same_numbers"),
     Fault("positions of the leaving", "engine/vlm", "delta.repeat_interleave(left)", "delta.repeat(left)", "same_numbers"),
-    Fault("weights of the prompt for own tokens", "engine/shared_prefix", "by_completion(weights[..., p:]) @ value", "by_completion(weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ value", "greedy", "vlm"),
+    Fault("weights of the prompt for own tokens", "engine/shared_prefix", "by_completion(weights[..., p:]) @ at_least_float32(value)", "by_completion(weights[..., p:].mean(-1, True)).expand(-1, -1, -1, value.shape[2]) @ at_least_float32(value)", "greedy", "vlm"),
     Fault("plain rows start one early", "engine/vlm", "hidden[:, p - 1 : -1].unflatten", "hidden[:, p - 2 : -2].unflatten", "4_d"),
     # how train.py puts them together
     Fault("targets shifted by one", "conflict", "rollouts.branches[:, -scored:][where]", "rollouts.branches.roll(1, -1)[:, -scored:][where]", "autograd_gradient", "train"),
@@ -175,7 +175,7 @@ FAULTS = [
     Fault("the reference of LoRA is always the base", "engine/vlm", "if REFERENCE in adapters:", "if False:", "stays_one", "vlm"),
     Fault("every part has the first pictures", "engine/vlm", "sum(tokens[: rows.start]), sum(tokens[rows])", "0, sum(tokens[rows])", "rows_of_a_batch", "vlm"),
     Fault("the prompt's part of the gradient is lost", "engine/learner", "            prefix.backward()", "            pass", "written_out", "train"),
-    Fault("Eq. 4 in every pass", "train", " and part is passes[-1]", "", "written_out", "train"),
+    Fault("Eq. 4 in every pass", "train", " and is_last", "", "written_out", "train"),
     Fault("two processes in a run folder", "engine/run", "if refused := self.from_main(self._lock):", "if refused := None:", "folder_in_use", "run"),
     Fault("LoRA's scale is 1", "engine/pretrained", "lora_alpha=2 * lora_rank", "lora_alpha=lora_rank", "adapter_adds", "vlm"),
     Fault("dropout in scoring", "engine/pretrained", "    _without_dropout(core)\n", "", "dropout", "vlm"),

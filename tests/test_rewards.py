@@ -26,7 +26,7 @@ def samples(world):
 
 def rolls(samples, captions):
     text = [[FORM.format(c) if c is not None else "no stages" for c in row] for row in captions]
-    return SimpleNamespace(samples=samples, text=text, mask=torch.zeros(1))
+    return SimpleNamespace(samples=samples, text=text)
 
 
 class Judge:

@@ -1036,7 +1036,7 @@ def scoring(world, monkeypatch):
         text = [
             [SAY.format(f"{s.id} {k}", s.answer if k % 2 else "?") for k in range(n)] for s in batch
         ]
-        return SimpleNamespace(samples=batch, text=text, mask=torch.zeros(1))
+        return SimpleNamespace(samples=batch, text=text)
 
     monkeypatch.setattr(selection, "open_policy", lambda *_: None)
     monkeypatch.setattr(selection, "roll_out", roll_out)
@@ -1211,7 +1211,7 @@ def test_a_caption_that_only_states_the_answer_is_counted(world):
     samples = data.load(world / "data")["train"][:1]
     [sample] = samples
     say = "<prethink>x</prethink><caption>{}</caption><think>x</think><answer>{}</answer>"
-    part = SimpleNamespace(samples=samples, mask=torch.zeros(1))
+    part = SimpleNamespace(samples=samples)
     part.text = [
         [
             say.format(f"The answer is {sample.answer}.", sample.answer),
@@ -1231,9 +1231,7 @@ def test_the_judge_is_asked_once_for_all_parts_of_a_step(world):
     asked, samples = [], data.load(world / "data")["train"][:3]
     say = "<prethink>x</prethink><caption>caption {}</caption><think>x</think><answer>A</answer>"
     parts = [
-        SimpleNamespace(
-            samples=[s], mask=torch.zeros(1), text=[[say.format(2 * i), say.format(2 * i + 1)]]
-        )
+        SimpleNamespace(samples=[s], text=[[say.format(2 * i), say.format(2 * i + 1)]])
         for i, s in enumerate(samples)
     ]
     judge = train.CaptionReward(
@@ -1323,7 +1321,7 @@ def test_the_lenient_rule_is_an_option(world):
     samples = [
         s for s in data.load(world / "data")["train"] if s.problem_type == "multiple choice"
     ][:1]
-    part = SimpleNamespace(samples=samples, mask=torch.zeros(1))
+    part = SimpleNamespace(samples=samples)
     part.text = [[f"<think>x</think><answer>The answer is ({samples[0].answer}).</answer>"] * 2]
     for lenient in (False, True):
         [(rewards, _)] = train.reward([part], None, train.Config(method="grpo", lenient=lenient))
