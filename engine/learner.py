@@ -194,9 +194,9 @@ class Learner:
         return tried
 
     def passes(self, rollouts) -> Iterator[tuple[Any, TokenScores, bool]]:
-        """A micro-batch with its scores, and whether it is the last: all of it, or
-        --completions_per_pass responses at a time behind prompts that run once. Each is to call
-        `backward`."""
+        """(rollouts, their scores, are they the last?) of a micro-batch: all responses at once, or
+        --completions_per_pass at a time, behind prompts that run once. The caller takes each
+        through `backward` before it asks for the next."""
         parts, prefix = rollouts.passes(self.cfg.completions_per_pass), None
         if len(parts) > 1:
             hidden, prefix = self.model.prefix(rollouts.inputs)
