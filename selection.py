@@ -162,7 +162,7 @@ def shared_options(cfg: Config) -> dict:
     return there
 
 
-def share(cfg: Config, run: Run) -> None:
+def take_over(cfg: Config, run: Run) -> None:
     """Take over what --share has finished before RL, so that runs differ in RL alone: the cold
     start, its evaluation, the judge's replies, and the responses scored for selection, whose
     variance is taken anew by this run's rewards."""

@@ -57,7 +57,7 @@ from rewards import (
     with_other_questions,
 )
 from rollouts import Rollouts, explore, global_counts, log_rollouts, reference_response
-from selection import select_prompts, share
+from selection import select_prompts, take_over
 from variance_select import share_of
 
 JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is trained
@@ -66,7 +66,7 @@ JUDGE_TRIAL = 64  # questions on which the judge is tried before anything is tra
 def main(cfg: Config) -> None:
     run = Run(cfg)
     sets = open_data(cfg, run)
-    share(cfg, run)
+    take_over(cfg, run)
     judge = open_judge(sets, cfg, run)
 
     # Redefine the Reasoning Paradigm: a cold start teaches planning, caption, thinking and answer.
