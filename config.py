@@ -54,7 +54,8 @@ SHARED = (  # what decides a cold start and its responses: runs that share them 
     "sft_epochs sft_batch sft_lr warmup weight_decay max_grad_norm responses max_new_tokens "
     "lenient eval_responses"
 ).split()
-MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 4  # while other ranks wait: held_out_reward, `gain`
+# held_out_reward may ask four times while other ranks wait: twice, and with `gain` twice each
+MAX_DEADLINE = COLLECTIVE_TIMEOUT.seconds // 4
 
 
 @dataclass
