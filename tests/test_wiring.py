@@ -142,7 +142,7 @@ PLACES = {  # where values act: calls that are watched
     "respond": (measures, "respond"),
     "seed": (train.Run, "reseed"),
     "backward": (train.Learner, "backward"),
-    "prefix": (train.Learner, "prefix"),
+    "prefix": (vlm.VLM, "prefix"),
     "held out": (train, "held_out_reward"),
 }
 
