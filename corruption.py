@@ -56,7 +56,7 @@ def blank(media: Media) -> Media:
 
 
 def random_media(pool: Sequence[tuple[Hashable, Row]], own: Hashable, seed: int, id: str) -> Row:
-    """RI: the row whose media this one is shown.
+    """RI: another row, whose media take the place of this one's.
 
     pool: (what a row shows, row) of those with as many media of this kind, in a fixed order. From a
     drawn place on, the first that shows another thing than `own` is taken. Raises ValueError where

@@ -172,7 +172,7 @@ def score_and_pair(
 def scores_of(m: Rollouts, rewards: dict[str, Tensor], judge: Judge | None, cfg) -> Tensor:
     """The score of each response, 0 to 10, NaN for unknown.   -> [B, k]"""
     if judge is None:
-        return (9 * rewards["accuracy"] + rewards["format"]).cpu()
+        return 9 * rewards["accuracy"] + rewards["format"]
     asked = [
         ovip.score_prompt(s.question, as_one_line(text), reference_text(s, cfg))
         for s, texts in zip(m.samples, m.text)

@@ -80,7 +80,7 @@ class Learner:
         self.result = self.folder / "policy"
         self.finished = run.from_main(self.result.exists)
         self.step, self.size, self.losses = 0, None, []
-        # updates in a row before this one, and iterations of this one
+        # skipped: the updates right before this one, and iterations of this one
         self.skipped_before = self.skipped = 0
         self.extra: dict[str, Any] = {}  # what else the rest of the stage depends on, as JSON
         self.gradient_norm = self.rate = math.nan  # of the last update

@@ -3,8 +3,9 @@
 Bytes: weights, gradients, AdamW's two moments (in float32, with a float32 copy of half-precision
 weights), the reference where full fine-tuning needs a copy (with --reference cpu its head alone),
 the activations of one pass (with checkpointing: every layer's input, and one layer in full), keys
-and values of generation (the prompt's in float32), the weights of a local judge and of OViP's
-diffusion model. A reference response of the cold start is taken to be as long as --max_new_tokens.
+and values of generation (the prompt's, or with --static_decoding all, in float32), the weights of a
+local judge and of OViP's diffusion model. A reference response of the cold start is taken to be as
+long as --max_new_tokens.
 Not counted: what the allocator takes on top, and the vision tower's activations (--train_vision).
 """
 
